@@ -1,0 +1,2443 @@
+#!/usr/bin/env python3
+"""Run AI coding agents with full autonomy in disposable Linux VMs (on stock Lima).
+
+Each run clones a stopped base instance, mounts the current directory, runs the agent in the clone
+and deletes it. The exit status is the agent's.
+
+    agent_vm.py setup                    build the base instance (once, some minutes)
+    agent_vm.py run -- -p "fix the bug"  run Claude Code on the current directory
+    agent_vm.py shell                    a shell in a fresh VM with the current directory
+
+It starts limactl, ssh and git; it writes below its state, config and data folders (`info` shows
+them) and into Lima's home, never into the project. It needs the network only in `setup`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import configparser
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import secrets
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from typing import NoReturn
+
+__version__ = "0.1.0"
+
+# Docker's convention: 125 is a failure of ours around the guest's command, never the command's.
+EXIT_OURS = 125
+EXIT_USAGE = 2
+
+MIN_LIMA = (2, 0)  # `limactl clone` with --mount-only/--set, and protect, as used here
+LIMA_RELEASE = "2.2.0"
+LIMA_URL = f"https://github.com/lima-vm/lima/releases/download/v{LIMA_RELEASE}"
+
+BASE = "agent-vm-base"
+CLONE_NAME = re.compile(r"agent-vm-[a-z0-9-]*[a-z0-9]-[0-9a-f]{6}")
+BASE_NAME = re.compile(r"agent-vm-base(-[a-z0-9-]+)?(\.new|\.old)?")
+
+# $LIMA_HOME/NAME/ssh.sock.<16 random> must fit in sockaddr_un.sun_path: 104 bytes on macOS.
+SOCKET_PATH_MAX = 104
+SOCKET_NAME = "/ssh.sock.1234567890123456"
+
+# The mount types whose limits the host enforces. Under reverse-sshfs the host runs an sftp-server
+# that serves every file of the user, and the guest's root holds the other end of it.
+CONFINED_MOUNT_TYPE = {"qemu": "9p", "vz": "virtiofs", "krunkit": "virtiofs"}
+
+# What Lima refuses as a mount point (limayaml/validate.go), said before anything is created.
+SYSTEM_DIRS = ("/bin", "/dev", "/etc", "/home", "/opt", "/sbin", "/tmp", "/usr", "/var")
+
+# Paths of these characters survive cloud-init's YAML, fstab and QEMU's option syntax; others are
+# mounted through a link under /mnt/agent-vm.
+PLAIN_PATH = re.compile(r"/[A-Za-z0-9_./+-]*")
+
+CREDENTIALS = ("CLAUDE_CODE_OAUTH_TOKEN", "ANTHROPIC_API_KEY")
+CREDENTIAL_PREFIX = {"sk-ant-oat": CREDENTIALS[0], "sk-ant-api": CREDENTIALS[1]}
+
+# Passed from the host's environment into the guest: how the terminal looks, which model answers.
+PASSED_ENV = (
+    "COLORTERM", "NO_COLOR", "FORCE_COLOR", "TERM_PROGRAM", "LANG", "LC_ALL", "LC_CTYPE", "LC_TIME",
+    "ANTHROPIC_BASE_URL", "ANTHROPIC_MODEL", "ANTHROPIC_SMALL_FAST_MODEL",
+)  # fmt: skip
+
+PROVISION_LOG = "/var/log/agent-vm-provision.log"
+PROJECT_HOOK = ".claude-vm.runtime.sh"
+AGENT = ("claude", "--dangerously-skip-permissions")
+
+
+class AgentVMError(Exception):
+    """What failed and what to do next; `main` prints both and exits with the verb's status."""
+
+    def __init__(self, message: str, hint: str = "", details: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+        self.details = details
+
+
+class Interrupted(BaseException):
+    """SIGINT, SIGTERM or SIGHUP; a BaseException so that no `except Exception` swallows it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.status = 128 + signum
+
+
+# --- nouns ---
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One line of `limactl list --format json`, as far as it is used here."""
+
+    name: str
+    status: str
+    dir: Path
+    vm_type: str = ""
+    mount_type: str = ""
+    mounts: tuple[tuple[str, bool], ...] = ()  # (location, writable), Lima's defaults merged in
+    forward_agent: bool = False
+    user: str = ""
+    home: str = ""
+    cpus: int = 0
+    memory: int = 0
+    protected: bool = False
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A host folder in the guest: `source` on the host, `target` in the guest, both absolute."""
+
+    source: str
+    target: str
+    writable: bool = False
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Who owns a clone. A lease whose process is gone makes its clone an orphan."""
+
+    name: str
+    pid: int
+    start: str  # the process's start time: a pid alone may have been given to another process
+    boot_id: str
+    project: str
+    created: float
+    keep: bool = False
+
+
+@dataclass(frozen=True)
+class Credential:
+    name: str
+    value: str
+    origin: str
+
+    def __repr__(self) -> str:
+        return f"<{self.name} from {self.origin}>"
+
+
+@dataclass(frozen=True)
+class HostFacts:
+    """What the checks before a setup look at; sizes in bytes."""
+
+    system: str
+    machine: str
+    root: bool
+    cpus: int
+    memory: int
+    disk_free: int
+    kvm: bool
+    qemu: bool
+    qemu_img: bool
+    os_release: Mapping[str, str]
+
+
+# --- pure core: data in, data out ---
+
+
+def parse_instances(stdout: str) -> list[Instance]:
+    """Read `limactl list --format json`: one object a line (limactl 2.x)."""
+    try:
+        return [instance_from(json.loads(line)) for line in stdout.splitlines() if line.strip()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AgentVMError(
+            f"limactl list printed something that is not its JSON: {error}",
+            hint="check with: limactl list --format json",
+        ) from error
+
+
+def instance_from(fields: Mapping[str, Any]) -> Instance:
+    config = fields.get("config") or {}
+    user = config.get("user") or {}
+    return Instance(
+        name=str(fields["name"]),
+        status=str(fields["status"]),
+        dir=Path(fields["dir"]),
+        vm_type=str(fields.get("vmType") or ""),
+        mount_type=str(config.get("mountType") or ""),
+        mounts=tuple((m["location"], bool(m.get("writable"))) for m in config.get("mounts") or ()),
+        forward_agent=bool((config.get("ssh") or {}).get("forwardAgent")),
+        user=str(user.get("name") or ""),
+        home=str(user.get("home") or ""),
+        cpus=int(fields.get("cpus") or 0),
+        memory=int(fields.get("memory") or 0),
+        protected=bool(fields.get("protected")),
+    )
+
+
+def parse_lima_version(text: str) -> tuple[int, ...]:
+    match = re.search(r"(\d+)\.(\d+)(?:\.(\d+))?", text)
+    if not match:
+        raise AgentVMError(f"limactl --version printed {text.strip()[:80]!r}")
+    return tuple(int(part) for part in match.groups(default="0"))
+
+
+def base_name(suffix: str) -> str:
+    return f"{BASE}-{suffix}" if suffix else BASE
+
+
+def clone_name(directory: str, tag: str, lima_home: str) -> str:
+    """`agent-vm-SLUG-TAG`, the slug cut so that Lima's ssh socket path fits."""
+    slug = re.sub(r"[^a-z0-9]+", "-", directory.lower()).strip("-") or "project"
+    fixed = len(os.fsencode(lima_home)) + len("/agent-vm--") + len(tag) + len(SOCKET_NAME)
+    room = SOCKET_PATH_MAX - 1 - fixed
+    if room < 1:
+        raise AgentVMError(
+            f"the path of Lima's home is too long for its sockets: {lima_home}",
+            hint="set LIMA_HOME to a shorter path",
+        )
+    return f"agent-vm-{slug[: min(room, 30)].strip('-') or 'p'}-{tag}"
+
+
+def session_key(project: str) -> str:
+    """The folder name of a project's transcripts: readable, and distinct for distinct paths."""
+    slug = re.sub(r"[^a-z0-9]+", "-", os.path.basename(project).lower()).strip("-")
+    return f"{slug[:30] or 'project'}-{hashlib.sha256(os.fsencode(project)).hexdigest()[:12]}"
+
+
+def overlaps(path: str, other: str) -> bool:
+    """Whether one of two resolved paths is the other or lies below it."""
+    return os.path.commonpath([path, other]) in (path, other)
+
+
+def mount_refusal(path: str, home: str, private: Mapping[str, str]) -> str:
+    """Why `path` should not be given to an agent, or "". All paths resolved; `private`: path by name."""
+    if path == "/":
+        return "it is the root of the file system"
+    if path == home or home.startswith(path + "/"):
+        return f"it holds the home directory {home}"
+    for name, folder in private.items():
+        if overlaps(path, folder):
+            return f"it overlaps {name} ({folder})"
+    return ""
+
+
+def unusable_path(path: str) -> str:
+    """Why a path cannot be mounted at the same place in a guest, or ""."""
+    if path in SYSTEM_DIRS:
+        return "the guest needs its own"
+    if any(ord(char) < 32 or ord(char) == 127 for char in path):
+        return "it contains a control character"
+    if not path.isprintable() and any(0xDC80 <= ord(char) <= 0xDCFF for char in path):
+        return "its name is not UTF-8"
+    return ""
+
+
+def parse_mount(spec: str) -> Mount:
+    """DIR[:ro|:rw][:GUESTPATH]; read-only unless said, and at the same path unless said."""
+    match = re.fullmatch(r"(.+?)(?::(ro|rw))?(?::(/.*))?", spec, re.DOTALL)
+    source = os.path.realpath(os.path.expanduser(match[1] if match else spec))
+    if not match or not os.path.isdir(source):
+        raise argparse.ArgumentTypeError(f"{spec!r}: {source} is not a directory")
+    return Mount(source, os.path.normpath(match[3] or source), match[2] == "rw")
+
+
+def lima_mounts(mounts: Sequence[Mount], links: Path) -> list[dict[str, Any]]:
+    """The `mounts:` of the clone's YAML; awkward paths go through `links/N` and /mnt/agent-vm/N."""
+    result = []
+    for index, mount in enumerate(mounts):
+        plain = PLAIN_PATH.fullmatch(mount.source)
+        result.append({
+            "location": mount.source if plain else str(links / str(index)),
+            "mountPoint": guest_mount_point(mount, index),
+            "writable": mount.writable,
+        })  # fmt: skip
+    return result
+
+
+def guest_mount_point(mount: Mount, index: int) -> str:
+    """Where Lima mounts it; the home of the guest's user is filled by a bind mount later."""
+    direct = PLAIN_PATH.fullmatch(mount.target) and mount.target == mount.source
+    return mount.target if direct else f"/mnt/agent-vm/{index}"
+
+
+def yq_value(value: object) -> str:
+    """A yq expression for any value. Base64 keeps quotes, `$` and yq's own escapes out of it."""
+    encoded = base64.b64encode(json.dumps(value).encode()).decode()
+    return f'("{encoded}" | @base64d | from_json)'
+
+
+def clone_expression(mounts: Sequence[Mapping[str, Any]], mount_type: str, forward: bool) -> str:
+    """What `limactl clone --set` changes in the clone's YAML."""
+    parts = [
+        ".mountTypesUnsupported = []",  # the image lists 9p; setup saw to a kernel that has it
+        f'.mountType = "{mount_type}"',
+        f".mounts = {yq_value(list(mounts))}",
+    ]
+    if not forward:
+        rule = {"guestIP": "0.0.0.0", "proto": "any", "ignore": True}
+        parts.append(f".portForwards = {yq_value([rule])}")
+    return " | ".join(parts)
+
+
+def isolation_faults(instance: Instance, expected: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What Lima would do beyond the plan: LIMA_HOME/_config can add mounts to every instance."""
+    planned = {(mount["location"], mount["writable"]) for mount in expected}
+    faults = [
+        f"mounts {location} {'read-write' if writable else 'read-only'}"
+        for location, writable in instance.mounts
+        if (location, writable) not in planned
+    ]
+    faults += [f"does not mount {mount}" for mount, _ in sorted(planned - set(instance.mounts))]
+    if instance.mount_type not in CONFINED_MOUNT_TYPE.values():
+        faults.append(f"uses the mount type {instance.mount_type or 'unknown'}")
+    if instance.forward_agent:
+        faults.append("forwards the ssh agent")
+    return faults
+
+
+def clamp(value: int, host_total: int) -> int:
+    """At most half of what the host has, at least 1."""
+    return max(1, min(value, host_total // 2))
+
+
+def qemu_install_command(os_release: Mapping[str, str], machine: str) -> str:
+    """The one line that installs QEMU on this Linux distribution, or "" when unknown."""
+    arm = machine in ("aarch64", "arm64")
+    families = f"{os_release.get('ID', '')} {os_release.get('ID_LIKE', '')}".split()
+    commands = {
+        "debian": f"apt-get install -y {'qemu-system-arm' if arm else 'qemu-system-x86'} qemu-utils openssh-client",
+        "fedora": f"dnf install -y qemu-system-{'aarch64' if arm else 'x86'} qemu-img openssh-clients",
+        "rhel": "dnf install -y qemu-kvm qemu-img openssh-clients",
+        "arch": f"pacman -S --noconfirm qemu-system-{'aarch64' if arm else 'x86'} qemu-img openssh",
+        "suse": f"zypper --non-interactive install qemu-{'arm' if arm else 'x86'} qemu-tools openssh-clients",
+        "alpine": f"apk add qemu-system-{'aarch64' if arm else 'x86_64'} qemu-img openssh-client",
+    }
+    return next((f"sudo {commands[name]}" for name in families if name in commands), "")
+
+
+def parse_os_release(text: str) -> dict[str, str]:
+    pairs = (line.split("=", 1) for line in text.splitlines() if "=" in line)
+    return {key: value.strip("\"'") for key, value in pairs}
+
+
+def setup_problems(host: HostFacts, minimal: bool, memory: int) -> list[tuple[str, str]]:
+    """(problem, next step) for everything that would make a setup fail later; memory in GiB."""
+    need = (4 if minimal else 10) << 30
+    problems = []
+    if host.root:
+        problems.append(("running as root: limactl refuses it", "run as an ordinary user"))
+    if host.system == "Linux" and not (host.qemu and host.qemu_img):
+        install = qemu_install_command(host.os_release, host.machine)
+        missing = "QEMU" if not host.qemu else "qemu-img"
+        problems.append((f"{missing} is not installed", install or "install QEMU with its tools"))
+    if host.disk_free < need:
+        problems.append((
+            f"{host.disk_free >> 30} GiB free where Lima keeps its instances; setup needs {need >> 30}",
+            "free some space, or set LIMA_HOME to another disk",
+        ))  # fmt: skip
+    if memory << 30 > host.memory:
+        problems.append((
+            f"--memory {memory}: the host has {host.memory >> 30} GiB", "ask for less memory"
+        ))  # fmt: skip
+    return problems
+
+
+def lease_is_live(lease: Lease, boot_id: str, start_of: Callable[[int], str]) -> bool:
+    """The process that took the lease still runs: same boot, same pid, same start time."""
+    return lease.boot_id == boot_id and bool(lease.start) and start_of(lease.pid) == lease.start
+
+
+def lease_from(text: str) -> Lease:
+    fields = json.loads(text)
+    lease = Lease(
+        str(fields["name"]), int(fields["pid"]), str(fields["start"]), str(fields["boot_id"]),
+        str(fields["project"]), float(fields["created"]), bool(fields.get("keep")),
+    )  # fmt: skip
+    if not (CLONE_NAME.fullmatch(lease.name) or BASE_NAME.fullmatch(lease.name)):
+        raise ValueError(f"not a name of ours: {lease.name!r}")
+    return lease
+
+
+def claude_config(project: str, credential: Credential | None) -> dict[str, Any]:
+    """What ~/.claude.json must say so that no wizard, trust or key dialog appears (Claude Code 2.1)."""
+    config: dict[str, Any] = {
+        "hasCompletedOnboarding": True,
+        "bypassPermissionsModeAccepted": True,
+        "projects": {project: {"hasTrustDialogAccepted": True}},
+    }
+    if credential and credential.name == "ANTHROPIC_API_KEY":
+        config["customApiKeyResponses"] = {"approved": [credential.value[-20:]], "rejected": []}
+    return config
+
+
+def exports(variables: Mapping[str, str]) -> str:
+    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
+
+
+def heredoc(path: str, text: str) -> str:
+    """Shell that writes `text` to `path` (a shell word); base64 keeps every byte as it is."""
+    return f"base64 -d > {path} <<'END'\n{base64.b64encode(text.encode()).decode()}\nEND\n"
+
+
+# Runs what it is given in the project, with the environment of the host's terminal. Not `exec`:
+# a shell turns death by a signal into a status, and syncs so that the VM can be cut off after it.
+LAUNCH = r"""#!/bin/bash -l
+. ~/.agent-vm/env
+[ "$1" = --agent ] && { shift; . ~/.agent-vm/credential; }
+infocmp > /dev/null 2>&1 || export TERM=xterm-256color
+locale 2>&1 | grep -q 'Cannot set' && export LC_ALL=C.UTF-8
+cd -- "$1" || exit 125
+shift
+"$@"
+status=$?
+sync
+exit "$status"
+"""
+
+
+def prepare_script(
+    mounts: Sequence[Mount],
+    project: str,
+    variables: Mapping[str, str],
+    credential: Credential | None,
+    git_identity: Mapping[str, str],
+    zone: str,
+) -> str:
+    """The script that makes a booted clone a place to work; it travels on stdin, never in argv."""
+    zone_file = shlex.quote(f"/usr/share/zoneinfo/{zone}")
+    secret = {credential.name: credential.value} if credential else {}
+    lines = ["set -eu", "umask 077", "mkdir -p ~/.agent-vm ~/.claude/projects"]
+    lines += [mount_line(mount, index) for index, mount in enumerate(mounts)]
+    lines += [
+        f"git config --global {key} {shlex.quote(value)}" for key, value in git_identity.items()
+    ]
+    if zone:
+        lines.append(f"[ ! -e {zone_file} ] || sudo ln -sf {zone_file} /etc/localtime")
+    return "\n".join(lines) + "\n" + "".join([
+        heredoc("~/.agent-vm/launch", LAUNCH),
+        heredoc("~/.agent-vm/env", exports(variables)),
+        heredoc("~/.agent-vm/credential", exports(secret)),
+        heredoc("~/.agent-vm/claude.json", json.dumps(claude_config(project, credential))),
+        "chmod 700 ~/.agent-vm/launch\n",
+        "[ -s ~/.claude.json ] || echo '{}' > ~/.claude.json\n",
+        "jq -s '.[0] * .[1]' ~/.claude.json ~/.agent-vm/claude.json > ~/.agent-vm/merged\n",
+        "cat ~/.agent-vm/merged > ~/.claude.json\n",
+        "[ -s ~/.claude/settings.json ] || echo '{}' > ~/.claude/settings.json\n",
+        "jq '. + {skipDangerousModePermissionPrompt: true}' ~/.claude/settings.json > ~/.agent-vm/merged\n",
+        "cat ~/.agent-vm/merged > ~/.claude/settings.json\n",
+        "rm ~/.agent-vm/merged ~/.agent-vm/claude.json\n",
+    ])  # fmt: skip
+
+
+def mount_line(mount: Mount, index: int) -> str:
+    """Check one mount in the guest (an agent in an empty folder would lose its work), bind it."""
+    point, target = guest_mount_point(mount, index), shlex.quote(mount.target)
+    check = f"mountpoint -q {point} || {{ echo 'not mounted: {point}' >&2; exit 1; }}"
+    if point == mount.target:
+        return check
+    return f"{check}\n[ -d {target} ] || sudo mkdir -p {target}\nsudo mount --bind {point} {target}"
+
+
+# --- settings: flag > environment > config file > default ---
+
+
+def whole_number(text: str) -> int:
+    if not re.fullmatch(r"[1-9]\d{0,5}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def instance_suffix(text: str) -> str:
+    # Six hex digits would make a base instance look like a clone of a project called "base".
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?", text) or re.fullmatch(
+        r"[0-9a-f]{6}", text
+    ):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: up to 20 of a-z 0-9 -, not six hexadecimal digits alone"
+        )
+    return text
+
+
+def web_address(text: str) -> str:
+    if not re.fullmatch(r"https?://[^\s@'\"\\]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an http(s) address without a password")
+    return text
+
+
+def existing_file(text: str) -> str:
+    path = os.path.abspath(os.path.expanduser(text))
+    if not os.access(path, os.R_OK) or not os.path.isfile(path):
+        raise argparse.ArgumentTypeError(f"{path} is not a readable file")
+    return path
+
+
+def image_location(text: str) -> str:
+    return web_address(text) if re.match(r"https?:", text) else existing_file(text)
+
+
+def image_digest(text: str) -> str:
+    if not re.fullmatch(r"sha(256:[0-9a-f]{64}|512:[0-9a-f]{128})", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not sha256:HEX or sha512:HEX")
+    return text
+
+
+def variable(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*(=.*)?", text, re.DOTALL):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME or NAME=VALUE")
+    return text
+
+
+def yes_or_no(text: str) -> bool:
+    values = configparser.ConfigParser.BOOLEAN_STATES
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is not yes or no")
+    return values[text.lower()]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value that a flag, AGENT_VM_NAME, config.ini or the default gives, in that order."""
+
+    parse: Callable[[str], Any]
+    default: Any
+    help: str
+    metavar: str = ""
+    many: bool = False
+
+
+SETTINGS = {
+    "name": Setting(instance_suffix, "", "use the base instance agent-vm-base-NAME", "NAME"),
+    "minimal": Setting(yes_or_no, False, "only git, curl, jq and Claude Code in the VM"),
+    "disk": Setting(whole_number, 20, "size of the VM's disk (default 20)", "GB"),
+    "memory": Setting(
+        whole_number, 8, "memory of the VM (default 8, at most half of the host's)", "GB"
+    ),
+    "cpus": Setting(whole_number, 4, "CPUs of the VM (default 4, at most half of the host's)", "N"),
+    "template": Setting(existing_file, "", "another Lima template than lima/agent-vm.yaml", "FILE"),
+    "image": Setting(image_location, "", "another Debian 13 disk image", "FILE|URL"),
+    "image-digest": Setting(image_digest, "", "the image's digest, checked by Lima", "SHA256:HEX"),
+    "ca-cert": Setting(existing_file, (), "trust this CA in the guest (repeatable)", "FILE", many=True),
+    "apt-mirror": Setting(web_address, "", "Debian mirror for the guest's apt", "URL"),
+    "npm-registry": Setting(web_address, "", "npm registry for the guest (else the host's npm's)", "URL"),
+    "lima-url": Setting(web_address, LIMA_URL, "where to get Lima when it is missing", "URL"),
+    "timeout": Setting(whole_number, 600, "how long limactl may take (default 600)", "SECONDS"),
+    "mount": Setting(
+        parse_mount, (), "mount another folder, read-only unless :rw (repeatable)",
+        "DIR[:ro|:rw][:GUESTPATH]", many=True,
+    ),
+    "env": Setting(variable, (), "pass a variable to the agent (repeatable)", "NAME[=VALUE]", many=True),
+    "readonly": Setting(
+        yes_or_no, False,
+        "mount the project read-only; enforced by the host (QEMU's 9p; virtiofs under vz: untested)",
+    ),
+    "no-forward": Setting(yes_or_no, False, "do not forward the guest's ports to the host's loopback"),
+}  # fmt: skip
+
+
+def read_setting(name: str, text: str, origin: str) -> Any:
+    setting = SETTINGS[name]
+    try:
+        if setting.many:
+            return tuple(setting.parse(word) for word in shlex.split(text))
+        return setting.parse(text)
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        raise AgentVMError(f"{origin}: {name}: {error}") from error
+
+
+def resolve_settings(
+    flags: Mapping[str, Any],
+    environ: Mapping[str, str],
+    config: Mapping[str, str],
+    config_path: str,
+) -> dict[str, tuple[Any, str]]:
+    """name -> (value, where it is from)."""
+    unknown = sorted(set(config) - set(SETTINGS))
+    if unknown:
+        raise AgentVMError(
+            f"{config_path}: unknown key {unknown[0]!r}", hint="keys: " + " ".join(SETTINGS)
+        )
+    resolved = {}
+    for name, setting in SETTINGS.items():
+        env_name = "AGENT_VM_" + name.upper().replace("-", "_")
+        flag = flags.get(name.replace("-", "_"))
+        if flag is not None:
+            resolved[name] = (tuple(flag) if setting.many else flag, "flag")
+        elif environ.get(env_name):
+            resolved[name] = (read_setting(name, environ[env_name], env_name), "environment")
+        elif name in config:
+            resolved[name] = (read_setting(name, config[name], config_path), "config")
+        else:
+            resolved[name] = (setting.default, "default")
+    return resolved
+
+
+# --- shell: what touches processes and files ---
+
+
+class Log:
+    """Messages to stderr. Progress is for people: with -v, in `setup`, or when stderr is a terminal."""
+
+    def __init__(self) -> None:
+        self.verbose = False
+        self.quiet = False
+        self.started = time.monotonic()
+
+    def info(self, message: str) -> None:
+        print(f"agent-vm: {message}", file=sys.stderr, flush=True)
+
+    def progress(self, message: str) -> None:
+        if self.verbose or (not self.quiet and sys.stderr.isatty()):
+            self.step(message)
+
+    def step(self, message: str) -> None:
+        self.info(f"[{time.monotonic() - self.started:3.0f} s] {message}")
+
+    def warn(self, message: str) -> None:
+        self.info(f"warning: {message}")
+
+
+log = Log()
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where agent-vm keeps things, by the XDG rules."""
+
+    state: Path
+    config: Path
+    data: Path
+    lima_home: Path
+
+    @classmethod
+    def of(cls, environ: Mapping[str, str]) -> Folders:
+        home = Path(os.path.expanduser("~"))
+
+        def xdg(name: str, default: str) -> Path:
+            value = environ.get(name, "")
+            return (Path(value) if os.path.isabs(value) else home / default) / "agent-vm"
+
+        return cls(
+            xdg("XDG_STATE_HOME", ".local/state"),
+            xdg("XDG_CONFIG_HOME", ".config"),
+            xdg("XDG_DATA_HOME", ".local/share"),
+            Path(environ.get("LIMA_HOME") or home / ".lima"),
+        )
+
+    def make_state(self) -> None:
+        try:
+            for name in ("leases", "sessions", "links", "logs"):
+                (self.state / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.state.chmod(0o700)
+        except OSError as error:
+            raise AgentVMError(
+                f"the state folder is not writable: {error}",
+                hint="set XDG_STATE_HOME to a folder of yours",
+            ) from error
+
+    def config_values(self) -> dict[str, str]:
+        path = self.config / "config.ini"
+        parser = configparser.ConfigParser(interpolation=None)
+        try:
+            parser.read_string(path.read_text())
+            return dict(parser["agent-vm"])
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, configparser.Error) as error:
+            first_line = str(error).splitlines()[0]
+            raise AgentVMError(
+                f"{path}: {first_line}", hint="it needs one section, [agent-vm]"
+            ) from error
+
+
+def raise_interrupted(signum: int, _frame: object) -> NoReturn:
+    raise Interrupted(signum)
+
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def catch_signals() -> None:
+    for signum in STOP_SIGNALS:
+        # A caller that ignores a signal (nohup) keeps it ignored.
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, raise_interrupted)
+
+
+@contextlib.contextmanager
+def shielded() -> Iterator[None]:
+    """No signal interrupts what must be finished: deleting a clone, swapping base instances."""
+    before = [signal.signal(signum, lambda *_: None) for signum in STOP_SIGNALS]
+    try:
+        yield
+    finally:
+        for signum, handler in zip(STOP_SIGNALS, before):
+            signal.signal(signum, handler)
+
+
+def stop_process(process: subprocess.Popen[Any], group: bool = False) -> None:
+    """Ask a child of ours to end, insist after five seconds."""
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signum) if group else process.send_signal(signum)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=5)
+            return
+
+
+def tail(path: Path, lines: int = 15) -> str:
+    try:
+        text = path.read_bytes()[-20_000:].decode(errors="replace")
+    except OSError:
+        return ""
+    # A serial console writes escape sequences that would act on the user's terminal.
+    clean = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|[^\n\t -~\u00a0-\uffff]", "", text)
+    return "\n".join(clean.splitlines()[-lines:])
+
+
+class Lima:
+    """limactl, a method a verb. Its own terminal messages go to a log that errors quote."""
+
+    def __init__(self, binary: str, timeout: int) -> None:
+        self.binary = binary
+        self.timeout = timeout
+
+    def _run(self, *args: str, timeout: int | None = None) -> str:
+        """The only door to limactl. Returns its stdout."""
+        if log.verbose:
+            log.info("+ " + shlex.join(("limactl", *args)))
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            stderr = None if log.verbose else err
+            process = self._spawn(args, out, stderr)
+            try:
+                status = process.wait(timeout=timeout or self.timeout)
+            except subprocess.TimeoutExpired:
+                status = -1
+            finally:
+                if process.poll() is None:
+                    with shielded():
+                        stop_process(process, group=True)
+            out.seek(0)
+            err.seek(0)
+            if status == 0:
+                return out.read().decode(errors="replace")
+            self._fail(args, status, err.read().decode(errors="replace"), timeout or self.timeout)
+
+    def _spawn(self, args: Sequence[str], out: Any, err: Any) -> subprocess.Popen[bytes]:
+        # A session of its own: Ctrl-C at the terminal is ours to handle, not limactl's.
+        try:
+            return subprocess.Popen(
+                [self.binary, *args],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise AgentVMError(
+                f"{self.binary} cannot be started: {error.strerror}", hint="agent-vm doctor"
+            ) from error
+
+    def _fail(self, args: Sequence[str], status: int, stderr: str, timeout: int) -> NoReturn:
+        messages = re.findall(r'level=(?:error|fatal) msg="((?:[^"\\]|\\.)*)"', stderr)
+        reason = (
+            messages[-1].replace('\\"', '"').replace("\\n", "; ")
+            if messages
+            else f"status {status}"
+        )
+        if status == -1:
+            reason = f"no answer within {timeout} s"
+        verb = next(arg for arg in args if not arg.startswith("-"))
+        lines = [line for line in stderr.splitlines() if line.strip()]
+        raise AgentVMError(f"limactl {verb} failed: {reason}", details="\n".join(lines[-8:]))
+
+    def version(self) -> tuple[int, ...]:
+        return parse_lima_version(self._run("--version", timeout=30))
+
+    def list(self) -> list[Instance]:
+        return parse_instances(self._run("list", "--format", "json", timeout=min(60, self.timeout)))
+
+    def find(self, name: str) -> Instance | None:
+        return next((instance for instance in self.list() if instance.name == name), None)
+
+    def create(self, name: str, template: str, *options: str) -> None:
+        self._run("create", "--tty=false", f"--name={name}", *options, template)
+
+    def clone(self, source: str, name: str, expression: str, *options: str) -> None:
+        self._run("clone", "--tty=false", source, name, *options, "--set", expression)
+
+    def start(self, name: str, timeout: int) -> None:
+        # Lima's own limit a little shorter than ours, so that its message is the one shown.
+        limit = f"{max(1, timeout - 5)}s"
+        self._run("start", "--tty=false", f"--timeout={limit}", name, timeout=timeout)
+
+    def stop(self, name: str) -> None:
+        self._run("stop", name)
+
+    def delete(self, name: str) -> None:
+        self._run("delete", "-f", name)
+
+    def rename(self, name: str, new: str) -> None:
+        self._run("rename", "--tty=false", name, new)
+
+    def protect(self, name: str) -> None:
+        self._run("protect", name)
+
+    def unprotect(self, name: str) -> None:
+        self._run("unprotect", name)
+
+
+class Guest:
+    """A running instance over ssh, through Lima's control master (0.1 s a call)."""
+
+    def __init__(self, instance: Instance) -> None:
+        self.instance = instance
+        self.ssh = ["ssh", "-F", str(instance.dir / "ssh.config"), "-a", "-x", "-q"]
+        self.host = f"lima-{instance.name}"
+
+    def run(
+        self, command: str, stdin: str = "", timeout: int = 120
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a shell command; its output is returned, stderr merged into stdout."""
+        if log.verbose:
+            log.info(f"+ ssh {self.host} {command[:200]}")
+        try:
+            return subprocess.run(
+                [*self.ssh, self.host, command],
+                input=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout,
+                encoding="utf-8", errors="replace", start_new_session=True, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise AgentVMError(f"{self.host} did not answer within {timeout} s") from error
+
+    def attach(self, argv: Sequence[str], tty: bool, stdin: int | None = None) -> int:
+        """Run argv with our terminal or pipes; its status. ssh joins arguments, hence the quoting."""
+        command = [*self.ssh, "-t" if tty else "-T", self.host, shlex.join(argv)]
+        process = subprocess.Popen(command, stdin=stdin)
+        try:
+            return process.wait()
+        finally:
+            if process.poll() is None:
+                with shielded():
+                    stop_process(process)
+
+    def alive(self) -> bool:
+        with contextlib.suppress(AgentVMError):
+            return self.run("true", timeout=20).returncode == 0
+        return False
+
+
+def boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # macOS
+        return output_of("sysctl", "-n", "kern.bootsessionuuid")
+
+
+def process_start(pid: int) -> str:
+    """When a process started, as the kernel says it; "" when there is none."""
+    try:
+        # After the command name, which may hold anything: state is field 3, starttime 22 (proc(5)).
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if fields[0] == "Z" else fields[19]
+    except (OSError, IndexError):
+        return (
+            ""
+            if os.path.exists("/proc/self/stat")
+            else output_of("ps", "-o", "lstart=", "-p", str(pid))
+        )
+
+
+def output_of(*argv: str) -> str:
+    """First line that a host command prints, or "" when it fails or is missing."""
+    try:
+        result = subprocess.run(
+            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            encoding="utf-8", errors="replace", timeout=20, cwd="/", check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return result.stdout.strip().split("\n")[0] if result.returncode == 0 else ""
+
+
+class Leases:
+    """Files that say which process owns which clone."""
+
+    def __init__(self, folders: Folders) -> None:
+        self.folders = folders
+        self.dir = folders.state / "leases"
+
+    def take(self, name: str, project: str, keep: bool = False) -> None:
+        pid = os.getpid()
+        lease = Lease(name, pid, process_start(pid), boot_id(), project, time.time(), keep)
+        path = self.dir / f"{name}.json"
+        try:
+            path.with_suffix(".tmp").write_text(json.dumps(lease.__dict__) + "\n")
+            path.with_suffix(".tmp").replace(path)
+        except OSError as error:
+            raise AgentVMError(f"cannot write {path}: {error.strerror}") from error
+
+    def drop(self, name: str) -> None:
+        shutil.rmtree(self.folders.state / "links" / name, ignore_errors=True)
+        (self.dir / f"{name}.json").unlink(missing_ok=True)
+
+    def all(self) -> list[Lease]:
+        leases = []
+        for path in sorted(self.dir.glob("*.json")):
+            try:
+                leases.append(lease_from(path.read_text()))
+            except FileNotFoundError:
+                continue  # its run has just ended
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                log.warn(
+                    f"{path} is not a lease ({error}); remove it after checking `agent-vm list`"
+                )
+        return leases
+
+    def orphans(self) -> list[Lease]:
+        boot = boot_id()
+        return [
+            lease
+            for lease in self.all()
+            if not lease.keep and not lease_is_live(lease, boot, process_start)
+        ]
+
+
+def remove_clone(lima: Lima, leases: Leases, name: str) -> None:
+    """Delete an instance of ours and what belongs to it; the lease goes last, so that a failure is retried."""
+    instance_dir = leases.folders.lima_home / name
+    try:
+        lima.delete(name)
+    except AgentVMError:
+        # limactl 2.2 refuses a directory without lima.yaml: a clone that was cut off half-way.
+        if not instance_dir.is_dir() or (instance_dir / "lima.yaml").exists():
+            raise
+    shutil.rmtree(instance_dir, ignore_errors=True)
+    if instance_dir.exists():
+        raise AgentVMError(f"{instance_dir} could not be removed")
+    leases.drop(name)
+
+
+def collect_garbage(lima: Lima, leases: Leases) -> list[str]:
+    """Remove the clones whose run is gone (kill -9, crash, power loss) and say so."""
+    removed = []
+    for lease in leases.orphans():
+        with shielded():
+            existed = (leases.folders.lima_home / lease.name).is_dir()
+            remove_clone(lima, leases, lease.name)
+        if existed:
+            log.info(f"removed {lease.name}: its run ended without cleaning up")
+            removed.append(lease.name)
+    return removed
+
+
+@contextlib.contextmanager
+def file_lock(path: Path, shared: bool = False, wait: bool = True) -> Iterator[bool]:
+    """flock(2) on `path`; yields whether it was obtained. The kernel frees it with the process."""
+    with open(path, "a") as file:
+        flags = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, flags)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+@contextlib.contextmanager
+def lima_dir() -> Iterator[Path]:
+    """The folder of templates: lima/ beside the resolved script, else the embedded copy."""
+    beside = Path(__file__).resolve().parent / "lima"
+    if (beside / "agent-vm.yaml").is_file():
+        yield beside
+        return
+    with tempfile.TemporaryDirectory(prefix="agent-vm-lima-") as folder:
+        write_embedded(Path(folder))
+        yield Path(folder)
+
+
+def write_embedded(folder: Path) -> None:
+    for name, text in EMBEDDED.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755 if name.endswith(".sh") else 0o644)
+
+
+# --- what the commands share ---
+
+
+@dataclass
+class Context:
+    """Everything a command works with, opened once."""
+
+    folders: Folders
+    settings: dict[str, tuple[Any, str]]
+    secrets: Mapping[str, str]  # taken out of os.environ, so that no child inherits them
+    lima: Lima
+    leases: Leases
+
+    @classmethod
+    def open(cls, args: argparse.Namespace, need_lima: bool = True) -> Context:
+        folders = Folders.of(os.environ)
+        config_path = str(folders.config / "config.ini")
+        settings = resolve_settings(vars(args), os.environ, folders.config_values(), config_path)
+        binary = find_limactl(folders)
+        if need_lima and not binary:
+            raise AgentVMError("limactl is not installed", hint="agent-vm setup installs it")
+        folders.make_state()
+        lima = Lima(binary, settings["timeout"][0])
+        return cls(folders, settings, args.secrets, lima, Leases(folders))
+
+    def get(self, name: str) -> Any:
+        return self.settings[name][0]
+
+    def chosen(self, name: str) -> bool:
+        return self.settings[name][1] != "default"
+
+    @property
+    def base(self) -> str:
+        return base_name(self.get("name"))
+
+    def lock(
+        self, name: str, shared: bool = False, wait: bool = True
+    ) -> contextlib.AbstractContextManager[bool]:
+        return file_lock(self.folders.state / name, shared, wait)
+
+    def private_paths(self) -> dict[str, str]:
+        """What no agent may be given by a mount: what confines it, and the keys of the user."""
+        paths = {
+            "agent-vm's state": self.folders.state,
+            "agent-vm's configuration": self.folders.config,
+            "agent-vm's data": self.folders.data,
+            "Lima's home": self.folders.lima_home,
+            "your ssh keys": Path(os.path.expanduser("~/.ssh")),
+        }
+        return {name: os.path.realpath(path) for name, path in paths.items()}
+
+
+def find_limactl(folders: Folders) -> str:
+    own = folders.data / "lima/bin/limactl"
+    return shutil.which("limactl") or (str(own) if os.access(own, os.X_OK) else "")
+
+
+def check_lima_version(lima: Lima) -> None:
+    version = lima.version()
+    if version[:2] < MIN_LIMA:
+        raise AgentVMError(
+            f"limactl {'.'.join(map(str, version))} is too old",
+            hint=f"agent-vm needs Lima {MIN_LIMA[0]}.{MIN_LIMA[1]} or newer",
+        )
+
+
+def confirm(question: str, yes: bool) -> bool:
+    """Ask on the terminal; --yes answers, and without a terminal nobody can."""
+    if yes or not (os.isatty(0) and os.isatty(2)):
+        return yes
+    print(f"agent-vm: {question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def find_credential(context: Context) -> Credential | None:
+    """The credential that a run would use: the environment's, else the stored one."""
+    for name in CREDENTIALS:
+        if context.secrets.get(name):
+            return Credential(name, context.secrets[name], "the environment")
+    path = context.folders.config / "credential"
+    try:
+        with open(path, encoding="utf-8") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            name, _, value = file.read(10_000).strip().partition("=")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise AgentVMError(f"{path} cannot be read: {type(error).__name__}") from error
+    if stat.S_IMODE(mode) & 0o077:
+        raise AgentVMError(
+            f"{path} can be read by others", hint=f"chmod 600 {shlex.quote(str(path))}"
+        )
+    if name not in CREDENTIALS or not value:
+        raise AgentVMError(f"{path} is not what auth set writes", hint="agent-vm auth set")
+    return Credential(name, value, str(path))
+
+
+def recover_base(context: Context) -> None:
+    """A setup that was killed between its two renames left NAME.old only: put it back."""
+    base, old = context.base, context.base + ".old"
+    with context.lock(f"{base}.lock"):
+        names = {instance.name for instance in context.lima.list()}
+        if base not in names and old in names:
+            context.lima.rename(old, base)
+            context.lima.protect(base)
+            log.info(f"restored {base}: a setup was cut off while it replaced it")
+
+
+def find_base(context: Context) -> Instance | None:
+    """The base instance, not running, or None when there is none."""
+    base = context.lima.find(context.base)
+    if base is None and (context.folders.lima_home / (context.base + ".old")).exists():
+        recover_base(context)
+        base = context.lima.find(context.base)
+    if base and base.status == "Running":
+        raise AgentVMError(
+            f"the base instance {base.name} is running, so it cannot be cloned or replaced",
+            hint=f"agent-vm stop {base.name}",
+        )
+    return base
+
+
+def ensure_base(context: Context, args: argparse.Namespace) -> Instance:
+    """The base instance; on a first run, offer to build it."""
+    base = find_base(context)
+    if base is None and confirm(
+        f"there is no base instance {context.base} yet: set it up now?", args.yes
+    ):
+        build_base(context, args)
+        base = find_base(context)
+    if base is None:
+        raise AgentVMError(f"there is no base instance {context.base}", hint="agent-vm setup")
+    if base.status != "Stopped":
+        raise AgentVMError(
+            f"the base instance {base.name} is {base.status.lower()}", hint="agent-vm setup"
+        )
+    return base
+
+
+# --- run: a clone for one agent ---
+
+
+def project_dir() -> str:
+    try:
+        return os.getcwd()  # without symlinks: the same path must be found again by --resume
+    except OSError as error:
+        raise AgentVMError("the current directory does not exist any more") from error
+
+
+def read_line(path: str) -> str:
+    """First line of a small text file, "" when it cannot be read; the agent may have written it."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.readline(4096).strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def worktree_git_dir(project: str) -> str:
+    """The main repository's git dir when `project` is a linked worktree, else "".
+
+    The agent can write `project/.git`. So the git dir counts only when it points back: git keeps
+    COMMON/worktrees/ID/gitdir with the worktree's path (gitrepository-layout(5)), which an agent
+    that has only the worktree cannot have written.
+    """
+    dot_git = os.path.join(project, ".git")
+    pointer = read_line(dot_git) if os.path.isfile(dot_git) else ""
+    if not pointer.startswith("gitdir: "):
+        return ""
+    git_dir = os.path.realpath(os.path.join(project, pointer[len("gitdir: ") :]))
+    parent, _, _ = git_dir.rpartition("/")
+    common, _, name = parent.rpartition("/")
+    back = read_line(os.path.join(git_dir, "gitdir"))
+    if name != "worktrees" or os.path.realpath(os.path.join(git_dir, back)) != os.path.realpath(
+        dot_git
+    ):
+        return ""
+    return "" if not os.path.isfile(common + "/HEAD") or overlaps(common, project) else common
+
+
+def plan_mounts(context: Context, project: str, force: bool) -> list[Mount]:
+    """The project first, then a worktree's repository, then what --mount adds; refusals raise."""
+    mounts = [Mount(project, project, not context.get("readonly"))]
+    common = worktree_git_dir(project)
+    if common:
+        mounts.append(Mount(common, common, not context.get("readonly")))
+    mounts += context.get("mount")
+    home = os.path.realpath(os.path.expanduser("~"))
+    for mount in mounts:
+        for path in (mount.source, mount.target):
+            reason = unusable_path(path)
+            if reason:
+                raise AgentVMError(
+                    f"{path!a} cannot be mounted: {reason}", hint="use another folder"
+                )
+        reason = mount_refusal(mount.source, home, context.private_paths())
+        if reason and not force:
+            raise AgentVMError(
+                f"{mount.source} is not given to an agent: {reason}",
+                hint="cd to a project below it, or say --force-mount",
+            )
+    targets = [mount.target for mount in mounts]
+    double = next((target for target in targets if targets.count(target) > 1), "")
+    if double:
+        raise AgentVMError(f"{double} would be mounted twice")
+    return mounts
+
+
+def session_mount(context: Context, project: str, home: str) -> Mount:
+    """The project's transcripts on the host, where the agent looks for them in the guest."""
+    folder = context.folders.state / "sessions" / session_key(project)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return Mount(str(folder), f"{home}/.claude/projects", True)
+
+
+def guest_variables(context: Context, environ: Mapping[str, str]) -> dict[str, str]:
+    variables = {name: environ[name] for name in PASSED_ENV if environ.get(name)}
+    variables["DISABLE_AUTOUPDATER"] = "1"  # the clone is thrown away; `setup` updates
+    for item in context.get("env"):
+        name, equals, value = item.partition("=")
+        if not equals and name not in environ and name not in context.secrets:
+            raise AgentVMError(f"--env {name}: it is not set on the host")
+        variables[name] = value if equals else environ.get(name, context.secrets.get(name, ""))
+    return variables
+
+
+def host_zone(environ: Mapping[str, str]) -> str:
+    """The host's time zone as a name like Europe/Berlin, "" when it has none."""
+    zone = environ.get("TZ", "").lstrip(":")
+    if not zone:
+        zone = os.path.realpath("/etc/localtime").rpartition("/zoneinfo/")[2]
+    return zone if re.fullmatch(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*", zone) else ""
+
+
+def git_identity(project: str) -> dict[str, str]:
+    """user.name and user.email as git on the host would use them in the project."""
+    keys = ("user.name", "user.email")
+    values = {key: output_of("git", "-C", project, "config", "--get", key) for key in keys}
+    return {key: value for key, value in values.items() if value}
+
+
+def check_hooks(context: Context, project: str) -> list[Path]:
+    """The runtime hooks that exist: the user's, then the project's; unreadable ones raise."""
+    paths = [context.folders.config / "runtime.sh", Path(project, PROJECT_HOOK)]
+    hooks = [path for path in paths if os.path.lexists(path)]
+    for path in hooks:
+        if not os.access(path, os.R_OK) or not path.is_file():
+            raise AgentVMError(
+                f"the hook {path} is not a readable file", hint=f"chmod +r {path}, or remove it"
+            )
+    return hooks
+
+
+def run_hook(guest: Guest, path: Path, inside: bool, workdir: str = ".") -> None:
+    """Run a hook in the guest; `inside`: it is mounted there, else its text is sent.
+
+    The project's own hook is never read on the host: it may be the agent's link to a file of yours.
+    """
+    log.progress(f"running {path}")
+    script = shlex.quote(str(path)) if inside else "~/.agent-vm/hook"
+    send = "" if inside else f"mkdir -p ~/.agent-vm; cat > {script}; "
+    start = f"cd {shlex.quote(workdir)} && [ ! -e ~/.agent-vm/env ] || . ~/.agent-vm/env; "
+    text = "" if inside else path.read_text(encoding="utf-8", errors="surrogateescape")
+    result = guest.run(f"{send}{start}exec bash -l {script} < /dev/null", stdin=text, timeout=3600)
+    if log.verbose:
+        sys.stderr.write(result.stdout)
+    if result.returncode:
+        lines = "\n".join(result.stdout.splitlines()[-15:])
+        raise AgentVMError(f"the hook {path} ended with status {result.returncode}", details=lines)
+
+
+def failure_logs(context: Context, name: str) -> str:
+    """Keep the logs of an instance that will be deleted; their tails and where the rest is."""
+    parts = []
+    for file in ("ha.stderr.log", "serial.log"):
+        source = context.folders.lima_home / name / file
+        kept = context.folders.state / "logs" / f"{name}.{file}"
+        if tail(source):
+            with contextlib.suppress(OSError):
+                shutil.copyfile(source, kept)
+            parts.append(f"--- the end of {file} (all of it: {kept})\n{tail(source)}")
+    return "\n".join(parts)
+
+
+@contextlib.contextmanager
+def logs_on_failure(context: Context, name: str) -> Iterator[None]:
+    try:
+        yield
+    except AgentVMError as error:
+        error.details = "\n".join(
+            part for part in (error.details, failure_logs(context, name)) if part
+        )
+        raise
+
+
+@contextlib.contextmanager
+def disposable(context: Context, project: str, keep: bool) -> Iterator[str]:
+    """The name of a clone to be, leased; whatever happens, the clone is deleted at the end."""
+    name = clone_name(
+        os.path.basename(project), secrets.token_hex(3), str(context.folders.lima_home)
+    )
+    context.leases.take(name, project)
+    ended_well = False
+    try:
+        yield name
+        ended_well = True
+    finally:
+        with shielded():
+            if keep and ended_well:
+                context.leases.take(name, project, keep=True)
+                log.info(
+                    f"kept {name}: reach it with `limactl shell {name}`, remove it with `agent-vm rm {name}`"
+                )
+            else:
+                try_remove(context, name)
+
+
+def try_remove(context: Context, name: str) -> None:
+    """A failure here must not replace the agent's status; the lease makes the next command retry."""
+    try:
+        remove_clone(context.lima, context.leases, name)
+    except AgentVMError as error:
+        log.warn(f"{name} could not be deleted ({error}); the next command tries again")
+
+
+def make_clone(context: Context, base: Instance, name: str, mounts: Sequence[Mount]) -> Instance:
+    """Clone the base instance and refuse what Lima's own defaults would add to it."""
+    links = context.folders.state / "links" / name
+    planned = lima_mounts(mounts, links)
+    for mount, plan in zip(mounts, planned):
+        if plan["location"] != mount.source:
+            links.mkdir(mode=0o700, exist_ok=True)
+            os.symlink(mount.source, plan["location"])
+    mount_type = CONFINED_MOUNT_TYPE.get(base.vm_type)
+    if not mount_type:
+        raise AgentVMError(
+            f"{base.name} is a {base.vm_type} instance: no mount type of it is confined by the host"
+        )
+    sizes = [f"--{key}={context.get(key)}" for key in ("cpus", "memory") if context.chosen(key)]
+    expression = clone_expression(planned, mount_type, forward=not context.get("no-forward"))
+    with context.lock(f"{context.base}.lock", shared=True):  # a setup must not swap it meanwhile
+        context.lima.clone(base.name, name, expression, *sizes)
+    clone = context.lima.find(name)
+    faults = isolation_faults(clone, planned) if clone else ["is not listed by limactl"]
+    if clone is None or faults:
+        raise AgentVMError(
+            f"the clone would not be confined: it {'; it '.join(faults)}",
+            hint=f"look into {context.folders.lima_home}/_config/default.yaml and override.yaml",
+        )
+    return clone
+
+
+def check_status(context: Context, guest: Guest, status: int) -> int:
+    """ssh says 255 for a lost connection, and an agent may say 255 too: ask whether the VM is there."""
+    if status == 255 and not guest.alive():
+        raise AgentVMError(
+            "the VM was lost while it ran", details=failure_logs(context, guest.instance.name)
+        )
+    return status
+
+
+def run_in_clone(context: Context, args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Clone, start, prepare, run argv in the project, delete. Returns argv's status."""
+    project = project_dir()
+    mounts = plan_mounts(context, project, args.force_mount)
+    hooks = check_hooks(context, project)
+    credential = find_credential(context)
+    variables = guest_variables(context, os.environ)
+    base = ensure_base(context, args)
+    mounts.append(session_mount(context, project, base.home))
+    script = prepare_script(
+        mounts, project, variables, credential, git_identity(project), host_zone(os.environ)
+    )
+    with disposable(context, project, args.keep) as name:
+        with logs_on_failure(context, name):
+            log.progress(f"starting {name}")
+            clone = make_clone(context, base, name, mounts)
+            context.lima.start(name, context.lima.timeout)
+            guest = Guest(clone)
+            prepared = guest.run("bash -s", stdin=script)
+            if prepared.returncode:
+                raise AgentVMError(
+                    "the VM could not be prepared", details=prepared.stdout.strip()[-2000:]
+                )
+        for path in hooks:
+            run_hook(guest, path, path.parent == Path(project), project)
+        return attach_agent(context, guest, project, argv)
+
+
+def attach_agent(context: Context, guest: Guest, project: str, argv: Sequence[str]) -> int:
+    tty = os.isatty(0) and os.isatty(1)
+    # An agent whose output goes to a file must not wait for a terminal that it does not have.
+    stdin = subprocess.DEVNULL if os.isatty(0) and not tty and tuple(argv[:2]) == AGENT else None
+    launch = f"{guest.instance.home}/.agent-vm/launch"
+    try:
+        status = guest.attach([launch, "--agent", project, *argv], tty, stdin)
+    except Interrupted:
+        with shielded(), contextlib.suppress(AgentVMError):
+            guest.run("sync", timeout=20)  # what the agent wrote so far is kept
+        raise
+    return check_status(context, guest, status)
+
+
+# --- setup: the base instance ---
+
+
+def host_facts(folders: Folders) -> HostFacts:
+    machine = platform.machine()
+    qemu = "qemu-system-" + {"arm64": "aarch64"}.get(machine, machine)
+    existing = next(
+        path for path in (folders.lima_home, *folders.lima_home.parents) if path.exists()
+    )
+    os_release = ""
+    with contextlib.suppress(OSError):
+        os_release = Path("/etc/os-release").read_text()
+    return HostFacts(
+        system=platform.system(),
+        machine=machine,
+        root=os.geteuid() == 0,
+        cpus=os.cpu_count() or 1,
+        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        disk_free=shutil.disk_usage(existing).free,
+        kvm=os.access("/dev/kvm", os.R_OK | os.W_OK),
+        qemu=shutil.which(qemu) is not None or shutil.which("qemu-kvm") is not None,
+        qemu_img=shutil.which("qemu-img") is not None,
+        os_release=parse_os_release(os_release),
+    )
+
+
+def sizes_for(context: Context, host: HostFacts) -> dict[str, int]:
+    """cpus, memory (GiB) and disk (GB); defaults are clamped to half of the host's, and it is said."""
+    sizes = {"disk": context.get("disk")}
+    for name, total in (("cpus", host.cpus), ("memory", host.memory >> 30)):
+        wanted = context.get(name)
+        sizes[name] = wanted if context.chosen(name) else clamp(wanted, total)
+        if sizes[name] != wanted:
+            log.info(f"{name}: {sizes[name]}, half of this host's (the default is {wanted})")
+    return sizes
+
+
+def preflight(context: Context, args: argparse.Namespace) -> dict[str, int]:
+    """Everything that can be known before anything is created; returns the sizes."""
+    host = host_facts(context.folders)
+    if host.root:
+        raise AgentVMError(*setup_problems(host, False, 0)[0])
+    install = qemu_install_command(host.os_release, host.machine)
+    if host.system == "Linux" and install and not (host.qemu and host.qemu_img):
+        log.info(f"QEMU is not installed. This installs it: {install}")
+        if confirm("run it?", args.yes):
+            subprocess.run(shlex.split(install), stdout=sys.stderr, check=False)
+            host = host_facts(context.folders)
+    problems = setup_problems(
+        host, context.get("minimal"), context.get("memory") if context.chosen("memory") else 0
+    )
+    if problems:
+        more = "".join(f"\nalso: {problem} ({step})" for problem, step in problems[1:])
+        raise AgentVMError(problems[0][0], hint=problems[0][1] + more)
+    if host.system == "Linux" and not host.kvm:
+        log.warn("no usable /dev/kvm: the VM is emulated and slow (is your user in the group kvm?)")
+    if not context.lima.binary:
+        context.lima.binary = install_lima(context, args.yes)
+    check_lima_version(context.lima)
+    return sizes_for(context, host)
+
+
+def install_lima(context: Context, yes: bool) -> str:
+    """Install Lima with Homebrew, else from its release below our data folder; limactl's path."""
+    if shutil.which("brew"):
+        if not confirm("Lima is not installed: run `brew install lima`?", yes):
+            raise AgentVMError("Lima is not installed", hint="brew install lima, or setup --yes")
+        subprocess.run(["brew", "install", "lima"], stdout=sys.stderr, check=False)
+    else:
+        url, target = context.get("lima-url"), context.folders.data / "lima"
+        if not confirm(f"Lima is not installed: get it from {url} into {target}?", yes):
+            raise AgentVMError("Lima is not installed", hint="install it, or setup --yes")
+        download_lima(url.rstrip("/"), target)
+    binary = find_limactl(context.folders)
+    if not binary:
+        raise AgentVMError(
+            "Lima could not be installed", hint="see https://lima-vm.io/docs/installation/"
+        )
+    return binary
+
+
+def lima_archive_name(system: str, machine: str, version: str) -> str:
+    arch = {"arm64": "arm64" if system == "Darwin" else "aarch64"}.get(machine, machine)
+    return f"lima-{version}-{system}-{arch}.tar.gz"
+
+
+def download_lima(url: str, target: Path) -> None:
+    """The release archive, checked against the release's SHA256SUMS, unpacked as `target`."""
+    import tarfile  # here: they cost every other command 30 ms
+
+    name = lima_archive_name(platform.system(), platform.machine(), LIMA_RELEASE)
+    sums = fetch(f"{url}/SHA256SUMS").decode(errors="replace")
+    wanted = next(
+        (line.split()[0] for line in sums.splitlines() if line.endswith((f" {name}", f"*{name}"))),
+        "",
+    )
+    if not wanted:
+        raise AgentVMError(f"{url}/SHA256SUMS does not name {name}", hint="install Lima by hand")
+    log.step(f"getting {name}")
+    archive = fetch(f"{url}/{name}")
+    if hashlib.sha256(archive).hexdigest() != wanted.lower():
+        raise AgentVMError(
+            f"{name} does not have the checksum of {url}/SHA256SUMS", hint="try another --lima-url"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        archive_path = Path(folder, name)
+        archive_path.write_bytes(archive)
+        with tarfile.open(archive_path) as tar:
+            tar.extractall(Path(folder, "lima"))
+        shutil.rmtree(target, ignore_errors=True)
+        Path(folder, "lima").replace(target)
+
+
+def fetch(url: str) -> bytes:
+    import urllib.error  # here: they cost every other command 30 ms
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response:
+            return bytes(response.read())
+    except (OSError, ValueError) as error:
+        raise AgentVMError(
+            f"{url}: {getattr(error, 'reason', error)}", hint="--lima-url takes a mirror"
+        ) from error
+
+
+def npm_registry(context: Context) -> str:
+    """--npm-registry, else what npm on the host is configured with (without a password), else ""."""
+    if context.get("npm-registry"):
+        return str(context.get("npm-registry"))
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        return web_address(output_of("npm", "config", "get", "registry"))
+    return ""
+
+
+def create_expression(
+    params: Mapping[str, str], image: str, digest: str, arch: str, certificates: Sequence[str]
+) -> str:
+    """What `limactl create --set` changes in the template; pure."""
+    parts = [".mountTypesUnsupported = []"]
+    parts += [f".param.{name} = {yq_value(value)}" for name, value in params.items() if value]
+    if image:
+        entry = {"location": image, "arch": arch, **({"digest": digest} if digest else {})}
+        parts.append(f".images = {yq_value([entry])}")
+    if certificates:
+        parts.append(f".caCerts.certs = (.caCerts.certs // []) + {yq_value(list(certificates))}")
+    return " | ".join(parts)
+
+
+def template_expression(context: Context, environ: Mapping[str, str]) -> str:
+    params = {
+        "minimal": "true" if context.get("minimal") else "",
+        "aptMirror": context.get("apt-mirror"),
+        "npmRegistry": npm_registry(context),
+        "locale": ""
+        if context.get("template")
+        else environ.get("LC_ALL") or environ.get("LANG", ""),
+    }
+    arch = {"arm64": "aarch64", "amd64": "x86_64"}.get(platform.machine(), platform.machine())
+    certificates = [Path(path).read_text() for path in context.get("ca-cert")]
+    return create_expression(
+        params, context.get("image"), context.get("image-digest"), arch, certificates
+    )
+
+
+class ProvisionLog:
+    """Follows the guest's provisioning log while `limactl start` waits: its steps are our progress."""
+
+    def __init__(self, instance_dir: Path, name: str) -> None:
+        config = str(instance_dir / "ssh.config")
+        # Not through Lima's control master: boot ends the first user session, and it with it.
+        self.command = [
+            "ssh", "-F", config, "-q", "-o", "ControlMaster=no", "-o", "ControlPath=none", f"lima-{name}",
+            f"tail -n +1 -F {PROVISION_LOG} 2> /dev/null",
+        ]  # fmt: skip
+        self.config = config
+        self.lines: deque[str] = deque(maxlen=40)
+        self.seen: set[str] = set()
+        self.process: subprocess.Popen[str] | None = None
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self.follow, daemon=True)
+
+    def follow(self) -> None:
+        while not self.done.wait(2):
+            if not os.path.exists(self.config):
+                continue
+            self.process = subprocess.Popen(
+                self.command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                encoding="utf-8", errors="replace", start_new_session=True,
+            )  # fmt: skip
+            assert self.process.stdout
+            for line in self.process.stdout:
+                self.take(line.rstrip("\n"))
+            self.process.wait()
+
+    def take(self, line: str) -> None:
+        self.lines.append(line)
+        if line.startswith("agent-vm: ") and line not in self.seen:
+            log.step(line[len("agent-vm: ") :])
+            self.seen.add(line)
+        elif log.verbose:
+            print(line, file=sys.stderr)
+
+    def __enter__(self) -> ProvisionLog:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.done.set()
+        if self.process and self.process.poll() is None:
+            stop_process(self.process)
+        self.thread.join(timeout=5)
+
+
+ESSENTIAL_CHECKS = ("claude --version", "git --version", "jq --version")
+FULL_CHECKS = (
+    "curl --version", "gcc --version", "python3 -m venv /tmp/smoke", "node --version", "npm --version",
+    "rg --version", "fd --version", "gh --version", "docker compose version", "docker buildx version",
+    "sg docker -c 'docker version'",
+    "chromium --headless --disable-gpu --dump-dom data:text/html,smoke-test | grep smoke-test",
+)  # fmt: skip
+# The next boot may take any installed kernel; each must have the mount type that the host confines.
+KERNEL_CHECK = 'for k in /boot/vmlinuz-*; do /sbin/modinfo -k "${k#*/vmlinuz-}" 9p; done'
+
+
+def smoke_test(guest: Guest, minimal: bool, provisioned: bool) -> None:
+    """What a run needs answers in the guest; a template of the user's own owes the essentials only."""
+    checks = [*ESSENTIAL_CHECKS]
+    if provisioned and not minimal:
+        checks += FULL_CHECKS
+    if guest.instance.vm_type == "qemu":
+        checks.append(KERNEL_CHECK)
+    for check in checks:
+        result = guest.run(f"bash -lc {shlex.quote('set -e -o pipefail; ' + check)}", timeout=600)
+        if result.returncode:
+            raise AgentVMError(
+                f"the new base instance failed its smoke test: {check}",
+                details="\n".join(result.stdout.splitlines()[-10:]),
+            )
+
+
+def check_provisioned(guest: Guest, provision_log: ProvisionLog, kept_log: Path) -> bool:
+    """Lima reports a failed provision script only in a log: look for each script's own marker."""
+    result = guest.run(f"cat {PROVISION_LOG} && echo && ls /var/lib/agent-vm/done")
+    if result.returncode and not provision_log.lines:
+        return False  # not our template
+    kept_log.write_text(result.stdout)
+    done = set(result.stdout.split("\n")[-8:])
+    with lima_dir() as folder:
+        missing = [
+            path.stem for path in sorted(folder.glob("provision/*.sh")) if path.stem not in done
+        ]
+    if missing:
+        lines = list(provision_log.lines) or result.stdout.splitlines()
+        raise AgentVMError(
+            f"the provision script {missing[0]}.sh failed",
+            details="\n".join([*lines[-15:], f"--- the whole log: {kept_log}"]),
+        )
+    return True
+
+
+def setup_hooks(context: Context) -> list[Path]:
+    paths = [Path(os.path.expanduser("~/.claude-vm.setup.sh")), context.folders.config / "setup.sh"]
+    hooks = [path for path in paths if os.path.lexists(path)]
+    for path in hooks:
+        if not os.access(path, os.R_OK) or not path.is_file():
+            raise AgentVMError(
+                f"the hook {path} is not a readable file", hint=f"chmod +r {path}, or remove it"
+            )
+    return hooks
+
+
+def log_in(context: Context, guest: Guest) -> None:
+    """Without a credential on the host: log in once, in the guest, when somebody is there to do it."""
+    if find_credential(context):
+        return
+    if not (os.isatty(0) and os.isatty(1)):
+        log.info(
+            "no credential yet: `agent-vm auth set` stores one, or set CLAUDE_CODE_OAUTH_TOKEN"
+        )
+        return
+    log.info("Claude starts now for its login. The login is kept in the base instance, so every VM")
+    log.info(
+        "has a copy. To keep it out: Ctrl-C here, then `claude setup-token` and `agent-vm auth set`."
+    )
+    guest.attach(["bash", "-lc", "claude auth login"], tty=True)
+
+
+def build_base(context: Context, args: argparse.Namespace) -> None:
+    """Build NAME.new beside the base instance, test it, then let it take the name."""
+    log.quiet = False
+    sizes = preflight(context, args)
+    hooks = setup_hooks(context)
+    with context.lock(f"{context.base}.setup.lock", wait=False) as free:
+        if not free:
+            raise AgentVMError(
+                f"another setup of {context.base} is running", hint="wait for it to end"
+            )
+        base = find_base(context)  # one that runs could not be replaced at the end
+        new = context.base + ".new"
+        if (context.folders.lima_home / new).exists():
+            log.info(f"removing {new}, left by a setup that was cut off")
+            remove_clone(context.lima, context.leases, new)
+        context.leases.take(new, "")
+        try:
+            notes = provision(context, new, sizes, hooks)
+            swap_base(context)
+        finally:
+            with shielded():
+                if (context.folders.lima_home / new).exists():
+                    try_remove(context, new)
+                context.leases.drop(new)
+    report_setup(context, notes, replaced=base is not None)
+
+
+def provision(
+    context: Context, new: str, sizes: Mapping[str, int], hooks: Sequence[Path]
+) -> list[str]:
+    """Create, boot, provision, test and stop the instance `new`; the fall-backs that it noted."""
+    options = [f"--{name}={value}" for name, value in sizes.items()]
+    expression = template_expression(context, os.environ)
+    kept_log = context.folders.state / "logs" / "setup.log"
+    with lima_dir() as folder, logs_on_failure(context, new):
+        log.step(f"creating {new} (Lima gets the disk image on the first time)")
+        template = context.get("template") or str(folder / "agent-vm.yaml")
+        context.lima.create(new, template, *options, "--set", expression)
+        instance = context.lima.find(new)
+        if instance is None or instance.mounts:
+            raise AgentVMError(
+                f"{new} would mount {instance.mounts if instance else 'nothing: it is not there'}"
+            )
+        log.step(f"starting {new}")
+        with ProvisionLog(instance.dir, new) as provision_log:
+            context.lima.start(new, 9 * context.lima.timeout)
+        guest = Guest(instance)
+        provisioned = check_provisioned(guest, provision_log, kept_log)
+        for path in hooks:
+            log.step(f"running {path}")
+            run_hook(guest, path, inside=False)
+        log.step("testing it")
+        smoke_test(guest, context.get("minimal"), provisioned)
+        notes = guest.run("cat /var/lib/agent-vm/notes 2> /dev/null").stdout.splitlines()
+        log_in(context, guest)
+        log.step("stopping it")
+        context.lima.stop(new)
+    return notes
+
+
+def swap_base(context: Context) -> None:
+    """NAME becomes NAME.old, NAME.new becomes NAME; recover_base() repairs half a swap."""
+    base, new, old = context.base, context.base + ".new", context.base + ".old"
+    with shielded(), context.lock(f"{base}.lock"):
+        names = {instance.name: instance.status for instance in context.lima.list()}
+        if names.get(base) == "Broken":  # nothing that could be cloned or rolled back to
+            remove_clone(context.lima, context.leases, base)
+            del names[base]
+        if base in names:
+            if old in names:
+                context.lima.unprotect(old)
+                context.lima.delete(old)
+            context.lima.rename(base, old)
+        context.lima.rename(new, base)
+        context.lima.protect(base)  # a rename drops the protection
+        if base in names:
+            context.lima.protect(old)
+
+
+def report_setup(context: Context, notes: Sequence[str], replaced: bool) -> None:
+    log.step(f"{context.base} is ready")
+    for note in notes:
+        log.info(f"note: {note}")
+    if replaced:
+        log.info("the previous one is kept until the next setup: agent-vm setup --rollback")
+
+
+def roll_back(context: Context) -> None:
+    """Exchange the base instance and the previous one."""
+    base, new, old = context.base, context.base + ".new", context.base + ".old"
+    with context.lock(f"{base}.setup.lock", wait=False) as free:
+        if not free:
+            raise AgentVMError(f"a setup of {base} is running", hint="wait for it to end")
+        find_base(context)
+        with shielded(), context.lock(f"{base}.lock"):
+            names = {instance.name for instance in context.lima.list()}
+            if not {base, old} <= names:
+                raise AgentVMError(f"there is no {old} to go back to", hint="agent-vm list")
+            for source, target in ((base, new), (old, base), (new, old)):
+                context.lima.rename(source, target)
+            context.lima.protect(base)
+            context.lima.protect(old)
+    log.info(f"{base} is the previous one again; {old} is the one that it replaces")
+
+
+# --- commands ---
+
+
+def cmd_setup(args: argparse.Namespace) -> int:
+    context = Context.open(args, need_lima=False)
+    if context.lima.binary:
+        collect_garbage(context.lima, context.leases)
+    if args.rollback:
+        roll_back(context)
+    else:
+        build_base(context, args)
+    return 0
+
+
+def cmd_run(args: argparse.Namespace) -> int:
+    return start_run(args, [*AGENT, *args.command])
+
+
+def cmd_shell(args: argparse.Namespace) -> int:
+    return start_run(args, args.command or ["bash", "-l"])
+
+
+def start_run(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    context = Context.open(args, need_lima=not args.yes)
+    if context.lima.binary:
+        collect_garbage(context.lima, context.leases)
+    return run_in_clone(context, args, argv)
+
+
+def our_instances(context: Context) -> list[dict[str, Any]]:
+    """What `list` shows, a dict an instance; also what --json prints."""
+    leases = {lease.name: lease for lease in context.leases.all()}
+    orphans = {lease.name for lease in context.leases.orphans()}
+    rows = []
+    for instance in context.lima.list():
+        lease = leases.get(instance.name)
+        if not (lease or CLONE_NAME.fullmatch(instance.name) or BASE_NAME.fullmatch(instance.name)):
+            continue
+        role = "base" if BASE_NAME.fullmatch(instance.name) else "clone"
+        if lease and role == "clone":
+            role = "kept" if lease.keep else "orphan" if instance.name in orphans else "running"
+        rows.append({
+            "name": instance.name,
+            "status": instance.status,
+            "role": role,
+            "project": lease.project if lease else "",
+            "age_seconds": round(time.time() - (lease.created if lease else created(instance))),
+            "cpus": instance.cpus,
+            "memory_bytes": instance.memory,
+            "disk_bytes": disk_usage(instance.dir),
+        })  # fmt: skip
+    return rows
+
+
+def created(instance: Instance) -> float:
+    try:
+        return (instance.dir / "lima-version").stat().st_mtime
+    except OSError:
+        return time.time()
+
+
+def disk_usage(folder: Path) -> int:
+    """Bytes that the files of a folder occupy; sparse disks count what they hold."""
+    total = 0
+    with contextlib.suppress(OSError):
+        total = sum(path.lstat().st_blocks * 512 for path in folder.iterdir())
+    return total
+
+
+def human_age(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f}{unit}"
+    return f"{seconds:.0f}s"
+
+
+def human_size(size: float) -> str:
+    return f"{size / (1 << 30):.1f} GiB" if size >= 1 << 29 else f"{size / (1 << 20):.0f} MiB"
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def cmd_list(args: argparse.Namespace) -> int:
+    rows = our_instances(Context.open(args))
+    if args.json:
+        for row in rows:
+            print(json.dumps(row))
+        return 0
+    table = [("NAME", "STATUS", "ROLE", "AGE", "DISK", "PROJECT")]
+    table += [
+        (row["name"], row["status"], row["role"], human_age(row["age_seconds"]), human_size(row["disk_bytes"]),
+         printable(row["project"]))
+        for row in rows
+    ]  # fmt: skip
+    print_table(table)
+    return 0
+
+
+def printable(text: str) -> str:
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def instance_named(context: Context, name: str) -> Instance:
+    if not (CLONE_NAME.fullmatch(name) or BASE_NAME.fullmatch(name)):
+        raise AgentVMError(f"{name!r} is not an instance of agent-vm", hint="agent-vm list")
+    instance = context.lima.find(name)
+    if instance is None:
+        raise AgentVMError(f"instance {name} does not exist", hint="agent-vm list")
+    return instance
+
+
+def cmd_stop(args: argparse.Namespace) -> int:
+    context = Context.open(args)
+    instance = instance_named(context, args.instance)
+    if instance.status == "Running":
+        context.lima.stop(instance.name)
+    return 0
+
+
+def cmd_rm(args: argparse.Namespace) -> int:
+    context = Context.open(args)
+    instance = instance_named(context, args.instance)
+    orphans = {lease.name for lease in context.leases.orphans()}
+    lease = next((lease for lease in context.leases.all() if lease.name == instance.name), None)
+    if BASE_NAME.fullmatch(instance.name) and not args.force:
+        raise AgentVMError(f"{instance.name} is a base instance", hint="rm --force removes it")
+    if lease and not lease.keep and instance.name not in orphans and not args.force:
+        raise AgentVMError(
+            f"{instance.name} is in use by process {lease.pid}", hint="end that run, or rm --force"
+        )
+    if instance.protected:
+        context.lima.unprotect(instance.name)
+    remove_clone(context.lima, context.leases, instance.name)
+    return 0
+
+
+def cmd_gc(args: argparse.Namespace) -> int:
+    context = Context.open(args)
+    sizes = {
+        lease.name: disk_usage(context.folders.lima_home / lease.name)
+        for lease in context.leases.orphans()
+    }
+    if args.dry_run:
+        for name, size in sizes.items():
+            print(f"{name}  {human_size(size)}")
+        return 0
+    for name in collect_garbage(context.lima, context.leases):
+        print(f"{name}  {human_size(sizes.get(name, 0))}")
+    return 0
+
+
+def cmd_ssh_config(args: argparse.Namespace) -> int:
+    instance = instance_named(Context.open(args), args.instance)
+    if instance.status != "Running":
+        raise AgentVMError(f"{instance.name} is {instance.status.lower()}: it has no ssh port")
+    print((instance.dir / "ssh.config").read_text(), end="")
+    return 0
+
+
+def cmd_auth(args: argparse.Namespace) -> int:
+    context = Context.open(args, need_lima=False)
+    actions = {"set": auth_set, "status": auth_status, "clear": auth_clear}
+    return actions[args.action](context)
+
+
+def auth_set(context: Context) -> int:
+    """Store the credential that stdin holds: an OAuth token of `claude setup-token`, or an API key."""
+    if os.isatty(0):
+        import getpass
+
+        value = getpass.getpass("token from `claude setup-token`, or API key (not shown): ").strip()
+    else:
+        value = sys.stdin.readline(10_000).strip()
+    name = next(
+        (name for prefix, name in CREDENTIAL_PREFIX.items() if value.startswith(prefix)), ""
+    )
+    if not name or not re.fullmatch(r"[\w.-]+", value, re.ASCII):
+        raise AgentVMError(
+            "stdin holds neither an OAuth token (sk-ant-oat…) nor an API key (sk-ant-api…)",
+            hint="run `claude setup-token` on any machine and paste what it prints",
+        )
+    path = context.folders.config / "credential"
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, delete=False
+        ) as file:  # made with 0600
+            file.write(f"{name}={value}\n")
+        os.replace(file.name, path)
+    except OSError as error:
+        raise AgentVMError(f"cannot write {path}: {error.strerror}") from error
+    log.info(f"stored as {name} in {path}")
+    return 0
+
+
+def auth_status(context: Context) -> int:
+    credential = find_credential(context)
+    if credential is None:
+        print(
+            "no credential on the host; an agent uses the login in the base instance, if there is one"
+        )
+        print("that login, if any, is in every VM")
+        return 1
+    print(f"{credential.name} from {credential.origin}")
+    print("it enters the guest: the agent there can read it")
+    return 0
+
+
+def auth_clear(context: Context) -> int:
+    (context.folders.config / "credential").unlink(missing_ok=True)
+    return 0
+
+
+def cmd_info(args: argparse.Namespace) -> int:
+    context = Context.open(args, need_lima=False)
+    with lima_dir() as folder:
+        beside = folder.parent == Path(__file__).resolve().parent
+        template = context.get("template") or (
+            str(folder) if beside else "the copy inside the script"
+        )
+    rows = [("SETTING", "VALUE", "FROM")]
+    for name, (value, origin) in context.settings.items():
+        shown = " ".join(str(item) for item in value) if isinstance(value, tuple) else str(value)
+        if name == "env":  # a value may be a secret
+            shown = " ".join(item.partition("=")[0] for item in value)
+        rows.append((name, shown or "-", origin))
+    print_table(rows)
+    print()
+    print_table([
+        ("agent-vm", f"{__version__}, {Path(__file__).resolve()}"),
+        ("limactl", context.lima.binary or "not installed"),
+        ("template", template),
+        ("base instance", context.base),
+        ("state", str(context.folders.state)),
+        ("config", str(context.folders.config)),
+        ("data", str(context.folders.data)),
+        ("Lima's home", str(context.folders.lima_home)),
+    ])  # fmt: skip
+    return 0
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    level: str  # ok, warn or fail
+    message: str
+    fix: str = ""
+
+
+def cmd_doctor(args: argparse.Namespace) -> int:
+    context = Context.open(args, need_lima=False)
+    checks = [*host_checks(context), *lima_checks(context), *run_checks(context)]
+    for check in checks:
+        if args.json:
+            print(json.dumps(check.__dict__))
+        else:
+            print(
+                f"{check.level:<5} {check.name}: {check.message}"
+                + (f"\n      fix: {check.fix}" if check.fix else "")
+            )
+    return 1 if any(check.level == "fail" for check in checks) else 0
+
+
+def host_checks(context: Context) -> Iterator[Check]:
+    host = host_facts(context.folders)
+    problems = setup_problems(host, context.get("minimal"), 0)
+    for problem, fix in problems:
+        yield Check("host", "fail", problem, fix)
+    if not problems:
+        free = human_size(host.disk_free)
+        yield Check(
+            "host", "ok", f"{host.cpus} CPUs, {human_size(host.memory)} memory, {free} free"
+        )
+    if host.system == "Linux":
+        kvm = Check("kvm", "ok", "/dev/kvm is usable")
+        slow = Check(
+            "kvm",
+            "warn",
+            "no usable /dev/kvm: VMs are slow",
+            "sudo usermod -aG kvm $USER, log in again",
+        )
+        yield kvm if host.kvm else slow
+    for tool, level in (("ssh", "fail"), ("git", "warn"), ("openssl", "warn")):
+        path = shutil.which(tool)
+        yield (
+            Check(tool, "ok", path)
+            if path
+            else Check(tool, level, "not installed", f"install {tool}")
+        )
+
+
+def lima_checks(context: Context) -> Iterator[Check]:
+    if not context.lima.binary:
+        yield Check("lima", "fail", "limactl is not installed", "agent-vm setup installs it")
+        return
+    try:
+        check_lima_version(context.lima)
+        version = ".".join(map(str, context.lima.version()))
+        yield Check("lima", "ok", f"{version} ({context.lima.binary})")
+        instances = context.lima.list()
+    except AgentVMError as error:
+        yield Check("lima", "fail", str(error), error.hint)
+        instances = None
+    yield from half_made(context.folders.lima_home)
+    if instances is None:
+        return
+    base = next((instance for instance in instances if instance.name == context.base), None)
+    if base is None:
+        yield Check("base instance", "fail", f"there is no {context.base}", "agent-vm setup")
+    elif base.status != "Stopped":
+        fix = f"agent-vm stop {base.name}" if base.status == "Running" else "agent-vm setup"
+        yield Check("base instance", "fail", f"{base.name} is {base.status.lower()}", fix)
+    else:
+        days = (time.time() - created(base)) / 86400
+        fix = "agent-vm setup brings it up to date" if days > 30 else ""
+        yield Check(
+            "base instance", "warn" if fix else "ok", f"{base.name}, {days:.0f} days old", fix
+        )
+
+
+def half_made(lima_home: Path) -> Iterator[Check]:
+    """Instance folders without lima.yaml: an older limactl fails on every verb because of one."""
+    for folder in sorted(lima_home.glob("[!_.]*")):
+        if folder.is_dir() and not (folder / "lima.yaml").exists():
+            fix = f"rm -r {shlex.quote(str(folder))}  (when no limactl is working on it)"
+            yield Check("lima", "warn", f"{folder} is half-made", fix)
+
+
+def run_checks(context: Context) -> Iterator[Check]:
+    orphans = context.leases.orphans()
+    if orphans:
+        names = ", ".join(lease.name for lease in orphans)
+        yield Check("orphans", "warn", f"{names}: their runs are gone", "agent-vm gc")
+    else:
+        yield Check("orphans", "ok", "none")
+    try:
+        credential = find_credential(context)
+    except AgentVMError as error:
+        yield Check("credential", "fail", str(error), error.hint)
+        return
+    if credential:
+        yield Check(
+            "credential", "ok", f"{credential.name} from {credential.origin}; it enters the guest"
+        )
+    else:
+        yield Check(
+            "credential",
+            "warn",
+            "none on the host",
+            "agent-vm auth set, unless the base instance is logged in",
+        )
+
+
+def cmd_template(args: argparse.Namespace) -> int:
+    with lima_dir() as folder:
+        if args.action == "show":
+            print((folder / "agent-vm.yaml").read_text(), end="")
+            return 0
+        if not args.directory:
+            raise AgentVMError(
+                "template export: which directory?", hint="agent-vm template export DIR"
+            )
+        target = Path(args.directory)
+        try:
+            shutil.copytree(folder, target)
+        except FileExistsError as error:
+            raise AgentVMError(f"{target} exists", hint="name a new directory") from error
+        except OSError as error:
+            raise AgentVMError(f"cannot write {target}: {error}") from error
+    log.info(f"edit {target}/agent-vm.yaml, then: agent-vm setup --template {target}/agent-vm.yaml")
+    return 0
+
+
+SHELL_FUNCTIONS = {
+    "agent-vm": "",
+    "claude-vm-setup": "setup",
+    "claude-vm": "run --",
+    "claude-vm-shell": "shell",
+}
+
+
+def cmd_shell_init(args: argparse.Namespace) -> int:
+    """Shell functions; everything after `claude-vm` is the agent's, so no flag of ours can clash."""
+    command = shlex.join([sys.executable, os.path.realpath(__file__)])
+    for name, verb in SHELL_FUNCTIONS.items():
+        line = f"{command} {verb}".rstrip()
+        if args.shell == "fish":
+            print(f"function {name}; {line} $argv; end")
+        else:
+            print(f'{name}() {{ {line} "$@"; }}')
+    return 0
+
+
+def parser_words(parser: argparse.ArgumentParser) -> dict[str, list[str]]:
+    """verb -> its options; "" -> the verbs. What completion offers, read from the parser."""
+    verbs = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
+    words = {"": [*verbs]}
+    for verb, sub in verbs.items():
+        words[verb] = [option for action in sub._actions for option in action.option_strings]
+        words[verb] += [str(choice) for action in sub._actions for choice in action.choices or ()]
+    return words
+
+
+def cmd_completion(args: argparse.Namespace) -> int:
+    words = parser_words(build_parser())
+    render = {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion}
+    print(render[args.shell](words))
+    return 0
+
+
+def bash_completion(words: Mapping[str, Sequence[str]]) -> str:
+    cases = "\n".join(
+        f"    {verb}) words={shlex.quote(' '.join(of))} ;;" for verb, of in words.items() if verb
+    )
+    return f"""# shellcheck shell=bash
+_agent_vm() {{
+  local words
+  COMPREPLY=()
+  case "${{COMP_WORDS[1]}}" in
+{cases}
+    *) words={shlex.quote(" ".join(words[""]))} ;;
+  esac
+  while IFS= read -r word; do COMPREPLY+=("$word"); done < <(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}")
+}}
+complete -o default -F _agent_vm agent-vm agent_vm.py"""
+
+
+def zsh_completion(words: Mapping[str, Sequence[str]]) -> str:
+    cases = "\n".join(
+        f"    {verb}) compadd -- {' '.join(of)} ;;" for verb, of in words.items() if verb
+    )
+    return f"""_agent_vm() {{
+  if (( CURRENT == 2 )); then compadd -- {" ".join(words[""])}; return; fi
+  case "$words[2]" in
+{cases}
+  esac
+  _files
+}}
+compdef _agent_vm agent-vm agent_vm.py"""
+
+
+def fish_completion(words: Mapping[str, Sequence[str]]) -> str:
+    lines = [
+        f"complete -c agent-vm -n __fish_use_subcommand -f -a {shlex.quote(' '.join(words['']))}"
+    ]
+    for verb, of in words.items():
+        for word in of if verb else ():
+            option = (
+                f"-l {word[2:]}"
+                if word.startswith("--")
+                else f"-a {word}"
+                if word[0] != "-"
+                else ""
+            )
+            if option:
+                lines.append(
+                    f"complete -c agent-vm -n '__fish_seen_subcommand_from {verb}' {option}"
+                )
+    return "\n".join(lines)
+
+
+EPILOG = """\
+examples:
+  agent_vm.py setup                         build the base instance
+  cd my-project && agent_vm.py run          the agent in this directory, in a VM of its own
+  agent_vm.py run -- -p "fix the tests"     everything after -- is the agent's
+  agent_vm.py run --mount ~/data:ro --memory 16 -- --resume
+  agent_vm.py shell -- make test            a command instead of the agent
+  eval "$(agent_vm.py shell-init)"          defines claude-vm, claude-vm-shell, claude-vm-setup
+
+environment:
+  CLAUDE_CODE_OAUTH_TOKEN, ANTHROPIC_API_KEY  the agent's credential; it enters the guest
+  ANTHROPIC_BASE_URL, ANTHROPIC_MODEL, LANG, COLORTERM …  passed to the agent
+  AGENT_VM_<SETTING>                          a setting, e.g. AGENT_VM_MEMORY=16
+  LIMA_HOME, XDG_STATE_HOME, XDG_CONFIG_HOME, XDG_DATA_HOME
+
+files:
+  ~/.config/agent-vm/config.ini     settings, in a section [agent-vm]
+  ~/.config/agent-vm/credential     written by `auth set`
+  ~/.claude-vm.setup.sh, ~/.config/agent-vm/setup.sh    run in the guest, once, by setup
+  ~/.config/agent-vm/runtime.sh, .claude-vm.runtime.sh  run in the guest, before the agent
+  ~/.local/state/agent-vm/          leases, transcripts, logs
+
+exit status:
+  run and shell: the guest's command's; 125 when agent-vm failed, 130 after Ctrl-C
+  other commands: 0 ok, 1 failed, 2 usage; setup fails with 125
+"""
+
+
+def add_settings(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Flags for settings; absent flags are None, so that environment and config are asked."""
+    for name in names:
+        setting = SETTINGS[name]
+        if setting.parse is yes_or_no:
+            parser.add_argument(f"--{name}", action="store_true", default=None, help=setting.help)
+            continue
+        parser.add_argument(
+            f"--{name}", type=setting.parse, default=None, help=setting.help, metavar=setting.metavar,
+            action="append" if setting.many else "store",
+        )  # fmt: skip
+
+
+SETUP_SETTINGS = (
+    "name", "minimal", "disk", "memory", "cpus", "template", "image", "image-digest", "ca-cert",
+    "apt-mirror", "npm-registry", "lima-url", "timeout",
+)  # fmt: skip
+RUN_SETTINGS = ("name", "memory", "cpus", "mount", "readonly", "no-forward", "env", "timeout")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="agent-vm", description=__doc__, epilog=EPILOG, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    version = f"agent-vm {__version__}, Python {platform.python_version()}"
+    parser.add_argument("--version", action="version", version=version)
+    verbs = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def verb(
+        name: str, func: Callable[..., int], text: str, failure: int = 1
+    ) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.add_argument(
+            "-v", "--verbose", action="store_true", help="show commands and their output"
+        )
+        sub.add_argument("-q", "--quiet", action="store_true", help="no progress messages")
+        sub.set_defaults(func=func, failure=failure)
+        return sub
+
+    setup = verb("setup", cmd_setup, "build the base instance, or build it anew", failure=EXIT_OURS)
+    add_settings(setup, *SETUP_SETTINGS)
+    setup.add_argument("--yes", action="store_true", help="install what is missing without asking")
+    setup.add_argument(
+        "--rollback", action="store_true", help="go back to the previous base instance"
+    )
+    for name, func, text in (
+        ("run", cmd_run, "run Claude Code on the current directory in a VM of its own"),
+        ("shell", cmd_shell, "a shell, or a command, in a VM of its own"),
+    ):
+        run = verb(name, func, text, failure=EXIT_OURS)
+        add_settings(run, *RUN_SETTINGS)
+        run.add_argument("--keep", action="store_true", help="keep the VM afterwards")
+        run.add_argument(
+            "--force-mount", action="store_true", help="mount a directory that is refused otherwise"
+        )
+        run.add_argument(
+            "--yes",
+            action="store_true",
+            help="set up without asking when there is no base instance",
+        )
+        run.add_argument(
+            "command", nargs=argparse.REMAINDER, metavar="[--] ARG", help="passed on untouched"
+        )
+    add_other_verbs(verb)
+    return parser
+
+
+def add_other_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    listing = verb("list", cmd_list, "list base instances and clones")
+    listing.add_argument("--json", action="store_true", help="one JSON object a line")
+    verb("stop", cmd_stop, "stop an instance").add_argument("instance")
+    remove = verb("rm", cmd_rm, "delete an instance")
+    remove.add_argument("instance")
+    remove.add_argument("--force", action="store_true", help="also one in use, or a base instance")
+    gc = verb("gc", cmd_gc, "remove clones whose run is gone")
+    gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    verb("ssh-config", cmd_ssh_config, "print the ssh configuration of a running VM").add_argument(
+        "instance"
+    )
+    doctor = verb("doctor", cmd_doctor, "check the host, Lima and the base instance")
+    doctor.add_argument("--json", action="store_true", help="one JSON object a line")
+    verb("info", cmd_info, "show the settings in force and where they come from")
+    auth = verb("auth", cmd_auth, "store, show or remove the agent's credential")
+    auth.add_argument(
+        "action", choices=("set", "status", "clear"), help="set reads the credential from stdin"
+    )
+    template = verb("template", cmd_template, "show or export the Lima template")
+    template.add_argument("action", choices=("show", "export"))
+    template.add_argument("directory", nargs="?")
+    shell_init = verb(
+        "shell-init",
+        cmd_shell_init,
+        "print shell functions: claude-vm, claude-vm-shell, claude-vm-setup",
+    )
+    shell_init.add_argument("shell", nargs="?", default="bash", choices=("bash", "zsh", "fish"))
+    completion = verb("completion", cmd_completion, "print shell completion")
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
+
+
+def open_standard_streams() -> None:
+    """A closed stdin, stdout or stderr would give its number to the next file that is opened."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """argparse, except that everything after the first `--` is taken as it is (run, shell)."""
+    ours, dashes, rest = list(argv), False, []
+    if "--" in ours:
+        at = ours.index("--")
+        ours, dashes, rest = ours[:at], True, ours[at + 1 :]
+    parser = build_parser()
+    args = parser.parse_args(ours)
+    if dashes and not hasattr(args, "command"):
+        parser.error("-- is for run and shell")
+    if hasattr(args, "command"):
+        args.command = [*args.command, *rest]
+    return args
+
+
+def report(error: AgentVMError) -> None:
+    if error.details:
+        print(error.details, file=sys.stderr)
+    print(f"agent-vm: error: {error}", file=sys.stderr)
+    if error.hint:
+        print(f"agent-vm: hint: {error.hint}", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    open_standard_streams()
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    args.secrets = {name: os.environ.pop(name) for name in CREDENTIALS if name in os.environ}
+    log.verbose, log.quiet = args.verbose, args.quiet
+    catch_signals()
+    try:
+        return int(args.func(args))
+    except AgentVMError as error:
+        report(error)
+        return int(args.failure)
+    except Interrupted as error:
+        return error.status
+    except BrokenPipeError:  # the reader of our stdout has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+
+
+# BEGIN GENERATED by "make embed"
+EMBEDDED: dict[str, str] = {}
+# END GENERATED
+
+if __name__ == "__main__":
+    sys.exit(main())
