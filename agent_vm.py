@@ -114,6 +114,7 @@ class Instance:
     name: str
     status: str
     dir: Path
+    hostname: str = ""  # its name in ssh.config: NAME with its dots made dashes
     vm_type: str = ""
     mount_type: str = ""
     mounts: tuple[tuple[str, bool], ...] = ()  # (location, writable), Lima's defaults merged in
@@ -194,6 +195,7 @@ def instance_from(fields: Mapping[str, Any]) -> Instance:
         name=str(fields["name"]),
         status=str(fields["status"]),
         dir=Path(fields["dir"]),
+        hostname=str(fields.get("hostname") or f"lima-{fields['name']}"),
         vm_type=str(fields.get("vmType") or ""),
         mount_type=str(config.get("mountType") or ""),
         mounts=tuple((m["location"], bool(m.get("writable"))) for m in config.get("mounts") or ()),
@@ -716,14 +718,15 @@ def stop_process(process: subprocess.Popen[Any], group: bool = False) -> None:
             return
 
 
-def tail(path: Path, lines: int = 15) -> str:
+def tail(path: Path, lines: int = 10) -> str:
+    """The last lines of a log of Lima's, fit for a terminal: a guest writes its serial console."""
     try:
-        text = path.read_bytes()[-20_000:].decode(errors="replace")
+        text = path.read_bytes()[-50_000:].decode(errors="replace")
     except OSError:
         return ""
-    # A serial console writes escape sequences that would act on the user's terminal.
     clean = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|[^\n\t -~\u00a0-\uffff]", "", text)
-    return "\n".join(clean.splitlines()[-lines:])
+    shown = [line[:300] for line in clean.splitlines() if '"level":"debug"' not in line]
+    return "\n".join(shown[-lines:])
 
 
 class Lima:
@@ -824,7 +827,7 @@ class Guest:
     def __init__(self, instance: Instance) -> None:
         self.instance = instance
         self.ssh = ["ssh", "-F", str(instance.dir / "ssh.config"), "-a", "-x", "-q"]
-        self.host = f"lima-{instance.name}"
+        self.host = instance.hostname
 
     def run(
         self, command: str, stdin: str = "", timeout: int = 120
@@ -1279,14 +1282,11 @@ def failure_logs(context: Context, name: str) -> str:
     return "\n".join(parts)
 
 
-@contextlib.contextmanager
-def logs_on_failure(context: Context, name: str) -> Iterator[None]:
+def start_instance(context: Context, name: str, timeout: int) -> None:
     try:
-        yield
+        context.lima.start(name, timeout)
     except AgentVMError as error:
-        error.details = "\n".join(
-            part for part in (error.details, failure_logs(context, name)) if part
-        )
+        error.details = f"{error.details}\n{failure_logs(context, name)}".strip()
         raise
 
 
@@ -1369,16 +1369,14 @@ def run_in_clone(context: Context, args: argparse.Namespace, argv: Sequence[str]
         mounts, project, variables, credential, git_identity(project), host_zone(os.environ)
     )
     with disposable(context, project, args.keep) as name:
-        with logs_on_failure(context, name):
-            log.progress(f"starting {name}")
-            clone = make_clone(context, base, name, mounts)
-            context.lima.start(name, context.lima.timeout)
-            guest = Guest(clone)
-            prepared = guest.run("bash -s", stdin=script)
-            if prepared.returncode:
-                raise AgentVMError(
-                    "the VM could not be prepared", details=prepared.stdout.strip()[-2000:]
-                )
+        log.progress(f"starting {name}")
+        guest = Guest(make_clone(context, base, name, mounts))
+        start_instance(context, name, context.lima.timeout)
+        prepared = guest.run("bash -s", stdin=script)
+        if prepared.returncode:
+            raise AgentVMError(
+                "the VM could not be prepared", details=prepared.stdout.strip()[-2000:]
+            )
         for path in hooks:
             run_hook(guest, path, path.parent == Path(project), project)
         return attach_agent(context, guest, project, argv)
@@ -1567,11 +1565,11 @@ def template_expression(context: Context, environ: Mapping[str, str]) -> str:
 class ProvisionLog:
     """Follows the guest's provisioning log while `limactl start` waits: its steps are our progress."""
 
-    def __init__(self, instance_dir: Path, name: str) -> None:
-        config = str(instance_dir / "ssh.config")
+    def __init__(self, instance: Instance) -> None:
+        config = str(instance.dir / "ssh.config")
         # Not through Lima's control master: boot ends the first user session, and it with it.
         self.command = [
-            "ssh", "-F", config, "-q", "-o", "ControlMaster=no", "-o", "ControlPath=none", f"lima-{name}",
+            "ssh", "-F", config, "-q", "-o", "ControlMaster=no", "-o", "ControlPath=none", instance.hostname,
             f"tail -n +1 -F {PROVISION_LOG} 2> /dev/null",
         ]  # fmt: skip
         self.config = config
@@ -1721,7 +1719,7 @@ def provision(
     options = [f"--{name}={value}" for name, value in sizes.items()]
     expression = template_expression(context, os.environ)
     kept_log = context.folders.state / "logs" / "setup.log"
-    with lima_dir() as folder, logs_on_failure(context, new):
+    with lima_dir() as folder:
         log.step(f"creating {new} (Lima gets the disk image on the first time)")
         template = context.get("template") or str(folder / "agent-vm.yaml")
         context.lima.create(new, template, *options, "--set", expression)
@@ -1731,8 +1729,8 @@ def provision(
                 f"{new} would mount {instance.mounts if instance else 'nothing: it is not there'}"
             )
         log.step(f"starting {new}")
-        with ProvisionLog(instance.dir, new) as provision_log:
-            context.lima.start(new, 9 * context.lima.timeout)
+        with ProvisionLog(instance) as provision_log:
+            start_instance(context, new, 9 * context.lima.timeout)
         guest = Guest(instance)
         provisioned = check_provisioned(guest, provision_log, kept_log)
         for path in hooks:

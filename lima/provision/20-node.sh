@@ -16,7 +16,7 @@ export DEBIAN_FRONTEND=noninteractive
 
 from_nodesource() {
   local key=/etc/apt/keyrings/nodesource.asc
-  curl -fsSL --connect-timeout 10 --retry 1 --create-dirs -o "$key" \
+  curl -fsSL --connect-timeout 10 --retry 1 -o "$key" \
     https://deb.nodesource.com/gpgkey/nodesource-repo.gpg.key || return
   cat > /etc/apt/sources.list.d/nodesource.sources <<SOURCES
 Types: deb

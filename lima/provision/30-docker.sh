@@ -16,7 +16,7 @@ export DEBIAN_FRONTEND=noninteractive
 
 from_docker() {
   local key=/etc/apt/keyrings/docker.asc
-  curl -fsSL --connect-timeout 10 --retry 1 --create-dirs -o "$key" \
+  curl -fsSL --connect-timeout 10 --retry 1 -o "$key" \
     https://download.docker.com/linux/debian/gpg || return
   cat > /etc/apt/sources.list.d/docker.sources <<SOURCES
 Types: deb

@@ -41,12 +41,13 @@ from_npm() {
   registry=$(npm_registry)
   [ -n "$registry" ] || fail "Claude Code's installer could not be reached and no npm registry is known: give --npm-registry"
   package=claude-code-linux-$(dpkg --print-architecture | sed 's/amd64/x64/')
-  fetch -o "$work/package.json" "$registry/@anthropic-ai%2f$package"
+  fetch -o "$work/package.json" "$registry/@anthropic-ai%2f$package" || fail "$registry gives no $package"
   dist=$(jq -c '.versions[."dist-tags".latest].dist' "$work/package.json")
   integrity=$(jq -r '.integrity' <<< "$dist")
   [[ $integrity == sha512-* ]] || fail "the npm registry gives no sha512 for $package"
-  fetch -o "$work/claude.tgz" "$(jq -r '.tarball' <<< "$dist")"
-  echo "$(base64 -d <<< "${integrity#sha512-}" | basenc --base16 -w0)  $work/claude.tgz" | sha512sum --check --strict
+  fetch -o "$work/claude.tgz" "$(jq -r '.tarball' <<< "$dist")" || fail "$registry gives no tarball of $package"
+  echo "$(base64 -d <<< "${integrity#sha512-}" | basenc --base16 -w0)  $work/claude.tgz" |
+    sha512sum --check --strict || fail "the tarball of $package is not what $registry promised"
   tar -xzf "$work/claude.tgz" -C /usr/local/bin --no-same-owner --strip-components=1 package/claude
   as_user claude --version
   note "Claude Code from npm: its installer could not be reached."
