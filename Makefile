@@ -1,0 +1,45 @@
+# The whole developer interface; CI calls the same words.
+PYTHON ?= python3
+TOOLS := .venv/bin
+SCRIPTS := $(wildcard *.py)
+SHELL_FILES := $(wildcard lima/provision/*.sh) .ci/run
+
+.PHONY: test lint check embed contract vm-test bench tools clean
+
+test:  ## seconds, no network, no Lima
+	$(PYTHON) -m tests
+
+lint: $(TOOLS)/ruff  ## ruff, mypy, shellcheck, and limactl validate when there is one
+	$(TOOLS)/ruff check .
+	$(TOOLS)/ruff format --check .
+	$(TOOLS)/mypy $(SCRIPTS) tests
+	$(call when,shellcheck,shellcheck $(SHELL_FILES))
+	$(call when,limactl,limactl validate lima/*.yaml)
+	$(PYTHON) tests/embed.py --check
+
+check: lint test
+
+embed:  ## copy lima/ into agent_vm.py
+	$(PYTHON) tests/embed.py
+
+contract:  ## one list of commands against the fake and the real limactl
+	$(PYTHON) -m tests test_contract
+
+vm-test:  ## boots real VMs with the limactl on PATH; see "Developing" in the README
+	$(PYTHON) -m tests --vm
+
+bench:  ## our overhead over limactl alone; needs a base instance
+	$(PYTHON) tests/bench.py
+
+tools $(TOOLS)/ruff:
+	$(PYTHON) -m venv .venv
+	$(TOOLS)/pip install -q 'ruff>=0.14,<1' 'mypy>=1.18,<3'
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache
+
+# A missing tool is said; where CI is set, it is an error. limactl refuses to run as root.
+when = @if ! command -v $(1) > /dev/null; then echo "SKIP $(1): not installed"; \
+	test -z "$$CI" || test $(1) = limactl; \
+	elif test $(1) = limactl && test "$$(id -u)" = 0; then echo "SKIP limactl: it refuses root"; \
+	else echo "$(2)"; $(2); fi

@@ -1,0 +1,273 @@
+"""The promises on the real limactl: boots about ten VMs, a few minutes with KVM (make vm-test).
+
+Takes setup's options from AGENT_VM_* and keeps everything in a folder of its own, which it
+deletes; VM_TEST_DIR=DIR keeps DIR instead, and uses the base instance that is in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from collections.abc import Callable
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+SCRIPT = TESTS.parent / "agent_vm.py"
+TOKEN = "sk-ant-api03-not-a-real-key-0123456789abcdef"
+AWKWARD = "it's a project, $HOME: ünïcode"
+
+# Written just before the end: a large file, and pages that only a memory map has made dirty.
+WRITE_AND_DIE = """
+import mmap, os
+with open("large", "wb") as file:
+    for _ in range(64):
+        file.write(os.urandom(1 << 20))
+with open("mapped", "wb+") as file:
+    file.truncate(1 << 20)
+    memory = mmap.mmap(file.fileno(), 1 << 20)
+    memory[:] = b"m" * (1 << 20)
+os._exit(37)
+"""
+
+LOOK_AROUND = r"""
+exec 2>&1
+pwd
+git config user.name; git config user.email
+git status --short > /dev/null && echo git-works
+date +%Z
+ls ~/.ssh
+env | grep -c -i ssh_auth
+sudo mount -o remount,rw "$1"; sudo touch "$1/sneaked" || echo read-only-holds
+ls -d "$2" || echo no-host-home
+"""
+
+
+def processes_of(name: str) -> list[str]:
+    """Command lines of host processes that belong to an instance."""
+    listing = subprocess.run(
+        ["ps", "axww", "-o", "command="], stdout=subprocess.PIPE, text=True
+    ).stdout
+    return [line for line in listing.splitlines() if name in line and "vm_test" not in line]
+
+
+def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what}: not within {seconds} s")
+        time.sleep(0.2)
+
+
+class VMTest(unittest.TestCase):
+    root: Path
+    env: dict[str, str]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        if not shutil.which("limactl"):
+            raise unittest.SkipTest("no limactl on PATH")
+        if os.geteuid() == 0:
+            raise unittest.SkipTest("limactl refuses to run as root")
+        kept = os.environ.get("VM_TEST_DIR")
+        # Short, because Lima's sockets lie below it.
+        cls.root = Path(kept or tempfile.mkdtemp(prefix="avm-", dir="/tmp")).resolve()
+        if not kept:
+            cls.addClassCleanup(shutil.rmtree, cls.root, ignore_errors=True)
+        cls.env = {**os.environ, "LIMA_HOME": str(cls.root / "l")}
+        for name in ("config", "state", "data"):
+            cls.env[f"XDG_{name.upper()}_HOME"] = str(cls.root / name)
+        home = cls.root / "home"
+        home.mkdir(parents=True, exist_ok=True)
+        # Lima's image cache stays where it is: an image of 300 MB is not fetched for a test.
+        cls.env.setdefault("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+        cls.env.update(HOME=str(home), ANTHROPIC_API_KEY=TOKEN, TZ="Europe/Berlin")
+        (home / ".gitconfig").write_text("[user]\n name = Ada L.\n email = ada@example.org\n")
+        cls.start_model()
+        cls.addClassCleanup(cls.remove_base, bool(kept))
+        if not (cls.root / "l/agent-vm-base").exists():
+            setup = cls.agent_vm("setup", "--minimal", "--memory", "2", "--yes", capture=False)
+            assert setup.returncode == 0, "setup failed"
+
+    @classmethod
+    def start_model(cls) -> None:
+        model = subprocess.Popen(
+            [sys.executable, TESTS / "fakes/model_api.py", cls.root / "model.log"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert model.stdin and model.stdout
+        cls.addClassCleanup(model.wait)
+        cls.addClassCleanup(model.stdout.close)
+        cls.addClassCleanup(model.stdin.close)
+        port = model.stdout.readline().strip()
+        cls.env["ANTHROPIC_BASE_URL"] = f"http://host.lima.internal:{port}"
+
+    @classmethod
+    def remove_base(cls, kept: bool) -> None:
+        if not kept:
+            for name in ("agent-vm-base", "agent-vm-base.old"):
+                cls.agent_vm("rm", "--force", name)
+
+    @classmethod
+    def start(
+        cls, *args: str, cwd: Path | None = None, capture: bool = True
+    ) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE if capture else None
+        return subprocess.Popen(
+            [sys.executable, SCRIPT, *args], env=cls.env, cwd=cwd or cls.root,
+            stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True,
+        )  # fmt: skip
+
+    @classmethod
+    def agent_vm(
+        cls, *args: str, cwd: Path | None = None, capture: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        with cls.start(*args, cwd=cwd, capture=capture) as process:
+            out, err = process.communicate()
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def project(self, name: str = "project") -> Path:
+        path = self.root / "projects" / f"{self.id().rpartition('.')[2]}" / name
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        return path
+
+    def clones(self) -> list[str]:
+        return [path.name for path in (self.root / "l").glob("agent-vm-*-??????")]
+
+    def assert_nothing_left(self) -> None:
+        self.assertEqual(self.clones(), [])
+        self.assertEqual(list((self.root / "state/agent-vm/leases").iterdir()), [])
+        self.assertEqual(list((self.root / "state/agent-vm/links").iterdir()), [])
+
+    def assert_processes_end(self, name: str) -> None:
+        wait_for(lambda: not processes_of(name), 20, "the VM's processes are gone")
+
+    def started_clone(self, process: subprocess.Popen[str]) -> str:
+        """The name of the only clone, once it exists."""
+        with contextlib.suppress(AssertionError):
+            wait_for(lambda: bool(self.clones()) or process.poll() is not None, 60, "a clone")
+        return self.clones()[0]
+
+    def test_a_whole_turn_of_claude_code_and_then_continue_it(self) -> None:
+        project = self.project(AWKWARD)
+        first = self.agent_vm("run", "--", "-p", "write a file", cwd=project)
+        self.assertEqual((first.returncode, first.stdout), (0, "all done\n"), first.stderr)
+        self.assertEqual((project / "agent.txt").read_text(), "written by the agent\n")
+        self.assert_nothing_left()
+        log = self.root / "model.log"
+        before = [json.loads(line)["messages"] for line in log.read_text().splitlines()]
+        second = self.agent_vm("run", "--", "-c", "-p", "and again", cwd=project)
+        self.assertEqual((second.returncode, second.stdout), (0, "all done\n"), second.stderr)
+        after = [json.loads(line) for line in log.read_text().splitlines()][len(before) :]
+        self.assertGreater(max(entry["messages"] for entry in after), max(before))
+        self.assertEqual({entry["x-api-key"] for entry in after}, {TOKEN})
+
+    def test_what_is_written_last_is_kept_and_the_status_comes_back(self) -> None:
+        project = self.project()
+        result = self.agent_vm("shell", "--", "python3", "-c", WRITE_AND_DIE, cwd=project)
+        self.assertEqual(result.returncode, 37, result.stderr)
+        self.assertEqual((project / "large").stat().st_size, 64 << 20)
+        self.assertEqual((project / "mapped").read_bytes(), b"m" * (1 << 20))
+        self.assert_nothing_left()
+
+    def test_the_guest_is_a_place_to_work_and_holds_nothing_of_the_host(self) -> None:
+        project, other = self.project(), self.project("other")
+        subprocess.run(["git", "init", "-q", project], check=True, env=self.env)
+        argv = ("bash", "-c", LOOK_AROUND, "look", str(other), self.env["HOME"])
+        result = self.agent_vm("shell", "--mount", str(other), "--", *argv, cwd=project)
+        lines = result.stdout.splitlines()
+        self.assertEqual(lines[:4], [str(project), "Ada L.", "ada@example.org", "git-works"])
+        self.assertIn(lines[4], ("CET", "CEST"))
+        self.assertIn("authorized_keys", lines)
+        self.assertNotIn("id_", result.stdout)
+        self.assertIn("read-only-holds", lines)
+        self.assertIn("no-host-home", lines)
+        self.assertEqual(list(other.iterdir()), [])
+
+    def test_readonly_holds_against_root_in_the_guest(self) -> None:
+        project = self.project()
+        script = "sudo mount -o remount,rw .; sudo touch sneaked; sudo mount -t 9p"
+        self.agent_vm("shell", "--readonly", "--", "bash", "-c", script, cwd=project)
+        self.assertEqual(list(project.iterdir()), [])
+
+    def test_arguments_reach_the_guest_untouched(self) -> None:
+        words = ["fix 'all' $errors", "", "two\nlines", "ünïcode", "--", "-p", "a\\b", "*", "`id`"]
+        result = self.agent_vm("shell", "--", "printf", "%s\\0", *words, cwd=self.project())
+        self.assertEqual(result.stdout.split("\0")[:-1], words, result.stderr)
+
+    def test_a_signal_in_the_guest_is_a_status(self) -> None:
+        result = self.agent_vm("shell", "--", "bash", "-c", "kill -9 $$", cwd=self.project())
+        self.assertEqual(result.returncode, 137, result.stderr)
+
+    def test_ctrl_c_at_any_moment_of_the_start(self) -> None:
+        for delay in (0.0, 0.7, 3.0, 12.0):
+            with (
+                self.subTest(delay=delay),
+                self.start("shell", "--", "true", cwd=self.project()) as process,
+            ):
+                name = self.started_clone(process)
+                time.sleep(delay)
+                process.send_signal(signal.SIGINT)
+                process.send_signal(signal.SIGINT)
+                process.communicate()
+                self.assertEqual(process.returncode, 130)
+                self.assert_nothing_left()
+                wait_for(
+                    lambda name=name: not processes_of(name), 20, "the VM's processes are gone"
+                )
+
+    def test_kill_9_and_the_next_command_cleans_up(self) -> None:
+        project = self.project()
+        process = self.start("shell", "--", "bash", "-c", "touch up; sleep 600", cwd=project)
+        name = self.started_clone(process)
+        wait_for((project / "up").exists, 900, "the agent runs")
+        live = self.agent_vm("gc")
+        self.assertEqual((live.stdout, self.clones()), ("", [name]))
+        process.kill()
+        process.communicate()
+        gc = self.agent_vm("gc")
+        self.assertIn(f"removed {name}", gc.stderr)
+        self.assert_nothing_left()
+        self.assert_processes_end(name)
+
+    def test_sigterm_keeps_what_was_written(self) -> None:
+        project = self.project()
+        script = "dd if=/dev/zero of=zeros bs=1M count=32 status=none; touch up; sleep 600"
+        with self.start("shell", "--", "bash", "-c", script, cwd=project) as process:
+            self.started_clone(process)
+            wait_for((project / "up").exists, 900, "the agent runs")
+            process.terminate()
+            process.communicate()
+        self.assertEqual(process.returncode, 143)
+        self.assertEqual((project / "zeros").stat().st_size, 32 << 20)
+        self.assert_nothing_left()
+
+    def test_three_at_once_in_one_project(self) -> None:
+        project = self.project()
+        command = ("shell", "--", "bash", "-c", "hostname >> $(hostname)")
+        processes = [self.start(*command, cwd=project) for _ in range(3)]
+        outputs = [process.communicate() for process in processes]
+        self.assertEqual([process.returncode for process in processes], [0, 0, 0], outputs)
+        self.assertEqual(len(list(project.iterdir())), 3)
+        self.assert_nothing_left()
+
+    def test_the_mounts_of_limas_defaults_are_refused(self) -> None:
+        project, defaults = self.project(), self.root / "l/_config/default.yaml"
+        defaults.write_text(f"mounts: [{{location: {self.env['HOME']}, writable: true}}]\n")
+        self.addCleanup(defaults.unlink)
+        result = self.agent_vm("shell", "--", "true", cwd=project)
+        self.assertEqual(result.returncode, 125)
+        self.assertIn("would not be confined", result.stderr)
+        self.assert_nothing_left()
+
+
+if __name__ == "__main__":
+    unittest.main()
