@@ -119,7 +119,6 @@ class Instance:
     mount_type: str = ""
     mounts: tuple[tuple[str, bool], ...] = ()  # (location, writable), Lima's defaults merged in
     forward_agent: bool = False
-    user: str = ""
     home: str = ""
     cpus: int = 0
     memory: int = 0
@@ -190,7 +189,6 @@ def parse_instances(stdout: str) -> list[Instance]:
 
 def instance_from(fields: Mapping[str, Any]) -> Instance:
     config = fields.get("config") or {}
-    user = config.get("user") or {}
     return Instance(
         name=str(fields["name"]),
         status=str(fields["status"]),
@@ -200,8 +198,7 @@ def instance_from(fields: Mapping[str, Any]) -> Instance:
         mount_type=str(config.get("mountType") or ""),
         mounts=tuple((m["location"], bool(m.get("writable"))) for m in config.get("mounts") or ()),
         forward_agent=bool((config.get("ssh") or {}).get("forwardAgent")),
-        user=str(user.get("name") or ""),
-        home=str(user.get("home") or ""),
+        home=str((config.get("user") or {}).get("home") or ""),
         cpus=int(fields.get("cpus") or 0),
         memory=int(fields.get("memory") or 0),
         protected=bool(fields.get("protected")),
@@ -217,6 +214,15 @@ def parse_lima_version(text: str) -> tuple[int, ...]:
 
 def base_name(suffix: str) -> str:
     return f"{BASE}-{suffix}" if suffix else BASE
+
+
+def is_clone(name: str) -> bool:
+    return CLONE_NAME.fullmatch(name) is not None
+
+
+def is_base(name: str) -> bool:
+    """A base instance, one being built (.new) or the previous one (.old)."""
+    return BASE_NAME.fullmatch(name) is not None and not is_clone(name)
 
 
 def clone_name(directory: str, tag: str, lima_home: str) -> str:
@@ -244,7 +250,7 @@ def overlaps(path: str, other: str) -> bool:
 
 
 def mount_refusal(path: str, home: str, private: Mapping[str, str]) -> str:
-    """Why `path` should not be given to an agent, or "". All paths resolved; `private`: path by name."""
+    """Why `path` should not be given to an agent, or "". All paths are resolved."""
     if path == "/":
         return "it is the root of the file system"
     if path == home or home.startswith(path + "/"):
@@ -338,12 +344,13 @@ def qemu_install_command(os_release: Mapping[str, str], machine: str) -> str:
     """The one line that installs QEMU on this Linux distribution, or "" when unknown."""
     arm = machine in ("aarch64", "arm64")
     families = f"{os_release.get('ID', '')} {os_release.get('ID_LIKE', '')}".split()
+    short, long = ("arm", "aarch64") if arm else ("x86", "x86")
     commands = {
-        "debian": f"apt-get install -y {'qemu-system-arm' if arm else 'qemu-system-x86'} qemu-utils openssh-client",
-        "fedora": f"dnf install -y qemu-system-{'aarch64' if arm else 'x86'} qemu-img openssh-clients",
+        "debian": f"apt-get install -y qemu-system-{short} qemu-utils openssh-client",
+        "fedora": f"dnf install -y qemu-system-{long} qemu-img openssh-clients",
         "rhel": "dnf install -y qemu-kvm qemu-img openssh-clients",
-        "arch": f"pacman -S --noconfirm qemu-system-{'aarch64' if arm else 'x86'} qemu-img openssh",
-        "suse": f"zypper --non-interactive install qemu-{'arm' if arm else 'x86'} qemu-tools openssh-clients",
+        "arch": f"pacman -S --noconfirm qemu-system-{long} qemu-img openssh",
+        "suse": f"zypper --non-interactive install qemu-{short} qemu-tools openssh-clients",
         "alpine": f"apk add qemu-system-{'aarch64' if arm else 'x86_64'} qemu-img openssh-client",
     }
     return next((f"sudo {commands[name]}" for name in families if name in commands), "")
@@ -366,7 +373,7 @@ def setup_problems(host: HostFacts, minimal: bool, memory: int) -> list[tuple[st
         problems.append((f"{missing} is not installed", install or "install QEMU with its tools"))
     if host.disk_free < need:
         problems.append((
-            f"{host.disk_free >> 30} GiB free where Lima keeps its instances; setup needs {need >> 30}",
+            f"{host.disk_free >> 30} GiB free in Lima's home; setup needs {need >> 30}",
             "free some space, or set LIMA_HOME to another disk",
         ))  # fmt: skip
     if memory << 30 > host.memory:
@@ -387,17 +394,22 @@ def lease_from(text: str) -> Lease:
         str(fields["name"]), int(fields["pid"]), str(fields["start"]), str(fields["boot_id"]),
         str(fields["project"]), float(fields["created"]), bool(fields.get("keep")),
     )  # fmt: skip
-    if not (CLONE_NAME.fullmatch(lease.name) or BASE_NAME.fullmatch(lease.name)):
+    if not is_clone(lease.name) and not (is_base(lease.name) and lease.name.endswith(".new")):
         raise ValueError(f"not a name of ours: {lease.name!r}")
     return lease
 
 
 def claude_config(project: str, credential: Credential | None) -> dict[str, Any]:
-    """What ~/.claude.json must say so that no wizard, trust or key dialog appears (Claude Code 2.1)."""
+    """What ~/.claude.json must say so that no wizard or dialog appears (Claude Code 2.1).
+
+    Trust in "/" covers every directory below; imports of a CLAUDE.md are asked for one by one.
+    """
     config: dict[str, Any] = {
         "hasCompletedOnboarding": True,
-        "bypassPermissionsModeAccepted": True,
-        "projects": {project: {"hasTrustDialogAccepted": True}},
+        "projects": {
+            "/": {"hasTrustDialogAccepted": True},
+            project: {"hasClaudeMdExternalIncludesApproved": True},
+        },
     }
     if credential and credential.name == "ANTHROPIC_API_KEY":
         config["customApiKeyResponses"] = {"approved": [credential.value[-20:]], "rejected": []}
@@ -408,9 +420,9 @@ def exports(variables: Mapping[str, str]) -> str:
     return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
 
 
-def heredoc(path: str, text: str) -> str:
-    """Shell that writes `text` to `path` (a shell word); base64 keeps every byte as it is."""
-    return f"base64 -d > {path} <<'END'\n{base64.b64encode(text.encode()).decode()}\nEND\n"
+def pipe(command: str, text: str) -> str:
+    """Shell that gives `text` to a command's stdin; base64 keeps every byte as it is."""
+    return f"base64 -d <<'END' | {command}\n{base64.b64encode(text.encode()).decode()}\nEND"
 
 
 # Runs what it is given in the project, with the environment of the host's terminal. Not `exec`:
@@ -429,6 +441,17 @@ exit "$status"
 """
 
 
+# Deep-merges the JSON on stdin into a file that may not exist yet.
+MERGE = r"""
+merge() {
+  [ -s "$1" ] || echo '{}' > "$1"
+  jq -s '.[0] * .[1]' "$1" /dev/stdin > ~/.agent-vm/merged
+  cat ~/.agent-vm/merged > "$1"
+  rm ~/.agent-vm/merged
+}
+"""
+
+
 def prepare_script(
     mounts: Sequence[Mount],
     project: str,
@@ -440,27 +463,25 @@ def prepare_script(
     """The script that makes a booted clone a place to work; it travels on stdin, never in argv."""
     zone_file = shlex.quote(f"/usr/share/zoneinfo/{zone}")
     secret = {credential.name: credential.value} if credential else {}
-    lines = ["set -eu", "umask 077", "mkdir -p ~/.agent-vm ~/.claude/projects"]
-    lines += [mount_line(mount, index) for index, mount in enumerate(mounts)]
-    lines += [
+    settings = {"skipDangerousModePermissionPrompt": True}
+    parts = ["set -eu -o pipefail\nmkdir -p ~/.agent-vm ~/.claude/projects"]
+    parts += [mount_line(mount, index) for index, mount in enumerate(mounts)]
+    parts.append("umask 077")  # from here on: not for the folders on the way to a mount
+    parts += [
         f"git config --global {key} {shlex.quote(value)}" for key, value in git_identity.items()
     ]
     if zone:
-        lines.append(f"[ ! -e {zone_file} ] || sudo ln -sf {zone_file} /etc/localtime")
-    return "\n".join(lines) + "\n" + "".join([
-        heredoc("~/.agent-vm/launch", LAUNCH),
-        heredoc("~/.agent-vm/env", exports(variables)),
-        heredoc("~/.agent-vm/credential", exports(secret)),
-        heredoc("~/.agent-vm/claude.json", json.dumps(claude_config(project, credential))),
-        "chmod 700 ~/.agent-vm/launch\n",
-        "[ -s ~/.claude.json ] || echo '{}' > ~/.claude.json\n",
-        "jq -s '.[0] * .[1]' ~/.claude.json ~/.agent-vm/claude.json > ~/.agent-vm/merged\n",
-        "cat ~/.agent-vm/merged > ~/.claude.json\n",
-        "[ -s ~/.claude/settings.json ] || echo '{}' > ~/.claude/settings.json\n",
-        "jq '. + {skipDangerousModePermissionPrompt: true}' ~/.claude/settings.json > ~/.agent-vm/merged\n",
-        "cat ~/.agent-vm/merged > ~/.claude/settings.json\n",
-        "rm ~/.agent-vm/merged ~/.agent-vm/claude.json\n",
-    ])  # fmt: skip
+        parts.append(f"[ ! -e {zone_file} ] || sudo ln -sf {zone_file} /etc/localtime")
+    parts += [
+        MERGE,
+        pipe("merge ~/.claude.json", json.dumps(claude_config(project, credential))),
+        pipe("merge ~/.claude/settings.json", json.dumps(settings)),
+        pipe("cat > ~/.agent-vm/env", exports(variables)),
+        pipe("cat > ~/.agent-vm/credential", exports(secret)),
+        pipe("cat > ~/.agent-vm/launch", LAUNCH),
+        "chmod 700 ~/.agent-vm/launch",
+    ]
+    return "\n".join(parts) + "\n"
 
 
 def mount_line(mount: Mount, index: int) -> str:
@@ -482,12 +503,9 @@ def whole_number(text: str) -> int:
 
 
 def instance_suffix(text: str) -> str:
-    # Six hex digits would make a base instance look like a clone of a project called "base".
-    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?", text) or re.fullmatch(
-        r"[0-9a-f]{6}", text
-    ):
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?", text) or is_clone(base_name(text)):
         raise argparse.ArgumentTypeError(
-            f"{text!r}: up to 20 of a-z 0-9 -, not six hexadecimal digits alone"
+            f"{text!r}: up to 20 of a-z 0-9 -, not ending in six hexadecimal digits"
         )
     return text
 
@@ -550,21 +568,18 @@ SETTINGS = {
     "template": Setting(existing_file, "", "another Lima template than lima/agent-vm.yaml", "FILE"),
     "image": Setting(image_location, "", "another Debian 13 disk image", "FILE|URL"),
     "image-digest": Setting(image_digest, "", "the image's digest, checked by Lima", "SHA256:HEX"),
-    "ca-cert": Setting(existing_file, (), "trust this CA in the guest (repeatable)", "FILE", many=True),
+    "ca-cert": Setting(existing_file, (), "trust a CA in the VM (repeatable)", "FILE", many=True),
     "apt-mirror": Setting(web_address, "", "Debian mirror for the guest's apt", "URL"),
-    "npm-registry": Setting(web_address, "", "npm registry for the guest (else the host's npm's)", "URL"),
+    "npm-registry": Setting(web_address, "", "npm registry of the guest (else the host's)", "URL"),
     "lima-url": Setting(web_address, LIMA_URL, "where to get Lima when it is missing", "URL"),
     "timeout": Setting(whole_number, 600, "how long limactl may take (default 600)", "SECONDS"),
     "mount": Setting(
         parse_mount, (), "mount another folder, read-only unless :rw (repeatable)",
         "DIR[:ro|:rw][:GUESTPATH]", many=True,
     ),
-    "env": Setting(variable, (), "pass a variable to the agent (repeatable)", "NAME[=VALUE]", many=True),
-    "readonly": Setting(
-        yes_or_no, False,
-        "mount the project read-only; enforced by the host (QEMU's 9p; virtiofs under vz: untested)",
-    ),
-    "no-forward": Setting(yes_or_no, False, "do not forward the guest's ports to the host's loopback"),
+    "env": Setting(variable, (), "pass a variable (repeatable)", "NAME[=VALUE]", many=True),
+    "readonly": Setting(yes_or_no, False, "mount the project read-only (the host enforces it)"),
+    "no-forward": Setting(yes_or_no, False, "do not forward the guest's ports to the host"),
 }  # fmt: skip
 
 
@@ -609,7 +624,7 @@ def resolve_settings(
 
 
 class Log:
-    """Messages to stderr. Progress is for people: with -v, in `setup`, or when stderr is a terminal."""
+    """Messages to stderr; progress only with -v, in `setup`, or when stderr is a terminal."""
 
     def __init__(self) -> None:
         self.verbose = False
@@ -737,54 +752,47 @@ class Lima:
         self.binary = binary
         self.timeout = timeout
 
-    def _run(self, *args: str, timeout: int | None = None) -> str:
+    def _run(self, *args: str, timeout: int = 0) -> str:
         """The only door to limactl. Returns its stdout."""
         if log.verbose:
             log.info("+ " + shlex.join(("limactl", *args)))
+        limit = timeout or self.timeout
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-            stderr = None if log.verbose else err
-            process = self._spawn(args, out, stderr)
+            process = self._spawn(args, out, None if log.verbose else err)
+            reason = ""
             try:
-                status = process.wait(timeout=timeout or self.timeout)
+                process.wait(timeout=limit)
             except subprocess.TimeoutExpired:
-                status = -1
+                reason = f"no answer within {limit} s"
             finally:
                 if process.poll() is None:
                     with shielded():
                         stop_process(process, group=True)
             out.seek(0)
             err.seek(0)
-            if status == 0:
-                return out.read().decode(errors="replace")
-            self._fail(args, status, err.read().decode(errors="replace"), timeout or self.timeout)
+            if process.returncode or reason:
+                raise self._error(args, reason or f"status {process.returncode}", err.read())
+            return out.read().decode(errors="replace")
 
     def _spawn(self, args: Sequence[str], out: Any, err: Any) -> subprocess.Popen[bytes]:
-        # A session of its own: Ctrl-C at the terminal is ours to handle, not limactl's.
         try:
             return subprocess.Popen(
-                [self.binary, *args],
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
-            )
+                [self.binary, *args], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                start_new_session=True,  # Ctrl-C at the terminal is ours to handle, not limactl's
+            )  # fmt: skip
         except OSError as error:
             raise AgentVMError(
                 f"{self.binary} cannot be started: {error.strerror}", hint="agent-vm doctor"
             ) from error
 
-    def _fail(self, args: Sequence[str], status: int, stderr: str, timeout: int) -> NoReturn:
-        messages = re.findall(r'level=(?:error|fatal) msg="((?:[^"\\]|\\.)*)"', stderr)
-        reason = (
-            messages[-1].replace('\\"', '"').replace("\\n", "; ")
-            if messages
-            else f"status {status}"
-        )
-        if status == -1:
-            reason = f"no answer within {timeout} s"
-        verb = next(arg for arg in args if not arg.startswith("-"))
-        lines = [line for line in stderr.splitlines() if line.strip()]
-        raise AgentVMError(f"limactl {verb} failed: {reason}", details="\n".join(lines[-8:]))
+    def _error(self, args: Sequence[str], reason: str, stderr: bytes) -> AgentVMError:
+        """limactl's own last words (logrus lines) instead of its status, when there are any."""
+        text = stderr.decode(errors="replace")
+        messages = re.findall(r'level=(?:error|fatal) msg="((?:[^"\\]|\\.)*)"', text)
+        if messages and reason.startswith("status"):
+            reason = messages[-1].replace('\\"', '"').replace("\\n", "; ")
+        lines = [line for line in text.splitlines() if line.strip()]
+        return AgentVMError(f"limactl {args[0]} failed: {reason}", details="\n".join(lines[-8:]))
 
     def version(self) -> tuple[int, ...]:
         return parse_lima_version(self._run("--version", timeout=30))
@@ -846,7 +854,7 @@ class Guest:
             raise AgentVMError(f"{self.host} did not answer within {timeout} s") from error
 
     def attach(self, argv: Sequence[str], tty: bool, stdin: int | None = None) -> int:
-        """Run argv with our terminal or pipes; its status. ssh joins arguments, hence the quoting."""
+        """Run argv with our terminal or pipes; its status. ssh joins its arguments: quote them."""
         command = [*self.ssh, "-t" if tty else "-T", self.host, shlex.join(argv)]
         process = subprocess.Popen(command, stdin=stdin)
         try:
@@ -930,16 +938,17 @@ class Leases:
         return leases
 
     def orphans(self) -> list[Lease]:
-        boot = boot_id()
+        leases = self.all()
+        boot = boot_id() if leases else ""
         return [
             lease
-            for lease in self.all()
+            for lease in leases
             if not lease.keep and not lease_is_live(lease, boot, process_start)
         ]
 
 
 def remove_clone(lima: Lima, leases: Leases, name: str) -> None:
-    """Delete an instance of ours and what belongs to it; the lease goes last, so that a failure is retried."""
+    """Delete an instance and what belongs to it; its lease goes last, so a failure is retried."""
     instance_dir = leases.folders.lima_home / name
     try:
         lima.delete(name)
@@ -1123,7 +1132,7 @@ def find_base(context: Context) -> Instance | None:
 
 def ensure_base(context: Context, args: argparse.Namespace) -> Instance:
     """The base instance; on a first run, offer to build it."""
-    base = find_base(context)
+    base = find_base(context) if context.lima.binary else None
     if base is None and confirm(
         f"there is no base instance {context.base} yet: set it up now?", args.yes
     ):
@@ -1149,7 +1158,9 @@ def project_dir() -> str:
 
 
 def read_line(path: str) -> str:
-    """First line of a small text file, "" when it cannot be read; the agent may have written it."""
+    """First line of a small text file, "" when there is none; the agent may have written it."""
+    if not os.path.isfile(path):  # a named pipe would block
+        return ""
     try:
         with open(path, encoding="utf-8") as file:
             return file.readline(4096).strip()
@@ -1165,7 +1176,7 @@ def worktree_git_dir(project: str) -> str:
     that has only the worktree cannot have written.
     """
     dot_git = os.path.join(project, ".git")
-    pointer = read_line(dot_git) if os.path.isfile(dot_git) else ""
+    pointer = read_line(dot_git)
     if not pointer.startswith("gitdir: "):
         return ""
     git_dir = os.path.realpath(os.path.join(project, pointer[len("gitdir: ") :]))
@@ -1307,14 +1318,14 @@ def disposable(context: Context, project: str, keep: bool) -> Iterator[str]:
             if keep and ended_well:
                 context.leases.take(name, project, keep=True)
                 log.info(
-                    f"kept {name}: reach it with `limactl shell {name}`, remove it with `agent-vm rm {name}`"
+                    f"kept {name}; reach it: limactl shell {name}; remove it: agent-vm rm {name}"
                 )
             else:
                 try_remove(context, name)
 
 
 def try_remove(context: Context, name: str) -> None:
-    """A failure here must not replace the agent's status; the lease makes the next command retry."""
+    """A failure must not replace the agent's status; the lease makes the next command retry."""
     try:
         remove_clone(context.lima, context.leases, name)
     except AgentVMError as error:
@@ -1349,7 +1360,7 @@ def make_clone(context: Context, base: Instance, name: str, mounts: Sequence[Mou
 
 
 def check_status(context: Context, guest: Guest, status: int) -> int:
-    """ssh says 255 for a lost connection, and an agent may say 255 too: ask whether the VM is there."""
+    """ssh says 255 for a lost connection, but so may an agent: ask whether the VM is there."""
     if status == 255 and not guest.alive():
         raise AgentVMError(
             "the VM was lost while it ran", details=failure_logs(context, guest.instance.name)
@@ -1424,7 +1435,7 @@ def host_facts(folders: Folders) -> HostFacts:
 
 
 def sizes_for(context: Context, host: HostFacts) -> dict[str, int]:
-    """cpus, memory (GiB) and disk (GB); defaults are clamped to half of the host's, and it is said."""
+    """cpus, memory (GiB), disk (GB); defaults are clamped to half of the host's, and it is said."""
     sizes = {"disk": context.get("disk")}
     for name, total in (("cpus", host.cpus), ("memory", host.memory >> 30)):
         wanted = context.get(name)
@@ -1506,7 +1517,9 @@ def download_lima(url: str, target: Path) -> None:
         archive_path = Path(folder, name)
         archive_path.write_bytes(archive)
         with tarfile.open(archive_path) as tar:
-            tar.extractall(Path(folder, "lima"))
+            # Python 3.9.17 and later; the checksum has vouched for the archive before.
+            safe: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+            tar.extractall(Path(folder, "lima"), **safe)
         shutil.rmtree(target, ignore_errors=True)
         Path(folder, "lima").replace(target)
 
@@ -1525,7 +1538,7 @@ def fetch(url: str) -> bytes:
 
 
 def npm_registry(context: Context) -> str:
-    """--npm-registry, else what npm on the host is configured with (without a password), else ""."""
+    """--npm-registry, else what npm on the host is configured with, else "". No passwords."""
     if context.get("npm-registry"):
         return str(context.get("npm-registry"))
     with contextlib.suppress(argparse.ArgumentTypeError):
@@ -1564,14 +1577,14 @@ def template_expression(context: Context, environ: Mapping[str, str]) -> str:
 
 
 class ProvisionLog:
-    """Follows the guest's provisioning log while `limactl start` waits: its steps are our progress."""
+    """Follows the guest's provisioning log while `limactl start` waits, and shows its steps."""
 
     def __init__(self, instance: Instance) -> None:
         config = str(instance.dir / "ssh.config")
         # Not through Lima's control master: boot ends the first user session, and it with it.
         self.command = [
-            "ssh", "-F", config, "-q", "-o", "ControlMaster=no", "-o", "ControlPath=none", instance.hostname,
-            f"tail -n +1 -F {PROVISION_LOG} 2> /dev/null",
+            "ssh", "-F", config, "-q", "-o", "ControlMaster=no", "-o", "ControlPath=none",
+            instance.hostname, f"tail -n +1 -F {PROVISION_LOG} 2> /dev/null",
         ]  # fmt: skip
         self.config = config
         self.lines: deque[str] = deque(maxlen=40)
@@ -1585,8 +1598,9 @@ class ProvisionLog:
             if not os.path.exists(self.config):
                 continue
             self.process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                encoding="utf-8", errors="replace", start_new_session=True,
+                self.command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, encoding="utf-8", errors="replace",
+                start_new_session=True,
             )  # fmt: skip
             assert self.process.stdout
             for line in self.process.stdout:
@@ -1614,17 +1628,19 @@ class ProvisionLog:
 
 ESSENTIAL_CHECKS = ("claude --version", "git --version", "jq --version")
 FULL_CHECKS = (
-    "curl --version", "gcc --version", "python3 -m venv /tmp/smoke", "node --version", "npm --version",
-    "rg --version", "fd --version", "gh --version", "docker compose version", "docker buildx version",
+    *(f"{tool} --version" for tool in ("curl", "gcc", "node", "npm", "rg", "fd", "gh")),
+    "python3 -m venv /tmp/smoke",
+    "docker compose version",
+    "docker buildx version",
     "sg docker -c 'docker version'",
     "chromium --headless --disable-gpu --dump-dom data:text/html,smoke-test | grep smoke-test",
-)  # fmt: skip
+)
 # The next boot may take any installed kernel; each must have the mount type that the host confines.
 KERNEL_CHECK = 'for k in /boot/vmlinuz-*; do /sbin/modinfo -k "${k#*/vmlinuz-}" 9p; done'
 
 
 def smoke_test(guest: Guest, minimal: bool, provisioned: bool) -> None:
-    """What a run needs answers in the guest; a template of the user's own owes the essentials only."""
+    """What a run needs answers in the guest; a template of the user's own owes the essentials."""
     checks = [*ESSENTIAL_CHECKS]
     if provisioned and not minimal:
         checks += FULL_CHECKS
@@ -1671,7 +1687,7 @@ def setup_hooks(context: Context) -> list[Path]:
 
 
 def log_in(context: Context, guest: Guest) -> None:
-    """Without a credential on the host: log in once, in the guest, when somebody is there to do it."""
+    """Without a credential on the host: log in once, in the guest, when somebody is there."""
     if find_credential(context):
         return
     if not (os.isatty(0) and os.isatty(1)):
@@ -1679,10 +1695,10 @@ def log_in(context: Context, guest: Guest) -> None:
             "no credential yet: `agent-vm auth set` stores one, or set CLAUDE_CODE_OAUTH_TOKEN"
         )
         return
-    log.info("Claude starts now for its login. The login is kept in the base instance, so every VM")
     log.info(
-        "has a copy. To keep it out: Ctrl-C here, then `claude setup-token` and `agent-vm auth set`."
+        "Claude starts now for its login, which is kept in the base instance: every VM has it."
     )
+    log.info("To keep it out: Ctrl-C here, then `claude setup-token` and `agent-vm auth set`.")
     guest.attach(["bash", "-lc", "claude auth login"], tty=True)
 
 
@@ -1796,7 +1812,7 @@ def roll_back(context: Context) -> None:
 
 
 def cmd_setup(args: argparse.Namespace) -> int:
-    context = Context.open(args, need_lima=False)
+    context = Context.open(args, need_lima=args.rollback)
     if context.lima.binary:
         collect_garbage(context.lima, context.leases)
     if args.rollback:
@@ -1815,7 +1831,7 @@ def cmd_shell(args: argparse.Namespace) -> int:
 
 
 def start_run(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    context = Context.open(args, need_lima=not args.yes)
+    context = Context.open(args, need_lima=False)
     if context.lima.binary:
         collect_garbage(context.lima, context.leases)
     return run_in_clone(context, args, argv)
@@ -1828,9 +1844,9 @@ def our_instances(context: Context) -> list[dict[str, Any]]:
     rows = []
     for instance in context.lima.list():
         lease = leases.get(instance.name)
-        if not (lease or CLONE_NAME.fullmatch(instance.name) or BASE_NAME.fullmatch(instance.name)):
+        if not is_base(instance.name) and not is_clone(instance.name):
             continue
-        role = "base" if BASE_NAME.fullmatch(instance.name) else "clone"
+        role = "base" if is_base(instance.name) else "clone"
         if lease and role == "clone":
             role = "kept" if lease.keep else "orphan" if instance.name in orphans else "running"
         rows.append({
@@ -1886,10 +1902,14 @@ def cmd_list(args: argparse.Namespace) -> int:
         return 0
     table = [("NAME", "STATUS", "ROLE", "AGE", "DISK", "PROJECT")]
     table += [
-        (row["name"], row["status"], row["role"], human_age(row["age_seconds"]), human_size(row["disk_bytes"]),
-         printable(row["project"]))
+        (
+            *(row[key] for key in ("name", "status", "role")),
+            human_age(row["age_seconds"]),
+            human_size(row["disk_bytes"]),
+            printable(row["project"]),
+        )
         for row in rows
-    ]  # fmt: skip
+    ]
     print_table(table)
     return 0
 
@@ -1899,7 +1919,7 @@ def printable(text: str) -> str:
 
 
 def instance_named(context: Context, name: str) -> Instance:
-    if not (CLONE_NAME.fullmatch(name) or BASE_NAME.fullmatch(name)):
+    if not is_clone(name) and not is_base(name):
         raise AgentVMError(f"{name!r} is not an instance of agent-vm", hint="agent-vm list")
     instance = context.lima.find(name)
     if instance is None:
@@ -1920,7 +1940,7 @@ def cmd_rm(args: argparse.Namespace) -> int:
     instance = instance_named(context, args.instance)
     orphans = {lease.name for lease in context.leases.orphans()}
     lease = next((lease for lease in context.leases.all() if lease.name == instance.name), None)
-    if BASE_NAME.fullmatch(instance.name) and not args.force:
+    if is_base(instance.name) and not args.force:
         raise AgentVMError(f"{instance.name} is a base instance", hint="rm --force removes it")
     if lease and not lease.keep and instance.name not in orphans and not args.force:
         raise AgentVMError(
@@ -1962,7 +1982,7 @@ def cmd_auth(args: argparse.Namespace) -> int:
 
 
 def auth_set(context: Context) -> int:
-    """Store the credential that stdin holds: an OAuth token of `claude setup-token`, or an API key."""
+    """Store what stdin holds: an OAuth token of `claude setup-token`, or an API key."""
     if os.isatty(0):
         import getpass
 
@@ -1994,10 +2014,8 @@ def auth_set(context: Context) -> int:
 def auth_status(context: Context) -> int:
     credential = find_credential(context)
     if credential is None:
-        print(
-            "no credential on the host; an agent uses the login in the base instance, if there is one"
-        )
-        print("that login, if any, is in every VM")
+        print("none on the host; an agent uses the login in the base instance, if there is one")
+        print("that login, if any, is copied into every VM")
         return 1
     print(f"{credential.name} from {credential.origin}")
     print("it enters the guest: the agent there can read it")
@@ -2178,7 +2196,7 @@ SHELL_FUNCTIONS = {
 
 
 def cmd_shell_init(args: argparse.Namespace) -> int:
-    """Shell functions; everything after `claude-vm` is the agent's, so no flag of ours can clash."""
+    """Shell functions; all that follows `claude-vm` is the agent's, so no flag of ours clashes."""
     command = shlex.join([sys.executable, os.path.realpath(__file__)])
     for name, verb in SHELL_FUNCTIONS.items():
         line = f"{command} {verb}".rstrip()
@@ -2218,7 +2236,8 @@ _agent_vm() {{
 {cases}
     *) words={shlex.quote(" ".join(words[""]))} ;;
   esac
-  while IFS= read -r word; do COMPREPLY+=("$word"); done < <(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}")
+  local word current="${{COMP_WORDS[COMP_CWORD]}}"
+  while IFS= read -r word; do COMPREPLY+=("$word"); done < <(compgen -W "$words" -- "$current")
 }}
 complete -o default -F _agent_vm agent-vm agent_vm.py"""
 
@@ -2293,9 +2312,12 @@ def add_settings(parser: argparse.ArgumentParser, *names: str) -> None:
             parser.add_argument(f"--{name}", action="store_true", default=None, help=setting.help)
             continue
         parser.add_argument(
-            f"--{name}", type=setting.parse, default=None, help=setting.help, metavar=setting.metavar,
+            f"--{name}",
+            type=setting.parse,
             action="append" if setting.many else "store",
-        )  # fmt: skip
+            help=setting.help,
+            metavar=setting.metavar,
+        )
 
 
 SETUP_SETTINGS = (
@@ -2437,7 +2459,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 # BEGIN GENERATED by "make embed"
 EMBEDDED: dict[str, str] = {
-    'agent-vm.yaml': r'''# Try it alone: limactl start --tty=false --name=agent-vm-base --timeout=60m lima/agent-vm.yaml
+    "agent-vm.yaml": r"""# Try it alone: limactl start --tty=false --name=agent-vm-base --timeout=60m lima/agent-vm.yaml
 #
 # The base instance of agent-vm: Debian 13 with Claude Code and what it works with. No directory of the host is mounted
 # here; a clone mounts the project. Values come from `param`, e.g. limactl start --set '.param.minimal = "true"' …
@@ -2482,8 +2504,8 @@ provision:
   file: provision/40-agent.sh
 - mode: system
   file: provision/50-finish.sh
-''',
-    'provision/10-packages.sh': r'''#!/bin/bash
+""",
+    "provision/10-packages.sh": r"""#!/bin/bash
 # Run by Lima in the guest, as root, at every boot; does its work once.
 # Packages from Debian, and what applies to the whole system.
 set -eux -o pipefail
@@ -2566,8 +2588,8 @@ fi
 git config --system --replace-all safe.directory '*'
 
 touch "$marker"
-''',
-    'provision/20-node.sh': r'''#!/bin/bash
+""",
+    "provision/20-node.sh": r"""#!/bin/bash
 # Run by Lima in the guest, as root, at every boot; does its work once.
 # Node.js 22 and npm from NodeSource, else Debian's.
 set -eux -o pipefail
@@ -2613,8 +2635,8 @@ if [ "$PARAM_minimal" != true ]; then
 fi
 
 touch "$marker"
-''',
-    'provision/30-docker.sh': r'''#!/bin/bash
+""",
+    "provision/30-docker.sh": r"""#!/bin/bash
 # Run by Lima in the guest, as root, at every boot; does its work once.
 # Docker Engine with compose and buildx from Docker, else Debian's.
 set -eux -o pipefail
@@ -2667,8 +2689,8 @@ UNIT
 fi
 
 touch "$marker"
-''',
-    'provision/40-agent.sh': r'''#!/bin/bash
+""",
+    "provision/40-agent.sh": r"""#!/bin/bash
 # Run by Lima in the guest, as root, at every boot; does its work once.
 # Claude Code from its vendor's installer, else from npm; then the Chrome DevTools MCP server.
 set -eux -o pipefail
@@ -2739,8 +2761,8 @@ if [ "$PARAM_minimal" != true ]; then
 fi
 
 touch "$marker"
-''',
-    'provision/50-finish.sh': r'''#!/bin/bash
+""",
+    "provision/50-finish.sh": r"""#!/bin/bash
 # Run by Lima in the guest, as root, at every boot; does its work once.
 # A kernel that can mount the project, a small disk, and the marker that says that all went well.
 set -eux -o pipefail
@@ -2772,7 +2794,7 @@ fstrim / || true  # gives the freed blocks back to the host's disk file
 
 step "the base instance is complete"
 touch "$marker"
-''',
+""",
 }
 # END GENERATED
 

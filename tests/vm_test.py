@@ -220,9 +220,7 @@ class VMTest(unittest.TestCase):
                 process.communicate()
                 self.assertEqual(process.returncode, 130)
                 self.assert_nothing_left()
-                wait_for(
-                    lambda name=name: not processes_of(name), 20, "the VM's processes are gone"
-                )
+                self.assert_processes_end(name)
 
     def test_kill_9_and_the_next_command_cleans_up(self) -> None:
         project = self.project()
