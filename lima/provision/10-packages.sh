@@ -17,7 +17,7 @@ export DEBIAN_FRONTEND=noninteractive
 use_mirror() {
   local mirror=${1%/} security codename sources
   [[ $mirror =~ ^https?://[A-Za-z0-9._~:/@%+,=-]+$ ]] || fail "--apt-mirror is not an http(s) URL"
-  # Mirrors keep the security suite beside the archive: …/debian and …/debian-security. When this one does not,
+  # Mirrors keep the security suite beside the archive: .../debian and .../debian-security. When this one does not,
   # security updates still come from where the image has them: better slow than silently missing.
   codename=$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)
   security=${mirror%/*}/debian-security
@@ -61,7 +61,7 @@ if [ "$PARAM_minimal" != true ]; then
     build-essential file less openssh-client procps iproute2 rsync sudo tzdata unzip wget
     python3 python3-pip python3-venv
     fd-find gh ripgrep
-    locales ncurses-term
+    kitty-terminfo locales ncurses-term
     chromium fonts-liberation xauth xvfb
   )
 fi
@@ -73,7 +73,7 @@ fi
 # The value is the host's LANG, whatever that holds: only a whole line of Debian's list counts.
 if grep -sqxF -e "$PARAM_locale UTF-8" /usr/share/i18n/SUPPORTED; then
   step "generating the locale"
-  echo "$PARAM_locale UTF-8" >> /etc/locale.gen
+  echo "$PARAM_locale UTF-8" > /etc/locale.gen
   locale-gen
 fi
 
