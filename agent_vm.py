@@ -83,6 +83,7 @@ PASSED_ENV = (
 )  # fmt: skip
 
 PROVISION_LOG = "/var/log/agent-vm-provision.log"
+PROVISION_DONE = "/var/lib/agent-vm/done/50-finish"
 PROJECT_HOOK = ".claude-vm.runtime.sh"
 AGENT = ("claude", "--dangerously-skip-permissions")
 
@@ -1655,22 +1656,18 @@ def smoke_test(guest: Guest, minimal: bool, provisioned: bool) -> None:
             )
 
 
-def check_provisioned(guest: Guest, provision_log: ProvisionLog, kept_log: Path) -> bool:
-    """Lima reports a failed provision script only in a log: look for each script's own marker."""
-    result = guest.run(f"cat {PROVISION_LOG} && echo && ls /var/lib/agent-vm/done")
+def check_provisioned(context: Context, guest: Guest, provision_log: ProvisionLog) -> bool:
+    """Whether our scripts ran. Lima does not report a failed one, so look for their last marker."""
+    kept_log = context.folders.state / "logs" / "setup.log"
+    result = guest.run(f"cat {PROVISION_LOG}")
     if result.returncode and not provision_log.lines:
-        return False  # not our template
+        return False  # a template of the user's own
     kept_log.write_text(result.stdout)
-    done = set(result.stdout.split("\n")[-8:])
-    with lima_dir() as folder:
-        missing = [
-            path.stem for path in sorted(folder.glob("provision/*.sh")) if path.stem not in done
-        ]
-    if missing:
-        lines = list(provision_log.lines) or result.stdout.splitlines()
+    if guest.run(f"test -e {PROVISION_DONE}").returncode:
+        errors = re.findall(r"^agent-vm: error: (.*)", result.stdout, re.MULTILINE)
         raise AgentVMError(
-            f"the provision script {missing[0]}.sh failed",
-            details="\n".join([*lines[-15:], f"--- the whole log: {kept_log}"]),
+            f"provisioning failed{': ' + errors[0] if errors else ''}",
+            details="\n".join([*result.stdout.splitlines()[-15:], f"--- all of it: {kept_log}"]),
         )
     return True
 
@@ -1729,37 +1726,66 @@ def build_base(context: Context, args: argparse.Namespace) -> None:
     report_setup(context, notes, replaced=base is not None)
 
 
+def create_new(
+    context: Context, new: str, sizes: Mapping[str, int], default_template: Path
+) -> Instance:
+    log.step(f"creating {new} (Lima gets the disk image on the first time)")
+    options = [f"--{name}={value}" for name, value in sizes.items()]
+    template = context.get("template") or str(default_template)
+    context.lima.create(new, template, *options, "--set", template_expression(context, os.environ))
+    instance = context.lima.find(new)
+    if instance is None or instance.mounts:
+        raise AgentVMError(
+            f"{new} would mount {instance.mounts[0][0]}" if instance else f"{new} is not there",
+            hint=f"look into the template and {context.folders.lima_home}/_config",
+        )
+    return instance
+
+
+def first_start(context: Context, instance: Instance) -> None:
+    """Start, and wait for provisioning: Lima itself gives up on a running VM after ten minutes."""
+    deadline = time.monotonic() + 9 * context.lima.timeout
+    try:
+        start_instance(context, instance.name, 9 * context.lima.timeout)
+    except AgentVMError:
+        # "boot scripts must have finished" is polled 200 times (Lima's hostagent/requirements.go).
+        guest = Guest(instance)
+        while guest.alive() and time.monotonic() < deadline:
+            if guest.run("test -s /run/lima-boot-done").returncode == 0:
+                return
+            time.sleep(5)
+        raise
+
+
+def restart_for_kernel(context: Context, guest: Guest) -> None:
+    """Provisioning may have replaced the running kernel; without its modules no Docker starts."""
+    if guest.run("test -d /lib/modules/$(uname -r)/kernel").returncode:
+        log.step("restarting it with its new kernel")
+        context.lima.stop(guest.instance.name)
+        start_instance(context, guest.instance.name, context.lima.timeout)
+
+
 def provision(
     context: Context, new: str, sizes: Mapping[str, int], hooks: Sequence[Path]
 ) -> list[str]:
     """Create, boot, provision, test and stop the instance `new`; the fall-backs that it noted."""
-    options = [f"--{name}={value}" for name, value in sizes.items()]
-    expression = template_expression(context, os.environ)
-    kept_log = context.folders.state / "logs" / "setup.log"
     with lima_dir() as folder:
-        log.step(f"creating {new} (Lima gets the disk image on the first time)")
-        template = context.get("template") or str(folder / "agent-vm.yaml")
-        context.lima.create(new, template, *options, "--set", expression)
-        instance = context.lima.find(new)
-        if instance is None or instance.mounts:
-            raise AgentVMError(
-                f"{new} would mount {instance.mounts[0][0]}" if instance else f"{new} is not there",
-                hint=f"look into {context.folders.lima_home}/_config/default.yaml",
-            )
-        log.step(f"starting {new}")
-        with ProvisionLog(instance) as provision_log:
-            start_instance(context, new, 9 * context.lima.timeout)
-        guest = Guest(instance)
-        provisioned = check_provisioned(guest, provision_log, kept_log)
-        for path in hooks:
-            log.step(f"running {path}")
-            run_hook(guest, path, inside=False)
-        log.step("testing it")
-        smoke_test(guest, context.get("minimal"), provisioned)
-        notes = guest.run("cat /var/lib/agent-vm/notes 2> /dev/null").stdout.splitlines()
-        log_in(context, guest)
-        log.step("stopping it")
-        context.lima.stop(new)
+        instance = create_new(context, new, sizes, folder / "agent-vm.yaml")
+    guest = Guest(instance)
+    log.step(f"starting {new}")
+    with ProvisionLog(instance) as provision_log:
+        first_start(context, instance)
+    provisioned = check_provisioned(context, guest, provision_log)
+    restart_for_kernel(context, guest)
+    for path in hooks:
+        log.step(f"running {path}")
+        run_hook(guest, path, inside=False)
+    log.step("testing it")
+    smoke_test(guest, context.get("minimal"), provisioned)
+    notes = guest.run("cat /var/lib/agent-vm/notes 2> /dev/null").stdout.splitlines()
+    log_in(context, guest)
+    log.step("stopping it")
+    context.lima.stop(new)
     return notes
 
 
@@ -2459,10 +2485,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 # BEGIN GENERATED by "make embed"
 EMBEDDED: dict[str, str] = {
-    "agent-vm.yaml": r"""# Try it alone: limactl start --tty=false --name=agent-vm-base --timeout=60m lima/agent-vm.yaml
+    'agent-vm.yaml': r'''# Try it: limactl start --tty=false --name=try lima/agent-vm.yaml
 #
-# The base instance of agent-vm: Debian 13 with Claude Code and what it works with. No directory of the host is mounted
-# here; a clone mounts the project. Values come from `param`, e.g. limactl start --set '.param.minimal = "true"' …
+# The base instance of agent-vm: Debian 13 with Claude Code and what it works with. No directory of
+# the host is mounted here; a clone mounts the project. Values come from `param`: limactl start
+# --set '.param.minimal = "true"' ...
 
 minimumLimaVersion: 2.0.0
 
@@ -2479,7 +2506,15 @@ ssh:
   forwardAgent: false
   loadDotSSHPubKeys: false
 
-# Node.js and Python's requests bring their own CA lists. The system's list also holds the CAs given as `caCerts`.
+# Of the guest's own services, mDNS and LLMNR are not for the host's loopback.
+portForwards:
+- guestIP: 0.0.0.0
+  guestPortRange: [5353, 5355]
+  proto: any
+  ignore: true
+
+# Node.js and Python's requests bring their own CA lists. The system's list also holds the CAs
+# given as `caCerts`.
 env:
   NODE_EXTRA_CA_CERTS: /etc/ssl/certs/ca-certificates.crt
   REQUESTS_CA_BUNDLE: /etc/ssl/certs/ca-certificates.crt
@@ -2490,9 +2525,11 @@ param:
   aptMirror: ""     # URL in place of the image's Debian mirror
   locale: ""        # a locale to generate, e.g. en_US.UTF-8
 
-# Each script writes /var/log/agent-vm-provision.log, and /var/lib/agent-vm/done/NAME when all of it went well.
-# `limactl start` says READY even when a script failed: the marker of the last one means that the base instance is complete.
-# Never `mode: user`: with it, Lima waits for the user's systemd on every boot.
+# Each script writes /var/log/agent-vm-provision.log, and /var/lib/agent-vm/done/NAME when all of
+# it went well. The marker of the last one means that the base instance is complete; the status of
+# `limactl start` does not: it is 0 when a script failed, and 1 (DEGRADED) when the scripts, still
+# running, take more than about ten minutes. Never `mode: user`: with it, Lima waits for the user's
+# systemd on every boot.
 provision:
 - mode: system
   file: provision/10-packages.sh
@@ -2504,8 +2541,8 @@ provision:
   file: provision/40-agent.sh
 - mode: system
   file: provision/50-finish.sh
-""",
-    "provision/10-packages.sh": r"""#!/bin/bash
+''',
+    'provision/10-packages.sh': r'''#!/bin/bash
 # Run by Lima in the guest, as root, at every boot; does its work once.
 # Packages from Debian, and what applies to the whole system.
 set -eux -o pipefail
@@ -2524,11 +2561,12 @@ export DEBIAN_FRONTEND=noninteractive
 use_mirror() {
   local mirror=${1%/} security codename sources
   [[ $mirror =~ ^https?://[A-Za-z0-9._~:/@%+,=-]+$ ]] || fail "--apt-mirror is not an http(s) URL"
-  # Mirrors keep the security suite beside the archive: …/debian and …/debian-security. When this one does not,
+  # Mirrors keep the security suite beside the archive, as debian-security. When this one does not,
   # security updates still come from where the image has them: better slow than silently missing.
   codename=$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)
   security=${mirror%/*}/debian-security
-  if ! curl -fsSL --connect-timeout 10 --retry 1 -o /dev/null "$security/dists/$codename-security/InRelease"; then
+  if ! curl -fsSL --connect-timeout 10 --retry 1 -o /dev/null \
+    "$security/dists/$codename-security/InRelease"; then
     security=
     note "Security updates from the image's own mirror: --apt-mirror has none."
   fi
@@ -2539,7 +2577,8 @@ use_mirror() {
   done
   local old='(https?|mirror\+file):/[^ ]*'
   sed -E -i "s#$old/debian(\.list|/)?( |\$)#$mirror\3#" "${sources[@]}"
-  [ -z "$security" ] || sed -E -i "s#$old/debian-security(\.list|/)?( |\$)#$security\3#" "${sources[@]}"
+  [ -z "$security" ] ||
+    sed -E -i "s#$old/debian-security(\.list|/)?( |\$)#$security\3#" "${sources[@]}"
   grep -qF "$mirror" "${sources[@]}" || fail "no Debian mirror to replace in ${sources[*]}"
 }
 
@@ -2568,7 +2607,7 @@ if [ "$PARAM_minimal" != true ]; then
     build-essential file less openssh-client procps iproute2 rsync sudo tzdata unzip wget
     python3 python3-pip python3-venv
     fd-find gh ripgrep
-    locales ncurses-term
+    kitty-terminfo locales ncurses-term
     chromium fonts-liberation xauth xvfb
   )
 fi
@@ -2580,16 +2619,16 @@ fi
 # The value is the host's LANG, whatever that holds: only a whole line of Debian's list counts.
 if grep -sqxF -e "$PARAM_locale UTF-8" /usr/share/i18n/SUPPORTED; then
   step "generating the locale"
-  echo "$PARAM_locale UTF-8" >> /etc/locale.gen
+  echo "$PARAM_locale UTF-8" > /etc/locale.gen
   locale-gen
 fi
 
-# The project is mounted and belongs to the host's user id: git would call that "dubious ownership" and refuse.
+# The project belongs to the host's user id: git would call that "dubious ownership" and refuse.
 git config --system --replace-all safe.directory '*'
 
 touch "$marker"
-""",
-    "provision/20-node.sh": r"""#!/bin/bash
+''',
+    'provision/20-node.sh': r'''#!/bin/bash
 # Run by Lima in the guest, as root, at every boot; does its work once.
 # Node.js 22 and npm from NodeSource, else Debian's.
 set -eux -o pipefail
@@ -2629,14 +2668,15 @@ if [ "$PARAM_minimal" != true ]; then
   step "installing Node.js"
   from_nodesource || from_debian
   if [ -n "$PARAM_npmRegistry" ]; then
-    [[ $PARAM_npmRegistry =~ ^https?://[^[:space:]]+$ ]] || fail "--npm-registry is not an http(s) URL"
+    [[ $PARAM_npmRegistry =~ ^https?://[^[:space:]]+$ ]] ||
+      fail "--npm-registry is not an http(s) URL"
     npm config set --location=global registry "${PARAM_npmRegistry%/}/"
   fi
 fi
 
 touch "$marker"
-""",
-    "provision/30-docker.sh": r"""#!/bin/bash
+''',
+    'provision/30-docker.sh': r'''#!/bin/bash
 # Run by Lima in the guest, as root, at every boot; does its work once.
 # Docker Engine with compose and buildx from Docker, else Debian's.
 set -eux -o pipefail
@@ -2689,8 +2729,8 @@ UNIT
 fi
 
 touch "$marker"
-""",
-    "provision/40-agent.sh": r"""#!/bin/bash
+''',
+    'provision/40-agent.sh': r'''#!/bin/bash
 # Run by Lima in the guest, as root, at every boot; does its work once.
 # Claude Code from its vendor's installer, else from npm; then the Chrome DevTools MCP server.
 set -eux -o pipefail
@@ -2731,38 +2771,46 @@ npm_registry() {
 from_npm() {
   local registry package dist integrity
   registry=$(npm_registry)
-  [ -n "$registry" ] || fail "Claude Code's installer could not be reached and no npm registry is known: give --npm-registry"
+  [ -n "$registry" ] ||
+    fail "Claude Code's installer could not be reached and no npm registry is known: --npm-registry"
   package=claude-code-linux-$(dpkg --print-architecture | sed 's/amd64/x64/')
-  fetch -o "$work/package.json" "$registry/@anthropic-ai%2f$package" || fail "$registry gives no $package"
+  fetch -o "$work/package.json" "$registry/@anthropic-ai%2f$package" ||
+    fail "the npm registry gives no $package"
   dist=$(jq -c '.versions[."dist-tags".latest].dist' "$work/package.json")
   integrity=$(jq -r '.integrity' <<< "$dist")
   [[ $integrity == sha512-* ]] || fail "the npm registry gives no sha512 for $package"
-  fetch -o "$work/claude.tgz" "$(jq -r '.tarball' <<< "$dist")" || fail "$registry gives no tarball of $package"
+  fetch -o "$work/claude.tgz" "$(jq -r '.tarball' <<< "$dist")" ||
+    fail "the npm registry gives no tarball of $package"
   echo "$(base64 -d <<< "${integrity#sha512-}" | basenc --base16 -w0)  $work/claude.tgz" |
-    sha512sum --check --strict || fail "the tarball of $package is not what $registry promised"
+    sha512sum --check --strict ||
+    fail "the tarball of $package is not what the npm registry promised"
   tar -xzf "$work/claude.tgz" -C /usr/local/bin --no-same-owner --strip-components=1 package/claude
   as_user claude --version
   note "Claude Code from npm: its installer could not be reached."
 }
 
 step "installing Claude Code"
+[[ -z $PARAM_npmRegistry || $PARAM_npmRegistry =~ ^https?://[^[:space:]]+$ ]] ||
+  fail "--npm-registry is not an http(s) URL"
 if ! from_vendor; then
   from_npm
 fi
 
 if [ "$PARAM_minimal" != true ]; then
   step "installing the Chrome DevTools MCP server"
-  if npm install -g --cache "$work/npm" --no-audit --no-fund --fetch-retries=1 chrome-devtools-mcp; then
+  if npm install -g --cache "$work/npm" --no-audit --no-fund --fetch-retries=1 \
+    chrome-devtools-mcp; then
     as_user claude mcp add --scope user chrome-devtools -- \
-      chrome-devtools-mcp --headless --isolated --executablePath /usr/bin/chromium --no-usage-statistics
+      chrome-devtools-mcp --headless --isolated --executablePath /usr/bin/chromium \
+      --no-usage-statistics --no-performance-crux
   else
     note "No Chrome DevTools MCP server: npm could not install it."
   fi
 fi
 
 touch "$marker"
-""",
-    "provision/50-finish.sh": r"""#!/bin/bash
+''',
+    'provision/50-finish.sh': r'''#!/bin/bash
 # Run by Lima in the guest, as root, at every boot; does its work once.
 # A kernel that can mount the project, a small disk, and the marker that says that all went well.
 set -eux -o pipefail
@@ -2777,10 +2825,11 @@ fail() { step "error: $1"; exit 1; }
 export DEBIAN_FRONTEND=noninteractive
 
 for name in 10-packages 20-node 30-docker 40-agent; do
-  [ -e "${marker%/*}/$name" ] || fail "$name failed: see /var/log/agent-vm-provision.log in the guest"
+  [ -e "${marker%/*}/$name" ] || fail "$name failed"
 done
 
-# Under QEMU the project is mounted over 9p, which Debian's cloud kernel lacks. The next boot uses the generic one.
+# Under QEMU the project is mounted over 9p, which Debian's cloud kernel lacks. The next boot uses
+# the generic one.
 if ! modprobe -n -q 9p && [[ $(systemd-detect-virt) =~ ^(qemu|kvm)$ ]]; then
   step "installing a kernel with 9p"
   apt-get install -y --no-install-recommends "linux-image-$(dpkg --print-architecture)"
@@ -2794,7 +2843,7 @@ fstrim / || true  # gives the freed blocks back to the host's disk file
 
 step "the base instance is complete"
 touch "$marker"
-""",
+''',
 }
 # END GENERATED
 

@@ -17,11 +17,12 @@ export DEBIAN_FRONTEND=noninteractive
 use_mirror() {
   local mirror=${1%/} security codename sources
   [[ $mirror =~ ^https?://[A-Za-z0-9._~:/@%+,=-]+$ ]] || fail "--apt-mirror is not an http(s) URL"
-  # Mirrors keep the security suite beside the archive: .../debian and .../debian-security. When this one does not,
+  # Mirrors keep the security suite beside the archive, as debian-security. When this one does not,
   # security updates still come from where the image has them: better slow than silently missing.
   codename=$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)
   security=${mirror%/*}/debian-security
-  if ! curl -fsSL --connect-timeout 10 --retry 1 -o /dev/null "$security/dists/$codename-security/InRelease"; then
+  if ! curl -fsSL --connect-timeout 10 --retry 1 -o /dev/null \
+    "$security/dists/$codename-security/InRelease"; then
     security=
     note "Security updates from the image's own mirror: --apt-mirror has none."
   fi
@@ -32,7 +33,8 @@ use_mirror() {
   done
   local old='(https?|mirror\+file):/[^ ]*'
   sed -E -i "s#$old/debian(\.list|/)?( |\$)#$mirror\3#" "${sources[@]}"
-  [ -z "$security" ] || sed -E -i "s#$old/debian-security(\.list|/)?( |\$)#$security\3#" "${sources[@]}"
+  [ -z "$security" ] ||
+    sed -E -i "s#$old/debian-security(\.list|/)?( |\$)#$security\3#" "${sources[@]}"
   grep -qF "$mirror" "${sources[@]}" || fail "no Debian mirror to replace in ${sources[*]}"
 }
 
@@ -77,7 +79,7 @@ if grep -sqxF -e "$PARAM_locale UTF-8" /usr/share/i18n/SUPPORTED; then
   locale-gen
 fi
 
-# The project is mounted and belongs to the host's user id: git would call that "dubious ownership" and refuse.
+# The project belongs to the host's user id: git would call that "dubious ownership" and refuse.
 git config --system --replace-all safe.directory '*'
 
 touch "$marker"

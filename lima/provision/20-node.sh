@@ -38,7 +38,8 @@ if [ "$PARAM_minimal" != true ]; then
   step "installing Node.js"
   from_nodesource || from_debian
   if [ -n "$PARAM_npmRegistry" ]; then
-    [[ $PARAM_npmRegistry =~ ^https?://[^[:space:]]+$ ]] || fail "--npm-registry is not an http(s) URL"
+    [[ $PARAM_npmRegistry =~ ^https?://[^[:space:]]+$ ]] ||
+      fail "--npm-registry is not an http(s) URL"
     npm config set --location=global registry "${PARAM_npmRegistry%/}/"
   fi
 fi

@@ -39,29 +39,35 @@ npm_registry() {
 from_npm() {
   local registry package dist integrity
   registry=$(npm_registry)
-  [ -n "$registry" ] || fail "Claude Code's installer could not be reached and no npm registry is known: give --npm-registry"
+  [ -n "$registry" ] ||
+    fail "Claude Code's installer could not be reached and no npm registry is known: --npm-registry"
   package=claude-code-linux-$(dpkg --print-architecture | sed 's/amd64/x64/')
-  fetch -o "$work/package.json" "$registry/@anthropic-ai%2f$package" || fail "the npm registry gives no $package"
+  fetch -o "$work/package.json" "$registry/@anthropic-ai%2f$package" ||
+    fail "the npm registry gives no $package"
   dist=$(jq -c '.versions[."dist-tags".latest].dist' "$work/package.json")
   integrity=$(jq -r '.integrity' <<< "$dist")
   [[ $integrity == sha512-* ]] || fail "the npm registry gives no sha512 for $package"
-  fetch -o "$work/claude.tgz" "$(jq -r '.tarball' <<< "$dist")" || fail "the npm registry gives no tarball of $package"
+  fetch -o "$work/claude.tgz" "$(jq -r '.tarball' <<< "$dist")" ||
+    fail "the npm registry gives no tarball of $package"
   echo "$(base64 -d <<< "${integrity#sha512-}" | basenc --base16 -w0)  $work/claude.tgz" |
-    sha512sum --check --strict || fail "the tarball of $package is not what the npm registry promised"
+    sha512sum --check --strict ||
+    fail "the tarball of $package is not what the npm registry promised"
   tar -xzf "$work/claude.tgz" -C /usr/local/bin --no-same-owner --strip-components=1 package/claude
   as_user claude --version
   note "Claude Code from npm: its installer could not be reached."
 }
 
 step "installing Claude Code"
-[[ -z $PARAM_npmRegistry || $PARAM_npmRegistry =~ ^https?://[^[:space:]]+$ ]] || fail "--npm-registry is not an http(s) URL"
+[[ -z $PARAM_npmRegistry || $PARAM_npmRegistry =~ ^https?://[^[:space:]]+$ ]] ||
+  fail "--npm-registry is not an http(s) URL"
 if ! from_vendor; then
   from_npm
 fi
 
 if [ "$PARAM_minimal" != true ]; then
   step "installing the Chrome DevTools MCP server"
-  if npm install -g --cache "$work/npm" --no-audit --no-fund --fetch-retries=1 chrome-devtools-mcp; then
+  if npm install -g --cache "$work/npm" --no-audit --no-fund --fetch-retries=1 \
+    chrome-devtools-mcp; then
     as_user claude mcp add --scope user chrome-devtools -- \
       chrome-devtools-mcp --headless --isolated --executablePath /usr/bin/chromium \
       --no-usage-statistics --no-performance-crux

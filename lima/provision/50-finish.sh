@@ -13,10 +13,11 @@ fail() { step "error: $1"; exit 1; }
 export DEBIAN_FRONTEND=noninteractive
 
 for name in 10-packages 20-node 30-docker 40-agent; do
-  [ -e "${marker%/*}/$name" ] || fail "$name failed: see /var/log/agent-vm-provision.log in the guest"
+  [ -e "${marker%/*}/$name" ] || fail "$name failed"
 done
 
-# Under QEMU the project is mounted over 9p, which Debian's cloud kernel lacks. The next boot uses the generic one.
+# Under QEMU the project is mounted over 9p, which Debian's cloud kernel lacks. The next boot uses
+# the generic one.
 if ! modprobe -n -q 9p && [[ $(systemd-detect-virt) =~ ^(qemu|kvm)$ ]]; then
   step "installing a kernel with 9p"
   apt-get install -y --no-install-recommends "linux-image-$(dpkg --print-architecture)"

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import threading
+import uuid
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from http.server import ThreadingHTTPServer
@@ -27,14 +28,13 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     tools = {tool.get("name") for tool in request.get("tools", [])}
     if "Bash" in tools and not tool_answered:
         call = {"command": COMMAND, "description": "write a file"}
-        content, reason = (
-            {"type": "tool_use", "id": "toolu_01", "name": "Bash", "input": call},
-            "tool_use",
-        )
+        tool_use = {"type": "tool_use", "id": f"toolu_{uuid.uuid4().hex}", "name": "Bash"}
+        content, reason = {**tool_use, "input": call}, "tool_use"
     else:
         content, reason = {"type": "text", "text": "all done"}, "end_turn"
     return {
-        "id": "msg_01", "type": "message", "role": "assistant", "model": request["model"],
+        "id": f"msg_{uuid.uuid4().hex}",  # Claude Code drops a message whose id it has seen
+        "type": "message", "role": "assistant", "model": request["model"],
         "content": [content], "stop_reason": reason, "stop_sequence": None,
         "usage": {"input_tokens": 1, "output_tokens": 1},
     }  # fmt: skip
