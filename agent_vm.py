@@ -963,16 +963,25 @@ def remove_clone(lima: Lima, leases: Leases, name: str) -> None:
     leases.drop(name)
 
 
+def try_remove(lima: Lima, leases: Leases, name: str) -> bool:
+    """A failure must not replace what the command is for; the lease makes the next one retry."""
+    try:
+        remove_clone(lima, leases, name)
+    except AgentVMError as error:
+        log.warn(f"{name} could not be deleted ({error}); the next command tries again")
+        return False
+    return True
+
+
 def collect_garbage(lima: Lima, leases: Leases) -> list[str]:
     """Remove the clones whose run is gone (kill -9, crash, power loss) and say so."""
     removed = []
     for lease in leases.orphans():
         with shielded():
             existed = (leases.folders.lima_home / lease.name).is_dir()
-            remove_clone(lima, leases, lease.name)
-        if existed:
-            log.info(f"removed {lease.name}: its run ended without cleaning up")
-            removed.append(lease.name)
+            if try_remove(lima, leases, lease.name) and existed:
+                log.info(f"removed {lease.name}: its run ended without cleaning up")
+                removed.append(lease.name)
     return removed
 
 
@@ -1075,6 +1084,11 @@ def check_lima_version(lima: Lima) -> None:
         )
 
 
+def need_ssh() -> None:
+    if not shutil.which("ssh"):
+        raise AgentVMError("ssh is not installed", hint="install your system's OpenSSH client")
+
+
 def confirm(question: str, yes: bool) -> bool:
     """Ask on the terminal; --yes answers, and without a terminal nobody can."""
     if yes or not (os.isatty(0) and os.isatty(2)):
@@ -1133,6 +1147,7 @@ def find_base(context: Context) -> Instance | None:
 
 def ensure_base(context: Context, args: argparse.Namespace) -> Instance:
     """The base instance; on a first run, offer to build it."""
+    need_ssh()
     base = find_base(context) if context.lima.binary else None
     if base is None and confirm(
         f"there is no base instance {context.base} yet: set it up now?", args.yes
@@ -1329,15 +1344,7 @@ def disposable(context: Context, project: str, keep: bool) -> Iterator[str]:
                     f"kept {name}; reach it: limactl shell {name}; remove it: agent-vm rm {name}"
                 )
             else:
-                try_remove(context, name)
-
-
-def try_remove(context: Context, name: str) -> None:
-    """A failure must not replace the agent's status; the lease makes the next command retry."""
-    try:
-        remove_clone(context.lima, context.leases, name)
-    except AgentVMError as error:
-        log.warn(f"{name} could not be deleted ({error}); the next command tries again")
+                try_remove(context.lima, context.leases, name)
 
 
 def make_clone(context: Context, base: Instance, name: str, mounts: Sequence[Mount]) -> Instance:
@@ -1454,6 +1461,7 @@ def sizes_for(context: Context, host: HostFacts) -> dict[str, int]:
 
 def preflight(context: Context, args: argparse.Namespace) -> dict[str, int]:
     """Everything that can be known before anything is created; returns the sizes."""
+    need_ssh()
     host = host_facts(context.folders)
     if host.root:
         raise AgentVMError(*setup_problems(host, False, 0)[0])
@@ -1727,7 +1735,7 @@ def build_base(context: Context, args: argparse.Namespace) -> None:
         finally:
             with shielded():
                 if (context.folders.lima_home / new).exists():
-                    try_remove(context, new)
+                    try_remove(context.lima, context.leases, new)
                 context.leases.drop(new)
     report_setup(context, notes, replaced=base is not None)
 
@@ -1996,7 +2004,7 @@ def cmd_gc(args: argparse.Namespace) -> int:
         return 0
     for name in collect_garbage(context.lima, context.leases):
         print(f"{name}  {human_size(sizes.get(name, 0))}")
-    return 0
+    return 1 if context.leases.orphans() else 0
 
 
 def cmd_ssh_config(args: argparse.Namespace) -> int:
@@ -2445,7 +2453,11 @@ def open_standard_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    # Python made these None; print() would take stdout in place of stderr.
+    sys.stdin = sys.stdin or open(0, closefd=False)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:

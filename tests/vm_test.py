@@ -158,16 +158,18 @@ class VMTest(unittest.TestCase):
 
     def test_a_whole_turn_of_claude_code_and_then_continue_it(self) -> None:
         project = self.project(AWKWARD)
+        log = self.root / "model.log"
+        earlier = len(log.read_text().splitlines()) if log.exists() else 0
         first = self.agent_vm("run", "--", "-p", "write a file", cwd=project)
         self.assertEqual((first.returncode, first.stdout), (0, "all done\n"), first.stderr)
         self.assertEqual((project / "agent.txt").read_text(), "written by the agent\n")
         self.assert_nothing_left()
-        log = self.root / "model.log"
-        before = [json.loads(line)["messages"] for line in log.read_text().splitlines()]
+        before = [json.loads(line) for line in log.read_text().splitlines()[earlier:]]
         second = self.agent_vm("run", "--", "-c", "-p", "and again", cwd=project)
         self.assertEqual((second.returncode, second.stdout), (0, "all done\n"), second.stderr)
-        after = [json.loads(line) for line in log.read_text().splitlines()][len(before) :]
-        self.assertGreater(max(entry["messages"] for entry in after), max(before))
+        after = [json.loads(line) for line in log.read_text().splitlines()][earlier + len(before) :]
+        longest = [max(entry["messages"] for entry in entries) for entries in (before, after)]
+        self.assertGreater(longest[1], longest[0])
         self.assertEqual({entry["x-api-key"] for entry in after}, {TOKEN})
 
     def test_what_is_written_last_is_kept_and_the_status_comes_back(self) -> None:
