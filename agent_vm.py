@@ -671,7 +671,7 @@ class Folders:
             xdg("XDG_STATE_HOME", ".local/state"),
             xdg("XDG_CONFIG_HOME", ".config"),
             xdg("XDG_DATA_HOME", ".local/share"),
-            Path(environ.get("LIMA_HOME") or home / ".lima"),
+            Path(os.path.abspath(environ.get("LIMA_HOME") or home / ".lima")),
         )
 
     def make_state(self) -> None:
@@ -911,10 +911,13 @@ class Leases:
         self.folders = folders
         self.dir = folders.state / "leases"
 
+    def path(self, name: str) -> Path:
+        return self.dir / f"{name}.json"
+
     def take(self, name: str, project: str, keep: bool = False) -> None:
         pid = os.getpid()
         lease = Lease(name, pid, process_start(pid), boot_id(), project, time.time(), keep)
-        path = self.dir / f"{name}.json"
+        path = self.path(name)
         try:
             path.with_suffix(".tmp").write_text(json.dumps(lease.__dict__) + "\n")
             path.with_suffix(".tmp").replace(path)
@@ -923,7 +926,7 @@ class Leases:
 
     def drop(self, name: str) -> None:
         shutil.rmtree(self.folders.state / "links" / name, ignore_errors=True)
-        (self.dir / f"{name}.json").unlink(missing_ok=True)
+        self.path(name).unlink(missing_ok=True)
 
     def all(self) -> list[Lease]:
         leases = []
@@ -1325,12 +1328,19 @@ def start_instance(context: Context, name: str, timeout: int) -> None:
         raise
 
 
+def free_name(context: Context, project: str) -> str:
+    """A name that nobody has: what has our name at the end of the run is deleted."""
+    home = context.folders.lima_home
+    while True:
+        name = clone_name(os.path.basename(project), secrets.token_hex(3), str(home))
+        if not (home / name).exists() and not context.leases.path(name).exists():
+            return name
+
+
 @contextlib.contextmanager
 def disposable(context: Context, project: str, keep: bool) -> Iterator[str]:
     """The name of a clone to be, leased; whatever happens, the clone is deleted at the end."""
-    name = clone_name(
-        os.path.basename(project), secrets.token_hex(3), str(context.folders.lima_home)
-    )
+    name = free_name(context, project)
     context.leases.take(name, project)
     ended_well = False
     try:

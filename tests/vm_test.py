@@ -232,8 +232,9 @@ class VMTest(unittest.TestCase):
         live = self.agent_vm("gc")
         self.assertEqual((live.stdout, self.clones()), ("", [name]))
         process.kill()
-        process.communicate()
+        process.wait()
         gc = self.agent_vm("gc")
+        process.communicate()  # its ssh held the pipes until the VM was gone
         self.assertIn(f"removed {name}", gc.stderr)
         self.assert_nothing_left()
         self.assert_processes_end(name)
