@@ -24,7 +24,6 @@ import json
 import os
 import platform
 import re
-import secrets
 import shlex
 import shutil
 import signal
@@ -34,21 +33,19 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from typing import NamedTuple
 from typing import NoReturn
 
 __version__ = "0.1.0"
 
 # Docker's convention: 125 is a failure of ours around the guest's command, never the command's.
 EXIT_OURS = 125
-EXIT_USAGE = 2
 
 MIN_LIMA = (2, 0)  # `limactl clone` with --mount-only/--set, and protect, as used here
 LIMA_RELEASE = "2.2.0"
@@ -78,9 +75,11 @@ CREDENTIAL_PREFIX = {"sk-ant-oat": CREDENTIALS[0], "sk-ant-api": CREDENTIALS[1]}
 
 # Passed from the host's environment into the guest: how the terminal looks, which model answers.
 PASSED_ENV = (
-    "COLORTERM", "NO_COLOR", "FORCE_COLOR", "TERM_PROGRAM", "LANG", "LC_ALL", "LC_CTYPE", "LC_TIME",
+    "COLORTERM", "NO_COLOR", "FORCE_COLOR", "TERM_PROGRAM", "LANG",
     "ANTHROPIC_BASE_URL", "ANTHROPIC_MODEL", "ANTHROPIC_SMALL_FAST_MODEL",
 )  # fmt: skip
+
+PROXY = re.compile(r"(https?|all|no)_proxy", re.IGNORECASE)
 
 PROVISION_LOG = "/var/log/agent-vm-provision.log"
 PROVISION_DONE = "/var/lib/agent-vm/done/50-finish"
@@ -108,8 +107,7 @@ class Interrupted(BaseException):
 # --- nouns ---
 
 
-@dataclass(frozen=True)
-class Instance:
+class Instance(NamedTuple):
     """One line of `limactl list --format json`, as far as it is used here."""
 
     name: str
@@ -126,8 +124,7 @@ class Instance:
     protected: bool = False
 
 
-@dataclass(frozen=True)
-class Mount:
+class Mount(NamedTuple):
     """A host folder in the guest: `source` on the host, `target` in the guest, both absolute."""
 
     source: str
@@ -135,8 +132,7 @@ class Mount:
     writable: bool = False
 
 
-@dataclass(frozen=True)
-class Lease:
+class Lease(NamedTuple):
     """Who owns a clone. A lease whose process is gone makes its clone an orphan."""
 
     name: str
@@ -148,8 +144,7 @@ class Lease:
     keep: bool = False
 
 
-@dataclass(frozen=True)
-class Credential:
+class Credential(NamedTuple):
     name: str
     value: str
     origin: str
@@ -158,8 +153,7 @@ class Credential:
         return f"<{self.name} from {self.origin}>"
 
 
-@dataclass(frozen=True)
-class HostFacts:
+class HostFacts(NamedTuple):
     """What the checks before a setup look at; sizes in bytes."""
 
     system: str
@@ -430,7 +424,7 @@ def pipe(command: str, text: str) -> str:
 # a shell turns death by a signal into a status, and syncs so that the VM can be cut off after it.
 LAUNCH = r"""#!/bin/bash -l
 . ~/.agent-vm/env
-[ "$1" = --agent ] && { shift; . ~/.agent-vm/credential; }
+. ~/.agent-vm/credential
 infocmp > /dev/null 2>&1 || export TERM=xterm-256color
 locale 2>&1 | grep -q 'Cannot set' && export LC_ALL=C.UTF-8
 cd -- "$1" || exit 125
@@ -524,6 +518,13 @@ def existing_file(text: str) -> str:
     return path
 
 
+def certificate(text: str) -> str:
+    path = existing_file(text)
+    if b"-----BEGIN CERTIFICATE-----" not in Path(path).read_bytes():
+        raise argparse.ArgumentTypeError(f"{path} holds no PEM certificate")
+    return path
+
+
 def image_location(text: str) -> str:
     return web_address(text) if re.match(r"https?:", text) else existing_file(text)
 
@@ -547,8 +548,7 @@ def yes_or_no(text: str) -> bool:
     return values[text.lower()]
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """A value that a flag, AGENT_VM_NAME, config.ini or the default gives, in that order."""
 
     parse: Callable[[str], Any]
@@ -569,7 +569,7 @@ SETTINGS = {
     "template": Setting(existing_file, "", "another Lima template than lima/agent-vm.yaml", "FILE"),
     "image": Setting(image_location, "", "another Debian 13 disk image", "FILE|URL"),
     "image-digest": Setting(image_digest, "", "the image's digest, checked by Lima", "SHA256:HEX"),
-    "ca-cert": Setting(existing_file, (), "trust a CA in the VM (repeatable)", "FILE", many=True),
+    "ca-cert": Setting(certificate, (), "trust a CA in the VM (repeatable)", "FILE", many=True),
     "apt-mirror": Setting(web_address, "", "Debian mirror for the guest's apt", "URL"),
     "npm-registry": Setting(web_address, "", "npm registry of the guest (else the host's)", "URL"),
     "lima-url": Setting(web_address, LIMA_URL, "where to get Lima when it is missing", "URL"),
@@ -579,8 +579,10 @@ SETTINGS = {
         "DIR[:ro|:rw][:GUESTPATH]", many=True,
     ),
     "env": Setting(variable, (), "pass a variable (repeatable)", "NAME[=VALUE]", many=True),
-    "readonly": Setting(yes_or_no, False, "mount the project read-only (the host enforces it)"),
-    "no-forward": Setting(yes_or_no, False, "do not forward the guest's ports to the host"),
+    "readonly": Setting(
+        yes_or_no, False, "mount the project read-only, enforced on the host by 9p and virtiofs"
+    ),
+    "forward": Setting(yes_or_no, True, "forward the guest's ports to the host (default)"),
 }  # fmt: skip
 
 
@@ -641,7 +643,8 @@ class Log:
             self.step(message)
 
     def step(self, message: str) -> None:
-        self.info(f"[{time.monotonic() - self.started:3.0f} s] {message}")
+        if not self.quiet:
+            self.info(f"[{time.monotonic() - self.started:3.0f} s] {message}")
 
     def warn(self, message: str) -> None:
         self.info(f"warning: {message}")
@@ -650,8 +653,7 @@ class Log:
 log = Log()
 
 
-@dataclass(frozen=True)
-class Folders:
+class Folders(NamedTuple):
     """Where agent-vm keeps things, by the XDG rules."""
 
     state: Path
@@ -790,9 +792,10 @@ class Lima:
         """limactl's own last words (logrus lines) instead of its status, when there are any."""
         text = stderr.decode(errors="replace")
         messages = re.findall(r'level=(?:error|fatal) msg="((?:[^"\\]|\\.)*)"', text)
-        if messages and reason.startswith("status"):
-            reason = messages[-1].replace('\\"', '"').replace("\\n", "; ")
         lines = [line for line in text.splitlines() if line.strip()]
+        if reason.startswith("status"):
+            last = lines[-1] if lines else reason
+            reason = messages[-1].replace('\\"', '"').replace("\\n", "; ") if messages else last
         return AgentVMError(f"limactl {args[0]} failed: {reason}", details="\n".join(lines[-8:]))
 
     def version(self) -> tuple[int, ...]:
@@ -885,11 +888,10 @@ def process_start(pid: int) -> str:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "" if fields[0] == "Z" else fields[19]
     except (OSError, IndexError):
-        return (
-            ""
-            if os.path.exists("/proc/self/stat")
-            else output_of("ps", "-o", "lstart=", "-p", str(pid))
-        )
+        if os.path.exists("/proc/self/stat"):
+            return ""
+    # macOS; ps would write the time in the caller's zone and language.
+    return output_of("env", "TZ=UTC0", "LC_ALL=C", "ps", "-o", "lstart=", "-p", str(pid))
 
 
 def output_of(*argv: str) -> str:
@@ -919,7 +921,7 @@ class Leases:
         lease = Lease(name, pid, process_start(pid), boot_id(), project, time.time(), keep)
         path = self.path(name)
         try:
-            path.with_suffix(".tmp").write_text(json.dumps(lease.__dict__) + "\n")
+            path.with_suffix(".tmp").write_text(json.dumps(lease._asdict()) + "\n")
             path.with_suffix(".tmp").replace(path)
         except OSError as error:
             raise AgentVMError(f"cannot write {path}: {error.strerror}") from error
@@ -942,13 +944,10 @@ class Leases:
         return leases
 
     def orphans(self) -> list[Lease]:
-        leases = self.all()
-        boot = boot_id() if leases else ""
-        return [
-            lease
-            for lease in leases
-            if not lease.keep and not lease_is_live(lease, boot, process_start)
-        ]
+        return [lease for lease in self.all() if self.is_orphan(lease)]
+
+    def is_orphan(self, lease: Lease) -> bool:
+        return not lease.keep and not lease_is_live(lease, boot_id(), process_start)
 
 
 def remove_clone(lima: Lima, leases: Leases, name: str) -> None:
@@ -1024,8 +1023,7 @@ def write_embedded(folder: Path) -> None:
 # --- what the commands share ---
 
 
-@dataclass
-class Context:
+class Context(NamedTuple):
     """Everything a command works with, opened once."""
 
     folders: Folders
@@ -1035,7 +1033,9 @@ class Context:
     leases: Leases
 
     @classmethod
-    def open(cls, args: argparse.Namespace, need_lima: bool = True) -> Context:
+    def open(
+        cls, args: argparse.Namespace, need_lima: bool = True, collect: bool = False
+    ) -> Context:
         folders = Folders.of(os.environ)
         config_path = str(folders.config / "config.ini")
         settings = resolve_settings(vars(args), os.environ, folders.config_values(), config_path)
@@ -1043,8 +1043,10 @@ class Context:
         if need_lima and not binary:
             raise AgentVMError("limactl is not installed", hint="agent-vm setup installs it")
         folders.make_state()
-        lima = Lima(binary, settings["timeout"][0])
-        return cls(folders, settings, args.secrets, lima, Leases(folders))
+        lima, leases = Lima(binary, settings["timeout"][0]), Leases(folders)
+        if collect and binary:
+            collect_garbage(lima, leases)
+        return cls(folders, settings, args.secrets, lima, leases)
 
     def get(self, name: str) -> Any:
         return self.settings[name][0]
@@ -1069,6 +1071,7 @@ class Context:
             "agent-vm's data": self.folders.data,
             "Lima's home": self.folders.lima_home,
             "your ssh keys": Path(os.path.expanduser("~/.ssh")),
+            "agent-vm itself": Path(__file__),
         }
         return {name: os.path.realpath(path) for name, path in paths.items()}
 
@@ -1244,7 +1247,8 @@ def session_mount(context: Context, project: str, home: str) -> Mount:
 
 
 def guest_variables(context: Context, environ: Mapping[str, str]) -> dict[str, str]:
-    variables = {name: environ[name] for name in PASSED_ENV if environ.get(name)}
+    passed = [name for name in environ if name in PASSED_ENV or re.fullmatch(r"LC_[A-Z]+", name)]
+    variables = {name: environ[name] for name in passed if environ[name]}
     variables["DISABLE_AUTOUPDATER"] = "1"  # the clone is thrown away; `setup` updates
     for item in context.get("env"):
         name, equals, value = item.partition("=")
@@ -1269,9 +1273,8 @@ def git_identity(project: str) -> dict[str, str]:
     return {key: value for key, value in values.items() if value}
 
 
-def check_hooks(context: Context, project: str) -> list[Path]:
-    """The runtime hooks that exist: the user's, then the project's; unreadable ones raise."""
-    paths = [context.folders.config / "runtime.sh", Path(project, PROJECT_HOOK)]
+def readable_hooks(*paths: Path) -> list[Path]:
+    """Those hooks that exist; one that exists and cannot be read raises."""
     hooks = [path for path in paths if os.path.lexists(path)]
     for path in hooks:
         if not os.access(path, os.R_OK) or not path.is_file():
@@ -1288,7 +1291,7 @@ def run_hook(guest: Guest, path: Path, inside: bool, workdir: str = ".") -> None
     """
     log.progress(f"running {path}")
     script = shlex.quote(str(path)) if inside else "~/.agent-vm/hook"
-    text = "" if inside else path.read_text(encoding="utf-8", errors="surrogateescape")
+    text = "" if inside else path.read_text(encoding="utf-8", errors="replace")
     steps = [
         "mkdir -p ~/.agent-vm",
         "" if inside else f"cat > {script}",
@@ -1304,18 +1307,22 @@ def run_hook(guest: Guest, path: Path, inside: bool, workdir: str = ".") -> None
         raise AgentVMError(f"the hook {path} ended with status {result.returncode}", details=lines)
 
 
+def prune_logs(folder: Path) -> None:
+    """Keep the logs of the last ten failures."""
+    for old in sorted(folder.glob("agent-vm-*.log"), key=os.path.getmtime)[:-20]:
+        old.unlink(missing_ok=True)
+
+
 def failure_logs(context: Context, name: str) -> str:
     """Keep the logs of an instance that will be deleted; their tails and where the rest is."""
     parts = []
-    logs = sorted((context.folders.state / "logs").iterdir(), key=os.path.getmtime)
-    for old in logs[:-18]:
-        old.unlink()
     for file in ("ha.stderr.log", "serial.log"):
         source = context.folders.lima_home / name / file
         kept = context.folders.state / "logs" / f"{name}.{file}"
         if tail(source):
             with contextlib.suppress(OSError):
                 shutil.copyfile(source, kept)
+                prune_logs(kept.parent)
             parts.append(f"--- the end of {file} (all of it: {kept})\n{tail(source)}")
     return "\n".join(parts)
 
@@ -1332,7 +1339,7 @@ def free_name(context: Context, project: str) -> str:
     """A name that nobody has: what has our name at the end of the run is deleted."""
     home = context.folders.lima_home
     while True:
-        name = clone_name(os.path.basename(project), secrets.token_hex(3), str(home))
+        name = clone_name(os.path.basename(project), os.urandom(3).hex(), str(home))
         if not (home / name).exists() and not context.leases.path(name).exists():
             return name
 
@@ -1371,7 +1378,7 @@ def make_clone(context: Context, base: Instance, name: str, mounts: Sequence[Mou
             f"{base.name} is a {base.vm_type} instance: no mount type of it is confined by the host"
         )
     sizes = [f"--{key}={context.get(key)}" for key in ("cpus", "memory") if context.chosen(key)]
-    expression = clone_expression(planned, mount_type, forward=not context.get("no-forward"))
+    expression = clone_expression(planned, mount_type, context.get("forward"))
     with context.lock(f"{context.base}.lock", shared=True):  # a setup must not swap it meanwhile
         context.lima.clone(base.name, name, expression, *sizes)
     clone = context.lima.find(name)
@@ -1397,7 +1404,7 @@ def run_in_clone(context: Context, args: argparse.Namespace, argv: Sequence[str]
     """Clone, start, prepare, run argv in the project, delete. Returns argv's status."""
     project = project_dir()
     mounts = plan_mounts(context, project, args.force_mount)
-    hooks = check_hooks(context, project)
+    hooks = readable_hooks(context.folders.config / "runtime.sh", Path(project, PROJECT_HOOK))
     credential = find_credential(context)
     variables = guest_variables(context, os.environ)
     base = ensure_base(context, args)
@@ -1424,7 +1431,7 @@ def attach_agent(context: Context, guest: Guest, project: str, argv: Sequence[st
     stdin = subprocess.DEVNULL if os.isatty(0) and not tty and tuple(argv[:2]) == AGENT else None
     launch = f"{guest.instance.home}/.agent-vm/launch"
     try:
-        status = guest.attach([launch, "--agent", project, *argv], tty, stdin)
+        status = guest.attach([launch, project, *argv], tty, stdin)
     except Interrupted:
         with shielded(), contextlib.suppress(AgentVMError):
             guest.run("sync", timeout=20)  # what the agent wrote so far is kept
@@ -1541,10 +1548,13 @@ def download_lima(url: str, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         archive_path = Path(folder, name)
         archive_path.write_bytes(archive)
-        with tarfile.open(archive_path) as tar:
-            # Python 3.9.17 and later; the checksum has vouched for the archive before.
-            safe: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-            tar.extractall(Path(folder, "lima"), **safe)
+        # The filter is in Python 3.9.17 and later; the checksum has vouched for the archive before.
+        safe: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        try:
+            with tarfile.open(archive_path) as tar:
+                tar.extractall(Path(folder, "lima"), **safe)
+        except (OSError, tarfile.TarError) as error:
+            raise AgentVMError(f"{name} cannot be unpacked: {error}") from error
         shutil.rmtree(target, ignore_errors=True)
         Path(folder, "lima").replace(target)
 
@@ -1595,7 +1605,7 @@ def template_expression(context: Context, environ: Mapping[str, str]) -> str:
         else environ.get("LC_ALL") or environ.get("LANG", ""),
     }
     arch = {"arm64": "aarch64", "amd64": "x86_64"}.get(platform.machine(), platform.machine())
-    certificates = [Path(path).read_text() for path in context.get("ca-cert")]
+    certificates = [Path(path).read_text(errors="replace") for path in context.get("ca-cert")]
     return create_expression(
         params, context.get("image"), context.get("image-digest"), arch, certificates
     )
@@ -1612,7 +1622,6 @@ class ProvisionLog:
             instance.hostname, f"tail -n +1 -F {PROVISION_LOG} 2> /dev/null",
         ]  # fmt: skip
         self.config = config
-        self.lines: deque[str] = deque(maxlen=40)
         self.seen: set[str] = set()
         self.process: subprocess.Popen[str] | None = None
         self.done = threading.Event()
@@ -1633,7 +1642,6 @@ class ProvisionLog:
             self.process.wait()
 
     def take(self, line: str) -> None:
-        self.lines.append(line)
         if line.startswith("agent-vm: ") and line not in self.seen:
             log.step(line[len("agent-vm: ") :])
             self.seen.add(line)
@@ -1684,7 +1692,7 @@ def check_provisioned(context: Context, guest: Guest, provision_log: ProvisionLo
     """Whether our scripts ran. Lima does not report a failed one, so look for their last marker."""
     kept_log = context.folders.state / "logs" / "setup.log"
     result = guest.run(f"cat {PROVISION_LOG}")
-    if result.returncode and not provision_log.lines:
+    if result.returncode and not provision_log.seen:
         return False  # a template of the user's own
     kept_log.write_text(result.stdout)
     if guest.run(f"test -e {PROVISION_DONE}").returncode:
@@ -1694,17 +1702,6 @@ def check_provisioned(context: Context, guest: Guest, provision_log: ProvisionLo
             details="\n".join([*result.stdout.splitlines()[-15:], f"--- all of it: {kept_log}"]),
         )
     return True
-
-
-def setup_hooks(context: Context) -> list[Path]:
-    paths = [Path(os.path.expanduser("~/.claude-vm.setup.sh")), context.folders.config / "setup.sh"]
-    hooks = [path for path in paths if os.path.lexists(path)]
-    for path in hooks:
-        if not os.access(path, os.R_OK) or not path.is_file():
-            raise AgentVMError(
-                f"the hook {path} is not a readable file", hint=f"chmod +r {path}, or remove it"
-            )
-    return hooks
 
 
 def log_in(context: Context, guest: Guest) -> None:
@@ -1720,19 +1717,26 @@ def log_in(context: Context, guest: Guest) -> None:
         "Claude starts now for its login, which is kept in the base instance: every VM has it."
     )
     log.info("To keep it out: Ctrl-C here, then `claude setup-token` and `agent-vm auth set`.")
-    guest.attach(["bash", "-lc", "claude auth login"], tty=True)
+    if guest.attach(["bash", "-lc", "claude auth login"], tty=True):
+        log.warn("nobody is logged in: `agent-vm auth set` stores a token, or run setup again")
 
 
-def build_base(context: Context, args: argparse.Namespace) -> None:
-    """Build NAME.new beside the base instance, test it, then let it take the name."""
-    log.quiet = False
-    sizes = preflight(context, args)
-    hooks = setup_hooks(context)
+@contextlib.contextmanager
+def setup_lock(context: Context) -> Iterator[None]:
     with context.lock(f"{context.base}.setup.lock", wait=False) as free:
         if not free:
             raise AgentVMError(
                 f"another setup of {context.base} is running", hint="wait for it to end"
             )
+        yield
+
+
+def build_base(context: Context, args: argparse.Namespace) -> None:
+    """Build NAME.new beside the base instance, test it, then let it take the name."""
+    sizes = preflight(context, args)
+    own_hook = Path(os.path.expanduser("~/.claude-vm.setup.sh"))
+    hooks = readable_hooks(own_hook, context.folders.config / "setup.sh")
+    with setup_lock(context):
         base = find_base(context)  # one that runs could not be replaced at the end
         new = context.base + ".new"
         if (context.folders.lima_home / new).exists():
@@ -1843,9 +1847,7 @@ def report_setup(context: Context, notes: Sequence[str], replaced: bool) -> None
 def roll_back(context: Context) -> None:
     """Exchange the base instance and the previous one."""
     base, new, old = context.base, context.base + ".new", context.base + ".old"
-    with context.lock(f"{base}.setup.lock", wait=False) as free:
-        if not free:
-            raise AgentVMError(f"a setup of {base} is running", hint="wait for it to end")
+    with setup_lock(context):
         find_base(context)
         with shielded(), context.lock(f"{base}.lock"):
             names = {instance.name for instance in context.lima.list()}
@@ -1862,9 +1864,7 @@ def roll_back(context: Context) -> None:
 
 
 def cmd_setup(args: argparse.Namespace) -> int:
-    context = Context.open(args, need_lima=args.rollback)
-    if context.lima.binary:
-        collect_garbage(context.lima, context.leases)
+    context = Context.open(args, need_lima=args.rollback, collect=True)
     if args.rollback:
         roll_back(context)
     else:
@@ -1881,16 +1881,12 @@ def cmd_shell(args: argparse.Namespace) -> int:
 
 
 def start_run(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    context = Context.open(args, need_lima=False)
-    if context.lima.binary:
-        collect_garbage(context.lima, context.leases)
-    return run_in_clone(context, args, argv)
+    return run_in_clone(Context.open(args, need_lima=False, collect=True), args, argv)
 
 
 def our_instances(context: Context) -> list[dict[str, Any]]:
     """What `list` shows, a dict an instance; also what --json prints."""
     leases = {lease.name: lease for lease in context.leases.all()}
-    orphans = {lease.name for lease in context.leases.orphans()}
     rows = []
     for instance in context.lima.list():
         lease = leases.get(instance.name)
@@ -1898,7 +1894,8 @@ def our_instances(context: Context) -> list[dict[str, Any]]:
             continue
         role = "base" if is_base(instance.name) else "clone"
         if lease and role == "clone":
-            role = "kept" if lease.keep else "orphan" if instance.name in orphans else "running"
+            orphan = context.leases.is_orphan(lease)
+            role = "kept" if lease.keep else "orphan" if orphan else "running"
         rows.append({
             "name": instance.name,
             "status": instance.status,
@@ -1945,7 +1942,7 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def cmd_list(args: argparse.Namespace) -> int:
-    rows = our_instances(Context.open(args))
+    rows = our_instances(Context.open(args, collect=True))
     if args.json:
         for row in rows:
             print(json.dumps(row))
@@ -1988,11 +1985,11 @@ def cmd_stop(args: argparse.Namespace) -> int:
 def cmd_rm(args: argparse.Namespace) -> int:
     context = Context.open(args)
     instance = instance_named(context, args.instance)
-    orphans = {lease.name for lease in context.leases.orphans()}
     lease = next((lease for lease in context.leases.all() if lease.name == instance.name), None)
     if is_base(instance.name) and not args.force:
         raise AgentVMError(f"{instance.name} is a base instance", hint="rm --force removes it")
-    if lease and not lease.keep and instance.name not in orphans and not args.force:
+    in_use = lease and not lease.keep and not context.leases.is_orphan(lease)
+    if lease and in_use and not args.force:
         raise AgentVMError(
             f"{instance.name} is in use by process {lease.pid}", hint="end that run, or rm --force"
         )
@@ -2031,32 +2028,35 @@ def cmd_auth(args: argparse.Namespace) -> int:
     return actions[args.action](context)
 
 
+def recognise(text: str) -> tuple[str, str]:
+    """The (variable, credential) in what `claude setup-token` prints, an export line, or a key."""
+    found = set(re.findall(r"(sk-ant-(?:oat|api))([\w-]{16,})", text, re.ASCII))
+    if len(found) != 1:
+        raise AgentVMError(
+            "stdin holds neither an OAuth token (sk-ant-oat…) nor an API key (sk-ant-api…)",
+            hint="run `claude setup-token` on any machine and paste the token that it prints",
+        )
+    prefix, rest = found.pop()
+    return CREDENTIAL_PREFIX[prefix], prefix + rest
+
+
 def auth_set(context: Context) -> int:
     """Store what stdin holds: an OAuth token of `claude setup-token`, or an API key."""
     if os.isatty(0):
-        import getpass
+        import getpass  # on a terminal only
 
-        value = getpass.getpass("token from `claude setup-token`, or API key (not shown): ").strip()
+        text = ""
+        with contextlib.suppress(EOFError):
+            text = getpass.getpass("token from `claude setup-token`, or API key (not shown): ")
     else:
-        value = sys.stdin.readline(10_000).strip()
-    name = next(
-        (name for prefix, name in CREDENTIAL_PREFIX.items() if value.startswith(prefix)), ""
-    )
-    if not name or not re.fullmatch(r"[\w.-]+", value, re.ASCII):
-        raise AgentVMError(
-            "stdin holds neither an OAuth token (sk-ant-oat…) nor an API key (sk-ant-api…)",
-            hint="run `claude setup-token` on any machine and paste what it prints",
-        )
+        text = sys.stdin.read(10_000)
+    name, value = recognise(text)
     path = context.folders.config / "credential"
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, delete=False
-        ) as file:  # made with 0600
-            file.write(f"{name}={value}\n")
-        os.replace(file.name, path)
-    except OSError as error:
-        raise AgentVMError(f"cannot write {path}: {error.strerror}") from error
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    part = path.with_name("credential.part")
+    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(f"{name}={value}\n")
+    part.replace(path)
     log.info(f"stored as {name} in {path}")
     return 0
 
@@ -2077,6 +2077,20 @@ def auth_clear(context: Context) -> int:
     return 0
 
 
+def masked(url: str) -> str:
+    return re.sub(r"//[^/@]*@", "//…@", url)
+
+
+def shown_setting(name: str, value: Any) -> str:
+    if name == "env":  # a value may be a secret
+        return " ".join(item.partition("=")[0] for item in value)
+    if name == "mount":
+        return " ".join(f"{m.source}:{'rw' if m.writable else 'ro'}:{m.target}" for m in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return " ".join(value) if isinstance(value, tuple) else str(value)
+
+
 def cmd_info(args: argparse.Namespace) -> int:
     context = Context.open(args, need_lima=False)
     with lima_dir() as folder:
@@ -2086,10 +2100,7 @@ def cmd_info(args: argparse.Namespace) -> int:
         )
     rows = [("SETTING", "VALUE", "FROM")]
     for name, (value, origin) in context.settings.items():
-        shown = " ".join(str(item) for item in value) if isinstance(value, tuple) else str(value)
-        if name == "env":  # a value may be a secret
-            shown = " ".join(item.partition("=")[0] for item in value)
-        rows.append((name, shown or "-", origin))
+        rows.append((name, shown_setting(name, value) or "-", origin))
     print_table(rows)
     print()
     print_table([
@@ -2101,12 +2112,13 @@ def cmd_info(args: argparse.Namespace) -> int:
         ("config", str(context.folders.config)),
         ("data", str(context.folders.data)),
         ("Lima's home", str(context.folders.lima_home)),
+        ("npm registry", npm_registry(context) or "npm's own"),
+        *((name, masked(os.environ[name])) for name in sorted(os.environ) if PROXY.fullmatch(name)),
     ])  # fmt: skip
     return 0
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     name: str
     level: str  # ok, warn or fail
     message: str
@@ -2118,7 +2130,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
     checks = [*host_checks(context), *lima_checks(context), *run_checks(context)]
     for check in checks:
         if args.json:
-            print(json.dumps(check.__dict__))
+            print(json.dumps(check._asdict()))
         else:
             print(
                 f"{check.level:<5} {check.name}: {check.message}"
@@ -2303,6 +2315,7 @@ def zsh_completion(words: Mapping[str, Sequence[str]]) -> str:
   esac
   _files
 }}
+(( $+functions[compdef] )) || {{ autoload -Uz compinit && compinit; }}
 compdef _agent_vm agent-vm agent_vm.py"""
 
 
@@ -2359,7 +2372,9 @@ def add_settings(parser: argparse.ArgumentParser, *names: str) -> None:
     for name in names:
         setting = SETTINGS[name]
         if setting.parse is yes_or_no:
-            parser.add_argument(f"--{name}", action="store_true", default=None, help=setting.help)
+            parser.add_argument(
+                f"--{name}", action=argparse.BooleanOptionalAction, help=setting.help
+            )
             continue
         parser.add_argument(
             f"--{name}",
@@ -2374,7 +2389,7 @@ SETUP_SETTINGS = (
     "name", "minimal", "disk", "memory", "cpus", "template", "image", "image-digest", "ca-cert",
     "apt-mirror", "npm-registry", "lima-url", "timeout",
 )  # fmt: skip
-RUN_SETTINGS = ("name", "memory", "cpus", "mount", "readonly", "no-forward", "env", "timeout")
+RUN_SETTINGS = ("name", "memory", "cpus", "mount", "readonly", "forward", "env", "timeout")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -2472,16 +2487,14 @@ def open_standard_streams() -> None:
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """argparse, except that everything after the first `--` is taken as it is (run, shell)."""
-    ours, dashes, rest = list(argv), False, []
-    if "--" in ours:
-        at = ours.index("--")
-        ours, dashes, rest = ours[:at], True, ours[at + 1 :]
+    at = argv.index("--") if "--" in argv else len(argv)
     parser = build_parser()
-    args = parser.parse_args(ours)
-    if dashes and not hasattr(args, "command"):
+    args = parser.parse_args(argv[:at])
+    rest = argv[at:]
+    if rest and not hasattr(args, "command"):
         parser.error("-- is for run and shell")
     if hasattr(args, "command"):
-        args.command = [*args.command, *rest]
+        args.command = [*args.command, *(rest if args.command else rest[1:])]
     return args
 
 
@@ -2490,25 +2503,33 @@ def report(error: AgentVMError) -> None:
         print(error.details, file=sys.stderr)
     print(f"agent-vm: error: {error}", file=sys.stderr)
     if error.hint:
-        print(f"agent-vm: hint: {error.hint}", file=sys.stderr)
+        # Who types the script's path has no function agent-vm; shell-init's use the whole path.
+        typed = "agent-vm " in error.hint and not os.path.isabs(sys.argv[0])
+        note = f"  (agent-vm is: python3 {sys.argv[0]})" if typed else ""
+        print(f"agent-vm: hint: {error.hint}{note}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     open_standard_streams()
-    args = parse_args(sys.argv[1:] if argv is None else argv)
-    args.secrets = {name: os.environ.pop(name) for name in CREDENTIALS if name in os.environ}
-    log.verbose, log.quiet = args.verbose, args.quiet
-    catch_signals()
+    failure = EXIT_OURS
     try:
+        args = parse_args(sys.argv[1:] if argv is None else argv)
+        args.secrets = {name: os.environ.pop(name) for name in CREDENTIALS if name in os.environ}
+        log.verbose, log.quiet, failure = args.verbose, args.quiet, args.failure
+        catch_signals()
         return int(args.func(args))
     except AgentVMError as error:
         report(error)
-        return int(args.failure)
     except Interrupted as error:
         return error.status
     except BrokenPipeError:  # the reader of our stdout has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
+    except OSError as error:  # a full disk, a missing directory: the host's fault, not a bug
+        report(AgentVMError(str(error), hint="" if log.verbose else "more with -v"))
+        if log.verbose:
+            raise
+    return int(failure)
 
 
 # BEGIN GENERATED by "make embed"

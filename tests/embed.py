@@ -22,9 +22,9 @@ def block(folder: Path) -> str:
         if path.suffix not in (".yaml", ".sh"):
             continue
         text = path.read_text()
-        if "'''" in text or not text.endswith("\n"):
+        if '"""' in text or not text.endswith("\n"):
             raise SystemExit(f"{path}: cannot stand in a raw string, or has no newline at its end")
-        lines.append(f"    {str(path.relative_to(folder))!r}: r'''{text}''',\n")
+        lines.append(f'    "{path.relative_to(folder)}": r"""{text}""",\n')  # as ruff formats it
     return "".join(lines) + "}\n"
 
 

@@ -1,0 +1,337 @@
+"""A world for a test: folders, an environment built from nothing, fakes on PATH, real processes."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import select
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import termios
+import time
+import unittest
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+SCRIPT = ROOT / "agent_vm.py"
+FAKES = TESTS / "fakes"
+BASE = "agent-vm-base"
+TOKEN = "sk-ant-oat01-not-a-real-token-0123456789abcdef"
+GUEST_TOOLS = (
+    "chromium", "curl", "docker", "fd", "gcc", "gh", "modinfo", "mount", "mountpoint", "node",
+    "npm", "python3", "rg", "sg", "sudo", "sync",
+)  # fmt: skip
+PATIENCE = 30.0  # seconds until a test gives up; nothing waits that long when all is well
+
+
+@dataclass(frozen=True)
+class Result:
+    status: int
+    out: str
+    err: str
+
+
+@cache
+def quick_python() -> str:
+    """The system's Python for the fakes when it is new enough: it may start in a third of the time."""
+    check = "import sys; sys.exit(sys.version_info < (3, 9))"
+    with contextlib.suppress(OSError):
+        if subprocess.run(["/usr/bin/python3", "-c", check], check=False).returncode == 0:
+            return "/usr/bin/python3"
+    return sys.executable
+
+
+def executable(path: Path, text: str) -> None:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def fake(path: Path, source: Path) -> None:
+    """A fake written in Python, without the cost of `site`."""
+    command = shlex.join([quick_python(), "-IS", str(source)])
+    executable(path, f'exec {command} "$@"')
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what}: not within {PATIENCE:.0f} s")
+        time.sleep(0.01)
+
+
+class Terminal:
+    """A process with a terminal of its own, and the person in front of it."""
+
+    def __init__(self, argv: Sequence[str], env: Mapping[str, str], cwd: Path, stdout: Any) -> None:
+        self.master, slave = os.openpty()
+        self.seen = ""
+        self.process = subprocess.Popen(
+            argv, env=env, cwd=cwd, stdin=slave, stdout=stdout or slave, stderr=slave,
+            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(slave)
+
+    def read(self) -> bool:
+        """Take what has been written; False when nobody writes any more."""
+        if select.select([self.master], [], [], 0.05)[0]:
+            try:
+                data = os.read(self.master, 65536)
+            except OSError:  # Linux: the other side is closed
+                return False
+            self.seen += data.decode(errors="replace")
+            return bool(data)
+        return self.process.poll() is None
+
+    def expect(self, text: str) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while text not in self.seen:
+            if not self.read() or time.monotonic() > deadline:
+                raise AssertionError(f"{text!r} did not appear in {self.seen!r}")
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def close(self) -> None:
+        if self.master >= 0:
+            os.close(self.master)
+            self.master = -1
+
+    def wait(self) -> int:
+        """The exit status, once all output is read."""
+        deadline = time.monotonic() + PATIENCE
+        while self.master >= 0 and self.read():
+            if time.monotonic() > deadline:
+                break
+        return self.process.wait(PATIENCE)
+
+
+class Sandbox:
+    """A home with a project, a Lima home, and a PATH with fakes and little else."""
+
+    def __init__(self) -> None:
+        # Short, because the path of Lima's sockets is part of what is tested.
+        self.root = Path(tempfile.mkdtemp(prefix="avm-", dir="/tmp")).resolve()
+        self.home = self.root / "home"
+        self.lima = self.root / "lima"
+        self.bin = self.root / "bin"
+        self.guest_bin = self.root / "guest-bin"
+        self.project = self.home / "project"
+        self.state = self.home / ".local/state/agent-vm"
+        self.config = self.home / ".config/agent-vm"
+        for folder in (self.project, self.lima, self.bin, self.guest_bin, self.root / "tmp"):
+            folder.mkdir(parents=True)
+        self.processes: list[subprocess.Popen[Any]] = []
+        self.terminals: list[Terminal] = []
+        self.fill_path()
+        self.env = {
+            "PATH": str(self.bin),
+            "HOME": str(self.home),
+            "TMPDIR": str(self.root / "tmp"),
+            "LIMA_HOME": str(self.lima),
+            "LANG": "C.UTF-8",
+            "FAKE_LIMA_CALLS": str(self.root / "calls"),
+            "FAKE_GUEST_CALLS": str(self.root / "agent-calls"),
+            "FAKE_GUEST_TOOLS": str(self.root / "tool-calls"),
+            "FAKE_GUEST_PATH": f"{self.guest_bin}:/usr/bin:/bin",
+        }
+        if "LD_LIBRARY_PATH" in os.environ:  # this Python may need it
+            self.env["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
+
+    def fill_path(self) -> None:
+        fake(self.bin / "limactl", FAKES / "limactl")
+        fake(self.bin / "ssh", FAKES / "ssh")
+        fake(self.guest_bin / "claude", FAKES / "guest/claude")
+        for name in GUEST_TOOLS:
+            (self.guest_bin / name).symlink_to(FAKES / "guest/tool")
+        for name in ("qemu-img", "qemu-system-x86_64", "qemu-system-aarch64"):
+            executable(self.bin / name, "exit 1")
+        for name in ("git", "bash", "ps", "sysctl", "openssl"):
+            found = shutil.which(name)
+            if found:
+                (self.bin / name).symlink_to(found)
+        if not shutil.which("jq", path="/usr/bin:/bin"):
+            fake(self.guest_bin / "jq", FAKES / "guest/jq")
+
+    def close(self) -> None:
+        for process in self.processes:
+            self.kill(process)
+        for terminal in self.terminals:
+            terminal.close()
+        for file in self.lima.glob("*/guest.*"):  # what runs "in" a VM that a test left
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(int(file.name.rpartition(".")[2]), signal.SIGKILL)
+        # A folder that a test made unwritable, and a fake that still hangs, end with this.
+        subprocess.run(["chmod", "-R", "u+rwX", self.root], check=False, stderr=subprocess.DEVNULL)
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    # Starting things
+
+    def start(
+        self,
+        *args: str,
+        cwd: Path | None = None,
+        stdin: Any = subprocess.DEVNULL,
+        script: Path = SCRIPT,
+        prefix: Sequence[str] = (),
+        **env: str,
+    ) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [*prefix, sys.executable, str(script), *args],
+            env={**self.env, **env}, cwd=cwd or self.project, stdin=stdin,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+        )  # fmt: skip
+        self.processes.append(process)
+        return process
+
+    def finish(self, process: subprocess.Popen[str], text: str | None = None) -> Result:
+        out, err = process.communicate(text, timeout=PATIENCE)
+        return Result(process.returncode, out, err)
+
+    def kill(self, process: subprocess.Popen[Any]) -> None:
+        """kill -9; what it started goes on, holding its pipes, so that nobody can read to an end."""
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+    def run(self, *args: str, text: str | None = None, **more: Any) -> Result:
+        if text is not None:
+            more["stdin"] = subprocess.PIPE
+        return self.finish(self.start(*args, **more), text)
+
+    def terminal(self, *args: str, stdout: Any = None, **env: str) -> Terminal:
+        argv = [sys.executable, str(SCRIPT), *args]
+        terminal = Terminal(argv, {**self.env, "TERM": "xterm", **env}, self.project, stdout)
+        self.processes.append(terminal.process)
+        self.terminals.append(terminal)
+        return terminal
+
+    # Arranging the world
+
+    def make_instance(self, name: str = BASE, running: bool = False, disk: str = "disk") -> Path:
+        folder = self.lima / name
+        folder.mkdir(parents=True)
+        user = {"name": "agent", "home": "/home/agent.guest"}
+        config = {"vmType": "qemu", "mountType": "9p", "mounts": [], "user": user, "cpus": 4}
+        config.update(memory=4, disk=20, ssh={"forwardAgent": False})
+        (folder / "lima.yaml").write_text(json.dumps(config))
+        (folder / "disk").write_text(disk)
+        (folder / "lima-version").write_text("2.2.0")
+        (folder / "ssh.config").write_text("Host a-host\n")
+        if running:
+            (folder / "ha.pid").write_text("1")
+        if name.startswith(BASE):
+            (folder / "protected").touch()
+        return folder
+
+    def make_lease(self, name: str, **fields: Any) -> None:
+        """A lease whose process is gone, unless `fields` say otherwise."""
+        lease = {"name": name, "pid": 2**22 + 1, "start": "1", "boot_id": "another boot"}
+        lease.update(project=str(self.project), created=time.time(), keep=False)
+        lease.update(fields)
+        path = self.state / "leases" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(lease))
+
+    def write_config(self, text: str) -> None:
+        self.write(self.config / "config.ini", f"[agent-vm]\n{text}\n")
+
+    def write(self, path: Path, text: str, mode: int = 0o644) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(mode)
+        return path
+
+    # Looking at the world afterwards
+
+    def instances(self) -> list[str]:
+        return sorted(path.name for path in self.lima.glob("[!_.]*"))
+
+    def clones(self) -> list[str]:
+        return [name for name in self.instances() if not name.startswith(BASE)]
+
+    def leases(self) -> list[str]:
+        return sorted(path.stem for path in (self.state / "leases").glob("*.json"))
+
+    def links(self) -> list[str]:
+        return sorted(path.name for path in (self.state / "links").glob("*"))
+
+    def read_calls(self, name: str) -> list[dict[str, Any]]:
+        with contextlib.suppress(FileNotFoundError):
+            return [json.loads(line) for line in (self.root / name).read_text().splitlines()]
+        return []
+
+    def calls(self, *tools: str) -> list[dict[str, Any]]:
+        return [call for call in self.read_calls("calls") if not tools or call["tool"] in tools]
+
+    def limactl(self, verb: str) -> list[list[str]]:
+        """The argument lists of one verb of limactl."""
+        return [call["argv"] for call in self.calls("limactl") if call["argv"][0] == verb]
+
+    def started_config(self) -> dict[str, Any]:
+        """The configuration of the instance that was started last."""
+        configs = [call["config"] for call in self.calls("limactl") if "config" in call]
+        return dict(configs[-1])
+
+    def agent_calls(self) -> list[dict[str, Any]]:
+        return self.read_calls("agent-calls")
+
+    def tool_calls(self) -> list[str]:
+        with contextlib.suppress(FileNotFoundError):
+            return (self.root / "tool-calls").read_text().splitlines()
+        return []
+
+    def wait_for_limactl(self, verb: str, count: int = 1) -> None:
+        wait_for(lambda: len(self.limactl(verb)) >= count, f"limactl {verb} is called")
+
+    def wait_for_file(self, name: str) -> Path:
+        path = self.project / name
+        wait_for(path.exists, f"{name} appears")
+        return path
+
+
+def open_sandbox() -> Sandbox:
+    if os.geteuid() == 0:
+        raise unittest.SkipTest("limactl refuses root; `python3 -m tests` goes on as nobody")
+    return Sandbox()
+
+
+class WorldTest(unittest.TestCase):
+    """A test with a world of its own, in which there is a base instance."""
+
+    base = True
+
+    def setUp(self) -> None:
+        self.box = open_sandbox()
+        self.addCleanup(self.box.close)
+        if self.base:
+            self.box.make_instance()
+
+    def assert_nothing_left(self) -> None:
+        """No instance but the base, no lease, no link, no temporary file."""
+        self.assertEqual(self.box.instances(), [BASE] if self.base else [])
+        self.assertEqual((self.box.leases(), self.box.links()), ([], []))
+        self.assertEqual(list((self.box.root / "tmp").iterdir()), [])
+
+    def assert_refused(self, result: Result, *words: str, status: int = 125) -> None:
+        """An error of ours with its words, on stderr alone, without a traceback."""
+        self.assertEqual((result.status, result.out), (status, ""), result.err)
+        self.assertNotIn("Traceback", result.err)
+        for word in words:
+            self.assertIn(word, result.err)

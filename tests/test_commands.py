@@ -1,0 +1,466 @@
+"""The other verbs, the script copied alone, and shells that use it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import time
+import unittest
+from pathlib import Path
+from typing import Any
+
+import agent_vm
+from tests.support import BASE
+from tests.support import SCRIPT
+from tests.support import TOKEN
+from tests.support import Result
+from tests.support import WorldTest
+from tests.support import wait_for
+
+CLONE = "agent-vm-p-0a1b2c"
+
+
+def live() -> dict[str, Any]:
+    pid = os.getpid()
+    start, boot = agent_vm.process_start(pid), agent_vm.boot_id()
+    return {"pid": pid, "start": start, "boot_id": boot}
+
+
+class ListTest(WorldTest):
+    def rows(self) -> dict[str, dict[str, Any]]:
+        result = self.box.run("list", "--json")
+        self.assertEqual(result.status, 0, result.err)
+        lines = [json.loads(line) for line in result.out.splitlines()]
+        return {line["name"]: line for line in lines}
+
+    def test_json_has_the_documented_keys(self) -> None:
+        keys = ["name", "status", "role", "project", "age_seconds", "cpus", "memory_bytes",
+                "disk_bytes"]  # fmt: skip
+        row = self.rows()[BASE]
+        self.assertEqual(list(row), keys)
+        self.assertEqual((row["status"], row["role"], row["cpus"]), ("Stopped", "base", 4))
+        self.assertEqual(row["memory_bytes"], 4 << 30)
+
+    def test_roles(self) -> None:
+        leases: dict[str, dict[str, Any]] = {
+            "agent-vm-a-aaaaaa": live(), "agent-vm-b-bbbbbb": {}, "agent-vm-c-cccccc": {"keep": True}
+        }  # fmt: skip
+        for name, lease in leases.items():
+            self.box.make_instance(name, running=True)
+            self.box.make_lease(name, **lease)
+        self.box.make_instance("agent-vm-d-dddddd")
+        self.box.make_instance(f"{BASE}.old")
+        self.box.make_instance("default")
+        roles = {name: row["role"] for name, row in self.rows().items()}
+        self.assertEqual(roles, {
+            BASE: "base", f"{BASE}.old": "base", "agent-vm-a-aaaaaa": "running",
+            "agent-vm-b-bbbbbb": "orphan", "agent-vm-c-cccccc": "kept", "agent-vm-d-dddddd": "clone",
+        })  # fmt: skip
+
+    def test_the_table_names_the_project_without_moving_the_cursor(self) -> None:
+        self.box.make_instance(CLONE)
+        self.box.make_lease(CLONE, **live(), project="/p\x1b[2J/ü")
+        lines = self.box.run("list").out.splitlines()
+        self.assertEqual(lines[0].split(), ["NAME", "STATUS", "ROLE", "AGE", "DISK", "PROJECT"])
+        self.assertIn("/p?[2J/ü", lines[2])
+
+    def test_no_instances_are_a_header(self) -> None:
+        shutil.rmtree(self.box.lima / BASE)
+        self.assertEqual(len(self.box.run("list").out.splitlines()), 1)
+
+    def test_a_broken_instance_is_listed_as_such(self) -> None:
+        (self.box.lima / CLONE).mkdir()
+        self.assertEqual(self.rows()[CLONE]["status"], "Broken")
+
+
+class InstanceTest(WorldTest):
+    def test_stop_stops_a_running_instance_and_leaves_others(self) -> None:
+        self.box.make_instance(CLONE, running=True)
+        for _ in range(2):  # twice is as good as once
+            self.assertEqual(self.box.run("stop", CLONE).status, 0)
+        self.assertFalse((self.box.lima / CLONE / "ha.pid").exists())
+        self.assertEqual(self.box.clones(), [CLONE])
+
+    def test_rm_removes_a_clone_with_its_lease(self) -> None:
+        self.box.make_instance(CLONE, running=True)
+        self.box.make_lease(CLONE, keep=True)
+        self.assertEqual(self.box.run("rm", CLONE).status, 0)
+        self.assert_nothing_left()
+
+    def test_rm_of_a_vm_in_use_or_a_base_instance_wants_force(self) -> None:
+        self.box.make_instance(CLONE, running=True)
+        self.box.make_lease(CLONE, **live())
+        for name, word in ((CLONE, "in use by process"), (BASE, "is a base instance")):
+            self.assert_refused(self.box.run("rm", name), word, "--force", status=1)
+            self.assertIn(name, self.box.instances())
+            self.assertEqual(self.box.run("rm", "--force", name).status, 0)
+            self.assertNotIn(name, self.box.instances())
+
+    def test_rm_of_a_half_made_clone(self) -> None:
+        (self.box.lima / CLONE).mkdir()
+        self.assertEqual(self.box.run("rm", CLONE).status, 0)
+        self.assert_nothing_left()
+
+    def test_instances_that_are_not_ours_are_not_touched(self) -> None:
+        self.box.make_instance("default", running=True)
+        for verb in ("rm", "stop", "ssh-config"):
+            for name in ("default", "../x", "agent-vm", ""):
+                result = self.box.run(verb, name)
+                self.assert_refused(result, "not an instance of agent-vm", status=1)
+        self.assertTrue((self.box.lima / "default/ha.pid").exists())
+
+    def test_an_instance_that_does_not_exist(self) -> None:
+        for verb in ("rm", "stop", "ssh-config"):
+            result = self.box.run(verb, CLONE)
+            self.assert_refused(result, f"{CLONE} does not exist", "agent-vm list", status=1)
+
+    def test_ssh_config_of_a_running_instance(self) -> None:
+        self.box.make_instance(CLONE, running=True)
+        self.assertEqual(self.box.run("ssh-config", CLONE).out, "Host a-host\n")
+        self.assert_refused(self.box.run("ssh-config", BASE), "stopped", status=1)
+
+
+class AuthTest(WorldTest):
+    def credential(self) -> Path:
+        return self.box.config / "credential"
+
+    def test_set_stores_what_stdin_holds_for_the_user_alone(self) -> None:
+        for value, name in ((TOKEN, "CLAUDE_CODE_OAUTH_TOKEN"),
+                            ("sk-ant-api03-x_y-z", "ANTHROPIC_API_KEY")):  # fmt: skip
+            result = self.box.run("auth", "set", text=f"{value}\n")
+            self.assertEqual((result.status, result.out), (0, ""), result.err)
+            self.assertEqual(self.credential().read_text(), f"{name}={value}\n")
+            self.assertEqual(self.credential().stat().st_mode & 0o777, 0o600)
+            self.assertNotIn(value, result.err)
+        self.assertEqual([path.name for path in self.box.config.iterdir()], ["credential"])
+
+    def test_set_refuses_what_is_no_credential_without_showing_it(self) -> None:
+        for text in ("", "\n", "my password\n", "sk-ant-oat01-a b\n", "sk-ant-oat01-a$(id)\n"):
+            result = self.box.run("auth", "set", text=text)
+            self.assert_refused(result, "claude setup-token", status=1)
+            self.assertNotIn("password", result.err)
+        self.assertFalse(self.credential().exists())
+
+    def test_set_with_stdin_closed(self) -> None:
+        prefix = ("bash", "-c", 'exec "$0" "$@" <&-')
+        self.assert_refused(self.box.run("auth", "set", prefix=prefix), status=1)
+
+    def test_set_on_a_terminal_asks_without_echo(self) -> None:
+        terminal = self.box.terminal("auth", "set")
+        terminal.expect("not shown")
+        terminal.type(f"{TOKEN}\n")
+        self.assertEqual(terminal.wait(), 0, terminal.seen)
+        self.assertNotIn(TOKEN, terminal.seen)
+        self.assertIn(TOKEN, self.credential().read_text())
+
+    def test_ctrl_c_at_the_question(self) -> None:
+        terminal = self.box.terminal("auth", "set")
+        terminal.expect("not shown")
+        terminal.type("\x03")
+        self.assertEqual(terminal.wait(), 130)
+
+    def test_status_says_which_and_whether_it_enters_the_guest_and_never_shows_it(self) -> None:
+        self.assertEqual(self.box.run("auth", "status").status, 1)
+        self.box.run("auth", "set", text=TOKEN)
+        stored = self.box.run("auth", "status")
+        self.assertIn(f"CLAUDE_CODE_OAUTH_TOKEN from {self.credential()}", stored.out)
+        environment = self.box.run("auth", "status", ANTHROPIC_API_KEY="sk-ant-api03-x")
+        self.assertIn("ANTHROPIC_API_KEY from the environment", environment.out)
+        for result in (stored, environment):
+            self.assertEqual(result.status, 0)
+            self.assertIn("enters the guest", result.out)
+            self.assertNotIn("sk-ant", result.out + result.err)
+
+    def test_clear_forgets_it(self) -> None:
+        self.box.run("auth", "set", text=TOKEN)
+        for _ in range(2):
+            self.assertEqual(self.box.run("auth", "clear").status, 0)
+        self.assertFalse(self.credential().exists())
+
+    def test_a_config_folder_that_cannot_be_written(self) -> None:
+        locked = self.box.home / "locked"
+        locked.mkdir(0o500)
+        result = self.box.run("auth", "set", text=TOKEN, XDG_CONFIG_HOME=str(locked))
+        self.assert_refused(result, "cannot write", status=1)
+        self.assertNotIn(TOKEN, result.err)
+
+
+class InfoTest(WorldTest):
+    def rows(self, **env: str) -> dict[str, list[str]]:
+        result = self.box.run("info", **env)
+        self.assertEqual((result.status, result.err), (0, ""))
+        return {words[0]: words[1:] for line in result.out.splitlines() if (words := line.split())}
+
+    def test_it_shows_every_setting_and_where_it_is_from(self) -> None:
+        self.box.write_config("memory = 12\ncpus = 3")
+        rows = self.rows(AGENT_VM_CPUS="2")
+        self.assertEqual(rows["memory"], ["12", "config"])
+        self.assertEqual(rows["cpus"], ["2", "environment"])
+        self.assertEqual(rows["disk"], ["20", "default"])
+        self.assertEqual(set(agent_vm.SETTINGS) - set(rows), set())
+
+    def test_it_shows_the_folders_and_the_template(self) -> None:
+        out = self.box.run("info").out
+        for path in (self.box.state, self.box.config, self.box.lima, SCRIPT.parent / "lima"):
+            self.assertIn(str(path), out)
+
+    def test_it_shows_no_value_of_a_variable(self) -> None:
+        self.box.write_config("env = 'API=a secret'")
+        result = self.box.run("info")
+        self.assertIn("API", result.out)
+        self.assertNotIn("secret", result.out)
+
+
+class DoctorTest(WorldTest):
+    def checks(self, **env: str) -> dict[str, dict[str, str]]:
+        result = self.box.run("doctor", "--json", **env)
+        lines = [json.loads(line) for line in result.out.splitlines()]
+        self.assertTrue(lines, result.err)
+        return {line["name"]: line for line in lines}
+
+    def assert_found(self, name: str, level: str, *words: str, **env: str) -> None:
+        check = self.checks(**env)[name]
+        self.assertEqual(check["level"], level, check)
+        for word in words:
+            self.assertIn(word, check["message"] + check["fix"])
+
+    def test_all_is_well(self) -> None:
+        result = self.box.run("doctor", ANTHROPIC_API_KEY=TOKEN)
+        self.assertEqual(result.status, 0, result.out)
+        self.assertIn(f"ok    base instance: {BASE}", result.out)
+        self.assertNotIn(TOKEN, result.out)
+
+    def test_json_has_the_documented_keys(self) -> None:
+        for check in self.checks().values():
+            self.assertEqual(list(check), ["name", "level", "message", "fix"])
+            self.assertIn(check["level"], ("ok", "warn", "fail"))
+
+    def test_no_base_instance(self) -> None:
+        shutil.rmtree(self.box.lima / BASE)
+        self.assert_found("base instance", "fail", "agent-vm setup")
+        self.assertEqual(self.box.run("doctor").status, 1)
+
+    def test_a_base_instance_that_runs(self) -> None:
+        (self.box.lima / BASE / "ha.pid").touch()
+        self.assert_found("base instance", "fail", f"agent-vm stop {BASE}")
+
+    def test_a_base_instance_that_is_old(self) -> None:
+        month = time.time() - 40 * 86400
+        os.utime(self.box.lima / BASE / "lima-version", (month, month))
+        self.assert_found("base instance", "warn", "40 days", "agent-vm setup")
+
+    def test_orphans(self) -> None:
+        self.box.make_instance(CLONE)
+        self.box.make_lease(CLONE)
+        self.assert_found("orphans", "warn", CLONE, "agent-vm gc")
+        self.assertEqual(self.box.clones(), [CLONE])
+
+    def test_half_made_folders(self) -> None:
+        (self.box.lima / "web").mkdir()
+        found = [line for line in self.box.run("doctor").out.splitlines() if "half-made" in line]
+        self.assertEqual(len(found), 1, found)
+        self.assertIn(str(self.box.lima / "web"), found[0])
+
+    def test_lima_missing_too_old_or_garbage(self) -> None:
+        self.assert_found("lima", "fail", "1.0.7 is too old", FAKE_LIMA_VERSION="1.0.7")
+        self.assert_found("lima", "fail", "--version", FAKE_LIMA_GARBAGE="--version")
+        self.assert_found("lima", "fail", "limactl list", FAKE_LIMA_GARBAGE="list")
+        (self.box.bin / "limactl").unlink()
+        self.assert_found("lima", "fail", "not installed", "agent-vm setup")
+
+    def test_a_credential_that_others_can_read(self) -> None:
+        self.box.write(self.box.config / "credential", f"ANTHROPIC_API_KEY={TOKEN}\n", 0o644)
+        self.assert_found("credential", "fail", "read by others", "chmod 600")
+
+    def test_tools_missing(self) -> None:
+        for name in ("git", "ssh"):
+            (self.box.bin / name).unlink()
+        self.assert_found("git", "warn", "not installed")
+        self.assert_found("ssh", "fail", "not installed")
+
+
+class TemplateTest(WorldTest):
+    def test_show_prints_the_template(self) -> None:
+        result = self.box.run("template", "show")
+        self.assertEqual(result.out, (SCRIPT.parent / "lima/agent-vm.yaml").read_text())
+
+    def test_export_writes_all_of_it(self) -> None:
+        target = self.box.root / "my template"
+        result = self.box.run("template", "export", str(target))
+        self.assertEqual((result.status, result.out), (0, ""), result.err)
+        self.assertEqual(contents(target), contents(SCRIPT.parent / "lima"))
+
+    def test_export_harms_no_folder_that_exists(self) -> None:
+        self.box.write(self.box.project / "agent-vm.yaml", "mine")
+        result = self.box.run("template", "export", str(self.box.project))
+        self.assert_refused(result, "exists", status=1)
+        self.assert_refused(self.box.run("template", "export"), "which directory", status=1)
+        self.assertEqual((self.box.project / "agent-vm.yaml").read_text(), "mine")
+
+    def test_export_to_where_nothing_can_be_written(self) -> None:
+        self.box.project.chmod(0o500)
+        result = self.box.run("template", "export", str(self.box.project / "new"))
+        self.assert_refused(result, "cannot write", status=1)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_text() for path in files}
+
+
+class CopiedAloneTest(WorldTest):
+    """agent_vm.py and nothing else, in a folder with an awkward name."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        folder = self.box.root / "it's alone"
+        folder.mkdir()
+        self.script = Path(shutil.copy(SCRIPT, folder))
+
+    def run_copy(self, *args: str, **more: Any) -> Result:
+        return self.box.run(*args, script=self.script, **more)
+
+    def test_it_knows_its_version(self) -> None:
+        result = self.run_copy("--version")
+        self.assertRegex(result.out, rf"^agent-vm {agent_vm.__version__}, Python 3\.\d+\.\d+")
+
+    def test_it_carries_the_template(self) -> None:
+        target = self.box.root / "exported"
+        self.assertEqual(self.run_copy("template", "export", str(target)).status, 0)
+        self.assertEqual(contents(target), contents(SCRIPT.parent / "lima"))
+        self.assertTrue(os.access(target / "provision/10-packages.sh", os.X_OK))
+
+    def test_it_sets_up_and_runs(self) -> None:
+        result = self.run_copy("setup", "--minimal")
+        self.assertEqual(result.status, 0, result.err)
+        result = self.run_copy("run", "--", "sh:echo alone")
+        self.assertEqual((result.status, result.out), (0, "alone\n"), result.err)
+        self.assertEqual([path.name for path in self.script.parent.iterdir()], ["agent_vm.py"])
+        self.assertEqual(list((self.box.root / "tmp").iterdir()), [])
+
+    def test_a_link_to_a_checkout_finds_the_checkout(self) -> None:
+        self.script.unlink()
+        self.script.symlink_to(SCRIPT)
+        self.assertIn(str(SCRIPT.parent / "lima"), self.run_copy("info").out)
+
+
+class ShellInitTest(WorldTest):
+    def setUp(self) -> None:
+        super().setUp()
+        folder = self.box.root / "a 'path' with $odd parts"
+        folder.mkdir()
+        self.script = Path(shutil.copy(SCRIPT, folder))
+
+    def shell(self, name: str, *flags: str, text: str) -> subprocess.CompletedProcess[str]:
+        program = shutil.which(name)
+        if not program:
+            self.skipTest(f"{name} is not installed")
+        return subprocess.run(
+            [program, *flags, "-c", text], env=self.box.env, cwd=self.box.project, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def check_functions(self, name: str, *flags: str) -> None:
+        init = self.box.run("shell-init", name, script=self.script)
+        self.assertEqual((init.status, init.err), (0, ""))
+        calls = "claude-vm --keep '' 'a b' '$x' -- -p; echo status: $status"
+        text = f"{init.out}\nclaude-vm-shell -- printf '%s|' 'one two' \"it's\"; {calls}\n"
+        text += "agent-vm list --json; type claude-vm-setup > /dev/null; echo found: $status"
+        if name != "fish":
+            text = text.replace("$status", "$?")
+        result = self.shell(name, *flags, text=text)
+        self.assertEqual(result.stderr, "")
+        lines = result.stdout.splitlines()
+        self.assertEqual((lines[0], lines[2]), ("one two|it's|status: 0", "found: 0"))
+        self.assertEqual(json.loads(lines[1])["name"], BASE)
+        words = ["--dangerously-skip-permissions", "--keep", "", "a b", "$x", "--", "-p"]
+        self.assertEqual(self.box.agent_calls()[0]["argv"], words)
+        self.assert_nothing_left()
+
+    def test_bash(self) -> None:
+        self.check_functions("bash", "--norc")
+
+    def test_zsh(self) -> None:
+        self.check_functions("zsh", "-f")
+
+    def test_fish(self) -> None:
+        self.check_functions("fish", "--no-config")
+
+    def test_it_works_as_the_readme_says(self) -> None:
+        command = (
+            f'eval "$(python3 {shlex.quote(str(self.script))} shell-init)"; agent-vm --version'
+        )
+        quick = shutil.which("python3")
+        (self.box.bin / "python3").symlink_to(quick or "python3")
+        result = self.shell("bash", "--norc", text=command)
+        self.assertRegex(result.stdout, "^agent-vm ")
+
+    def test_it_is_quick_because_it_starts_nothing(self) -> None:
+        self.box.run("shell-init")
+        self.assertEqual(self.box.calls(), [])
+
+
+class CompletionTest(WorldTest):
+    def words(self, shell: str) -> str:
+        result = self.box.run("completion", shell)
+        self.assertEqual((result.status, result.err), (0, ""))
+        return result.out
+
+    def test_every_verb_and_option_is_offered(self) -> None:
+        words = agent_vm.parser_words(agent_vm.build_parser())
+        for shell in ("bash", "zsh", "fish"):
+            text = self.words(shell)
+            for verb, options in words.items():
+                for word in options:
+                    offered = f"-l {word[2:]}" if shell == "fish" and word[:2] == "--" else word
+                    if len(word) > 2 or not word.startswith("-"):  # fish: no short options
+                        self.assertIn(offered, text, (shell, verb))
+
+    def test_bash_completes(self) -> None:
+        script = self.words("bash") + "\nCOMP_WORDS=(agent-vm run --me) COMP_CWORD=2; _agent_vm\n"
+        script += 'echo "${COMPREPLY[@]}"; COMP_WORDS=(agent-vm se) COMP_CWORD=1; _agent_vm\n'
+        script += 'echo "${COMPREPLY[@]}"'
+        result = subprocess.run(["bash", "-c", script], stdout=subprocess.PIPE, text=True)
+        self.assertEqual(result.stdout.split(), ["--memory", "setup"])
+
+    def test_bash_completion_passes_shellcheck(self) -> None:
+        if not shutil.which("shellcheck"):
+            self.skipTest("shellcheck is not installed")
+        check = subprocess.run(
+            ["shellcheck", "-"], input=self.words("bash"), stdout=subprocess.PIPE, text=True
+        )
+        self.assertEqual((check.returncode, check.stdout), (0, ""))
+
+    def test_zsh_and_fish_accept_theirs(self) -> None:
+        for shell in ("zsh", "fish"):
+            program = shutil.which(shell)
+            if not program:
+                self.skipTest(f"{shell} is not installed")
+            check = subprocess.run(
+                [program, "-n"], input=self.words(shell), text=True, stderr=subprocess.PIPE,
+                env=self.box.env,
+            )  # fmt: skip
+            self.assertEqual((check.returncode, check.stderr), (0, ""), shell)
+
+
+class OutputTest(WorldTest):
+    def test_help_is_the_manual_page(self) -> None:
+        result = self.box.run("--help")
+        self.assertEqual((result.status, result.err), (0, ""))
+        for heading in ("examples:", "environment:", "files:", "exit status:"):
+            self.assertIn(heading, result.out)
+
+    def test_a_closed_pipe_is_no_traceback(self) -> None:
+        process = self.box.start("template", "show")
+        assert process.stdout
+        process.stdout.close()
+        process.stdout = None
+        wait_for(lambda: process.poll() is not None, "the command ends")
+        self.assertNotIn("Traceback", self.box.finish(process).err)
+
+
+if __name__ == "__main__":
+    unittest.main()

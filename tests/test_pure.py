@@ -1,0 +1,525 @@
+"""The pure core: tables of input and output."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import re
+import subprocess
+import tempfile
+import unittest
+from collections.abc import Callable
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import agent_vm
+from agent_vm import AgentVMError
+from agent_vm import Credential
+from agent_vm import HostFacts
+from agent_vm import Instance
+from agent_vm import Lease
+from agent_vm import Mount
+
+GIB = 1 << 30
+HOST = HostFacts(
+    "Linux", "x86_64", False, 8, 16 * GIB, 99 * GIB, True, True, True, {"ID": "debian"}
+)
+LEASE = Lease("agent-vm-p-0a1b2c", 7, "100", "boot", "/p", 1.0)
+
+
+class TableTest(unittest.TestCase):
+    def check(self, function: Callable[..., Any], table: Iterable[tuple[Any, ...]]) -> None:
+        """Each row: the arguments, then the expected result."""
+        for *args, expected in table:
+            with self.subTest(args=args):
+                self.assertEqual(function(*args), expected)
+
+    def refuse(
+        self, function: Callable[[str], Any], values: Iterable[str], error: type[Exception]
+    ) -> None:
+        for value in values:
+            with self.subTest(value=value), self.assertRaises(error):
+                function(value)
+
+
+class NameTest(TableTest):
+    def test_clones_and_base_instances_are_told_apart_by_name(self) -> None:
+        clones = ["agent-vm-p-0a1b2c", "agent-vm-my-project-abcdef", "agent-vm-base-012345"]
+        bases = ["agent-vm-base", "agent-vm-base.new", "agent-vm-base.old", "agent-vm-base-web.old"]
+        others = ["default", "agent-vm", "agent-vm-p", "agent-vm-P-0a1b2c", "x-agent-vm-p-0a1b2c",
+                  "agent-vm-p-0a1b2c.x", "agent-vm-base/..", "agent-vm-p-0a1b2c\n"]  # fmt: skip
+        self.check(agent_vm.is_clone, [(name, True) for name in clones])
+        self.check(agent_vm.is_clone, [(name, False) for name in bases + others])
+        self.check(agent_vm.is_base, [(name, True) for name in bases])
+        self.check(agent_vm.is_base, [(name, False) for name in clones + others])
+
+    def test_base_names_have_a_suffix_or_none(self) -> None:
+        self.check(agent_vm.base_name, [("", "agent-vm-base"), ("web", "agent-vm-base-web")])
+
+    def test_a_clone_is_called_after_its_directory(self) -> None:
+        rows = [
+            ("project", "agent-vm-project-0a1b2c"),
+            ("My Project!", "agent-vm-my-project-0a1b2c"),
+            ("..a..", "agent-vm-a-0a1b2c"),
+            ("日本", "agent-vm-project-0a1b2c"),
+            ("", "agent-vm-project-0a1b2c"),
+            ("x" * 200, f"agent-vm-{'x' * 30}-0a1b2c"),
+        ]
+        self.check(lambda name: agent_vm.clone_name(name, "0a1b2c", "/l"), rows)
+
+    def test_limas_socket_fits_whatever_the_length_of_its_home(self) -> None:
+        for length in range(2, 60):
+            home = "/" + "h" * (length - 1)
+            with self.subTest(length=length):
+                name = agent_vm.clone_name("a-b-" * 20, "0a1b2c", home)
+                self.assertTrue(agent_vm.is_clone(name), name)
+                self.assertLess(len(f"{home}/{name}/ssh.sock.1234567890123456"), 104)
+
+    def test_a_lima_home_that_leaves_no_room_is_an_error(self) -> None:
+        with self.assertRaisesRegex(AgentVMError, "too long"):
+            agent_vm.clone_name("project", "0a1b2c", "/" + "h" * 80)
+
+    def test_bytes_of_limas_home_are_counted_not_characters(self) -> None:
+        name = agent_vm.clone_name("a" * 30, "0a1b2c", "/" + "ü" * 25)
+        self.assertLess(len(os.fsencode(f"/{'ü' * 25}/{name}/ssh.sock.1234567890123456")), 104)
+
+    def test_session_folders_are_readable_and_distinct(self) -> None:
+        self.assertRegex(agent_vm.session_key("/a/My Project"), r"^my-project-[0-9a-f]{12}$")
+        self.assertRegex(agent_vm.session_key("/"), r"^project-[0-9a-f]{12}$")
+        paths = ["/a/p", "/b/p", "/a/p ", "/a/P", "/a/ü", "/a/\udce4"]
+        self.assertEqual(len({agent_vm.session_key(path) for path in paths}), len(paths))
+
+    def test_names_for_setup(self) -> None:
+        self.check(agent_vm.instance_suffix, [(name, name) for name in ("a", "web", "py-3", "x1")])
+        bad = ["", "-a", "a-", "A", "a.b", "a/b", "x" * 21, "abcdef", "web-0a1b2c", "new\n"]
+        self.refuse(agent_vm.instance_suffix, bad, argparse.ArgumentTypeError)
+
+
+class LimaTest(TableTest):
+    def line(self, **fields: Any) -> str:
+        return json.dumps({"name": "n", "status": "Stopped", "dir": "/l/n", **fields})
+
+    def test_a_line_of_list_becomes_an_instance(self) -> None:
+        mounts = [{"location": "/p", "writable": True}, {"location": "/q"}]
+        config = {"mountType": "9p", "mounts": mounts, "ssh": {"forwardAgent": True}}
+        text = self.line(
+            hostname="lima-n", vmType="qemu", cpus=2, memory=GIB, protected=True,
+            config={**config, "user": {"name": "u", "home": "/home/u.guest"}},
+        )  # fmt: skip
+        expected = Instance(
+            "n", "Stopped", Path("/l/n"), "lima-n", "qemu", "9p", (("/p", True), ("/q", False)),
+            True, "/home/u.guest", 2, GIB, True,
+        )  # fmt: skip
+        self.assertEqual(agent_vm.parse_instances(f"\n{text}\n\n"), [expected])
+
+    def test_a_broken_instance_has_no_configuration(self) -> None:
+        text = self.line(status="Broken", hostname="", vmType="", config=None)
+        self.assertEqual(agent_vm.parse_instances(text)[0].status, "Broken")
+
+    def test_no_instances_are_no_lines(self) -> None:
+        self.assertEqual(agent_vm.parse_instances(""), [])
+
+    def test_what_is_not_limas_json_is_an_error(self) -> None:
+        bad = ["<html>", "{}", "[1]", "null", '"x"', '{"name": "n"}', self.line(cpus="many"),
+               self.line(config={"mounts": [7]}), self.line(config={"mounts": [{}]})]  # fmt: skip
+        self.refuse(agent_vm.parse_instances, bad, AgentVMError)
+
+    def test_versions(self) -> None:
+        rows = [("limactl version 2.2.0\n", (2, 2, 0)), ("limactl version v2.1", (2, 1, 0)),
+                ("limactl version 2.0.0-beta.1+g12", (2, 0, 0)), ("1.2.3", (1, 2, 3))]  # fmt: skip
+        self.check(agent_vm.parse_lima_version, rows)
+        self.refuse(agent_vm.parse_lima_version, ["", "limactl", "HEAD-abc"], AgentVMError)
+
+    def decoded(self, expression: str) -> Any:
+        match = re.fullmatch(r'\("([\w+/=]+)" \| @base64d \| from_json\)', expression)
+        assert match
+        return json.loads(base64.b64decode(match[1]))
+
+    def test_values_reach_yq_without_a_character_that_it_reads(self) -> None:
+        for value in ("a\"b'c$d\\e", ["\n", {"k": "ü"}], "", True, '") | .x = ("'):
+            with self.subTest(value=value):
+                self.assertEqual(self.decoded(agent_vm.yq_value(value)), value)
+
+    def test_a_clone_gets_its_mounts_and_a_mount_type(self) -> None:
+        mounts = [{"location": "/p", "mountPoint": "/p", "writable": True}]
+        forwarding = agent_vm.clone_expression(mounts, "9p", forward=True)
+        self.assertIn('.mountType = "9p"', forwarding)
+        self.assertIn(f".mounts = {agent_vm.yq_value(mounts)}", forwarding)
+        self.assertNotIn("portForwards", forwarding)
+
+    def test_no_forward_ignores_every_port(self) -> None:
+        expression = agent_vm.clone_expression([], "9p", forward=False)
+        (rule,) = self.decoded(expression.rpartition(".portForwards = ")[2])
+        self.assertEqual(rule, {"guestIP": "0.0.0.0", "proto": "any", "ignore": True})
+
+    def test_create_sets_what_was_given_and_nothing_else(self) -> None:
+        empty = agent_vm.create_expression({"minimal": ""}, "", "", "x86_64", [])
+        self.assertEqual(empty, ".mountTypesUnsupported = []")
+        params = {"minimal": "true", "aptMirror": "http://m/'\""}
+        full = agent_vm.create_expression(params, "/i.qcow2", "sha256:00", "x86_64", ["CERT"])
+        for part in (
+            f".param.aptMirror = {agent_vm.yq_value(params['aptMirror'])}",
+            agent_vm.yq_value([{"location": "/i.qcow2", "arch": "x86_64", "digest": "sha256:00"}]),
+            f".caCerts.certs = (.caCerts.certs // []) + {agent_vm.yq_value(['CERT'])}",
+        ):
+            self.assertIn(part, full)
+
+
+class IsolationTest(TableTest):
+    PLAN = ({"location": "/p", "mountPoint": "/p", "writable": True},)
+
+    def faults(self, **fields: Any) -> list[str]:
+        clone = {"mount_type": "9p", "mounts": (("/p", True),), **fields}
+        instance = Instance("n", "Stopped", Path("/l/n"), **clone)
+        return agent_vm.isolation_faults(instance, self.PLAN)
+
+    def test_a_clone_as_planned_has_no_fault(self) -> None:
+        self.assertEqual(self.faults(), [])
+        self.assertEqual(self.faults(mount_type="virtiofs"), [])
+
+    def test_every_deviation_is_named(self) -> None:
+        rows = [
+            ({"mounts": (("/p", True), ("/home", False))}, "mounts /home read-only"),
+            ({"mounts": (("/p", True), ("/home", True))}, "mounts /home read-write"),
+            ({"mounts": ()}, "does not mount /p"),
+            ({"mounts": (("/p", False),)}, "does not mount /p"),
+            ({"mount_type": "reverse-sshfs"}, "uses the mount type reverse-sshfs"),
+            ({"mount_type": ""}, "uses the mount type unknown"),
+            ({"forward_agent": True}, "forwards the ssh agent"),
+        ]
+        for fields, fault in rows:
+            with self.subTest(fault=fault):
+                self.assertIn(fault, self.faults(**fields))
+
+
+class MountTest(TableTest):
+    def test_overlapping_paths(self) -> None:
+        rows = [("/a", "/a", True), ("/a", "/a/b", True), ("/a/b", "/a", True), ("/", "/a", True),
+                ("/a", "/ab", False), ("/a/b", "/a/c", False)]  # fmt: skip
+        self.check(agent_vm.overlaps, rows)
+
+    def test_what_is_refused_as_a_mount(self) -> None:
+        private = {"your ssh keys": "/home/u/.ssh", "Lima's home": "/lima"}
+        refused = ["/", "/home", "/home/u", "/home/u/.ssh", "/home/u/.ssh/x", "/lima/vm", "/lima"]
+        allowed = ["/home/u/project", "/home/u/.sshx", "/home/uu", "/srv", "/lim"]
+        for path in refused:
+            with self.subTest(path=path):
+                self.assertTrue(agent_vm.mount_refusal(path, "/home/u", private))
+        self.check(lambda path: agent_vm.mount_refusal(path, "/home/u", private),
+                   [(path, "") for path in allowed])  # fmt: skip
+
+    def test_paths_that_no_guest_can_have(self) -> None:
+        for path in ("/etc", "/tmp", "/a\nb", "/a\x7f", "/a\t", "/a\udce4"):
+            with self.subTest(path=path):
+                self.assertTrue(agent_vm.unusable_path(path))
+        usable = ["/tmp/x", "/a b", "/it's", "/$x", "/a,b:c", "/日本", "/" + "x" * 200]
+        self.check(agent_vm.unusable_path, [(path, "") for path in usable])
+
+    def test_the_grammar_of_mount(self) -> None:
+        with tempfile.TemporaryDirectory() as name:
+            source = os.path.realpath(name)
+            for folder in ("a", "b:c", "d:ro", "s p"):
+                Path(source, folder).mkdir()
+            a = f"{source}/a"
+            rows = [
+                (a, Mount(a, a, False)),
+                (f"{a}/", Mount(a, a, False)),
+                (f"{a}:ro", Mount(a, a, False)),
+                (f"{a}:rw", Mount(a, a, True)),
+                (f"{a}:/data", Mount(a, "/data", False)),
+                (f"{a}:rw:/data/../x", Mount(a, "/x", True)),
+                (f"{source}/b:c:rw", Mount(f"{source}/b:c", f"{source}/b:c", True)),
+                (f"{source}/d:ro:rw", Mount(f"{source}/d:ro", f"{source}/d:ro", True)),
+                (f"{source}/s p", Mount(f"{source}/s p", f"{source}/s p", False)),
+            ]
+            self.check(agent_vm.parse_mount, rows)
+            bad = ["", ":rw", f"{source}/none", f"{a}:xx", f"{a}:rw:relative", f"{a}:wr:/x"]
+            self.refuse(agent_vm.parse_mount, bad, argparse.ArgumentTypeError)
+
+    def test_plain_paths_are_mounted_where_they_are_and_others_through_a_link(self) -> None:
+        links = Path("/state/links/n")
+        rows = [
+            (Mount("/p", "/p", True), "/p", "/p"),
+            (Mount("/a b", "/a b"), "/state/links/n/0", "/mnt/agent-vm/0"),
+            (Mount("/a,b", "/a,b"), "/state/links/n/0", "/mnt/agent-vm/0"),
+            (Mount("/p", "/data"), "/p", "/mnt/agent-vm/0"),
+        ]
+        for mount, location, point in rows:
+            with self.subTest(mount=mount):
+                (plan,) = agent_vm.lima_mounts([mount], links)
+                expected = {
+                    "location": location, "mountPoint": point, "writable": mount.writable
+                }  # fmt: skip
+                self.assertEqual(plan, expected)
+
+    def test_each_awkward_mount_has_a_link_of_its_own(self) -> None:
+        plans = agent_vm.lima_mounts([Mount("/a b", "/a b"), Mount("/c d", "/c d")], Path("/l"))
+        self.assertEqual([plan["location"] for plan in plans], ["/l/0", "/l/1"])
+
+
+class HostTest(TableTest):
+    def test_at_most_half_of_the_host(self) -> None:
+        rows = [(4, 8, 4), (4, 4, 2), (8, 7, 3), (4, 1, 1), (1, 64, 1)]
+        self.check(agent_vm.clamp, rows)
+
+    def test_how_to_install_qemu(self) -> None:
+        debian = "sudo apt-get install -y qemu-system-x86 qemu-utils openssh-client"
+        rows = [
+            ({"ID": "debian"}, "x86_64", debian),
+            ({"ID": "ubuntu", "ID_LIKE": "debian"}, "x86_64", debian),
+            ({"ID": "pop", "ID_LIKE": "ubuntu debian"}, "x86_64", debian),
+            ({"ID": "debian"}, "aarch64", debian.replace("x86", "arm")),
+            ({"ID": "haiku"}, "x86_64", ""),
+            ({}, "x86_64", ""),
+        ]
+        self.check(agent_vm.qemu_install_command, rows)
+        for system in ("fedora", "rhel", "arch", "suse", "alpine"):
+            command = agent_vm.qemu_install_command({"ID": system}, "aarch64")
+            self.assertRegex(command, "^sudo .*qemu")
+
+    def test_os_release(self) -> None:
+        text = "ID=debian\nNAME=\"Debian's\"\n# comment\nID_LIKE='a b'\n\nEMPTY=\n"
+        expected = {"ID": "debian", "NAME": "Debian's", "ID_LIKE": "a b", "EMPTY": ""}
+        self.assertEqual(agent_vm.parse_os_release(text), expected)
+
+    def test_a_good_host_has_no_problems(self) -> None:
+        self.assertEqual(agent_vm.setup_problems(HOST, False, 16), [])
+
+    def test_each_problem_of_a_host_is_named_with_its_next_step(self) -> None:
+        rows: list[tuple[dict[str, Any], str, str]] = [
+            ({"root": True}, "root", "ordinary user"),
+            ({"qemu": False}, "QEMU", "apt-get install"),
+            ({"qemu_img": False}, "qemu-img", "apt-get install"),
+            ({"disk_free": 9 * GIB}, "needs 10", "LIMA_HOME"),
+            ({"memory": 4 * GIB}, "the host has 4 GiB", "less memory"),
+        ]
+        for fields, problem, step in rows:
+            with self.subTest(problem=problem):
+                ((found, fix),) = agent_vm.setup_problems(
+                    HostFacts(**{**HOST._asdict(), **fields}), False, 16
+                )
+                self.assertIn(problem, found)
+                self.assertIn(step, fix)
+
+    def test_a_minimal_setup_needs_less_disk_and_a_mac_no_qemu(self) -> None:
+        small = HostFacts(**{**HOST._asdict(), "disk_free": 5 * GIB})
+        self.assertEqual(agent_vm.setup_problems(small, True, 0), [])
+        mac = HostFacts(**{**HOST._asdict(), "system": "Darwin", "qemu": False, "qemu_img": False})
+        self.assertEqual(agent_vm.setup_problems(mac, False, 0), [])
+
+    def test_lima_archives_are_called_as_lima_calls_them(self) -> None:
+        rows = [
+            ("Linux", "x86_64", "2.2.0", "lima-2.2.0-Linux-x86_64.tar.gz"),
+            ("Linux", "arm64", "2.2.0", "lima-2.2.0-Linux-aarch64.tar.gz"),
+            ("Linux", "aarch64", "2.2.0", "lima-2.2.0-Linux-aarch64.tar.gz"),
+            ("Darwin", "arm64", "2.2.0", "lima-2.2.0-Darwin-arm64.tar.gz"),
+        ]
+        self.check(agent_vm.lima_archive_name, rows)
+
+    def test_time_zones_from_the_environment(self) -> None:
+        rows = [({"TZ": "Europe/Berlin"}, "Europe/Berlin"), ({"TZ": ":UTC"}, "UTC"),
+                ({"TZ": "a; rm"}, ""), ({"TZ": "../../etc/passwd"}, "")]  # fmt: skip
+        self.check(agent_vm.host_zone, rows)
+
+
+class LeaseTest(TableTest):
+    def test_a_lease_lives_with_its_very_process(self) -> None:
+        rows = [("boot", "100", True), ("boot", "101", False), ("boot", "", False),
+                ("other", "100", False)]  # fmt: skip
+        self.check(lambda boot, start: agent_vm.lease_is_live(LEASE, boot, lambda pid: start), rows)
+
+    def test_a_lease_without_a_start_time_is_dead(self) -> None:
+        lease = Lease(**{**LEASE._asdict(), "start": ""})
+        self.assertFalse(agent_vm.lease_is_live(lease, "boot", lambda pid: ""))
+
+    def test_leases_are_read_back(self) -> None:
+        self.assertEqual(agent_vm.lease_from(json.dumps(LEASE._asdict())), LEASE)
+
+    def test_a_lease_on_an_instance_that_is_not_ours_is_refused(self) -> None:
+        for name in ("default", "../../etc", "agent-vm-base", "agent-vm-base.old", "", "x/y"):
+            text = json.dumps({**LEASE._asdict(), "name": name})
+            with self.subTest(name=name), self.assertRaises(ValueError):
+                agent_vm.lease_from(text)
+
+    def test_processes_have_a_start_time_while_they_live(self) -> None:
+        child = subprocess.Popen(["sleep", "60"])
+        first = agent_vm.process_start(child.pid)
+        self.assertTrue(first)
+        self.assertEqual(agent_vm.process_start(child.pid), first)
+        child.kill()
+        child.wait()
+        self.assertEqual(agent_vm.process_start(child.pid), "")
+
+    def test_the_boot_has_an_id(self) -> None:
+        self.assertTrue(agent_vm.boot_id())
+        self.assertEqual(agent_vm.boot_id(), agent_vm.boot_id())
+
+
+class GuestTest(TableTest):
+    def prepare(self, credential: Credential | None = None, **fields: Any) -> str:
+        plan: dict[str, Any] = {
+            "mounts": [Mount("/p q", "/p q", True)], "project": "/p q", "variables": {},
+            "credential": credential, "git_identity": {}, "zone": "",
+        }  # fmt: skip
+        return agent_vm.prepare_script(**{**plan, **fields})
+
+    def test_claude_asks_nothing(self) -> None:
+        config = agent_vm.claude_config("/p", None)
+        self.assertIs(config["hasCompletedOnboarding"], True)
+        self.assertIs(config["projects"]["/"]["hasTrustDialogAccepted"], True)
+        self.assertNotIn("customApiKeyResponses", config)
+
+    def test_an_api_key_is_approved_by_its_end(self) -> None:
+        key = Credential("ANTHROPIC_API_KEY", "sk-ant-api03-" + "x" * 30 + "y" * 20, "test")
+        config = agent_vm.claude_config("/p", key)
+        self.assertEqual(config["customApiKeyResponses"]["approved"], ["y" * 20])
+
+    def test_a_credential_does_not_show_itself(self) -> None:
+        self.assertNotIn("secret", repr(Credential("ANTHROPIC_API_KEY", "secret", "test")))
+
+    def test_the_prepare_script_is_bash(self) -> None:
+        awkward = {"user.name": "O'Neil; $(id)\n", "user.email": "a@b"}
+        script = self.prepare(git_identity=awkward, zone="UTC", variables={"A": "'\n"})
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+    def test_variables_and_secrets_are_written_byte_for_byte(self) -> None:
+        values = {"A": "it's\n$x `id` \\ ü", "B": ""}
+        text = agent_vm.exports(values) + 'printf "%s|" "$A" "$B"'
+        command = agent_vm.pipe("bash", text)
+        result = subprocess.run(["bash", "-c", command], stdout=subprocess.PIPE, check=True)
+        self.assertEqual(result.stdout.decode(), "it's\n$x `id` \\ ü||")
+
+    def test_a_mount_that_failed_stops_the_preparation(self) -> None:
+        self.assertIn("mountpoint -q /p ||", agent_vm.mount_line(Mount("/p", "/p"), 0))
+        self.assertNotIn("--bind", agent_vm.mount_line(Mount("/p", "/p"), 0))
+
+    def test_awkward_paths_are_bound_into_place(self) -> None:
+        line = agent_vm.mount_line(Mount("/a 'b", "/a 'b"), 3)
+        self.assertIn("mountpoint -q /mnt/agent-vm/3", line)
+        self.assertIn("""sudo mount --bind /mnt/agent-vm/3 '/a '"'"'b'""", line)
+
+
+class SettingTest(TableTest):
+    def test_whole_numbers(self) -> None:
+        self.check(agent_vm.whole_number, [("1", 1), ("64", 64), ("999999", 999999)])
+        bad = ["0", "-1", "", "abc", "1.5", "1e3", " 1", "01", "9999999", "٣", "8GiB"]
+        self.refuse(agent_vm.whole_number, bad, argparse.ArgumentTypeError)
+
+    def test_web_addresses(self) -> None:
+        good = ["http://h", "https://h:8/p/?q=%20"]
+        self.check(agent_vm.web_address, [(url, url) for url in good])
+        bad = ["", "h", "ftp://h", "file:///etc/passwd", "https://u:p@h", "http://a b", "http://'"]
+        self.refuse(agent_vm.web_address, bad, argparse.ArgumentTypeError)
+
+    def test_files_exist(self) -> None:
+        self.assertEqual(agent_vm.existing_file(__file__), os.path.abspath(__file__))
+        self.assertEqual(agent_vm.image_location("https://h/i"), "https://h/i")
+        bad = ["/nowhere", os.path.dirname(__file__), ""]
+        self.refuse(agent_vm.existing_file, bad, argparse.ArgumentTypeError)
+        self.refuse(agent_vm.image_location, ["/nowhere", "ftp://h/i"], argparse.ArgumentTypeError)
+
+    def test_digests(self) -> None:
+        good = ["sha256:" + "0" * 64, "sha512:" + "f" * 128]
+        self.check(agent_vm.image_digest, [(digest, digest) for digest in good])
+        bad = ["", "0" * 64, "sha256:" + "0" * 63, "sha512:" + "0" * 64, "md5:" + "0" * 32]
+        self.refuse(agent_vm.image_digest, bad, argparse.ArgumentTypeError)
+
+    def test_variables(self) -> None:
+        good = ["A", "_a1", "A=", "A=b=c", "A=x\ny"]
+        self.check(agent_vm.variable, [(text, text) for text in good])
+        self.refuse(agent_vm.variable, ["", "1A", "A-B", "=x", "A B=1", "A\n=1"],
+                    argparse.ArgumentTypeError)  # fmt: skip
+
+    def test_yes_and_no(self) -> None:
+        rows = [("yes", True), ("TRUE", True), ("1", True), ("on", True), ("no", False),
+                ("False", False), ("0", False)]  # fmt: skip
+        self.check(agent_vm.yes_or_no, rows)
+        self.refuse(agent_vm.yes_or_no, ["", "y", "maybe"], argparse.ArgumentTypeError)
+
+    def resolve(self, flag: Any, environ: str, config: str) -> tuple[Any, str]:
+        flags = {"memory": flag}
+        env = {"AGENT_VM_MEMORY": environ} if environ else {}
+        section = {"memory": config} if config else {}
+        return agent_vm.resolve_settings(flags, env, section, "config.ini")["memory"]
+
+    def test_flag_before_environment_before_config_before_default(self) -> None:
+        rows = [
+            (3, "5", "7", (3, "flag")),
+            (None, "5", "7", (5, "environment")),
+            (None, "", "7", (7, "config")),
+            (None, "", "", (8, "default")),
+        ]
+        self.check(self.resolve, rows)
+
+    def test_a_bad_value_says_where_it_stands(self) -> None:
+        with self.assertRaisesRegex(AgentVMError, "AGENT_VM_MEMORY.*'0'"):
+            self.resolve(None, "0", "")
+        with self.assertRaisesRegex(AgentVMError, r"config\.ini.*memory.*'much'"):
+            self.resolve(None, "", "much")
+
+    def test_lists_are_words_as_in_a_shell(self) -> None:
+        env = {"AGENT_VM_ENV": "A=1 'B=two words'"}
+        resolved = agent_vm.resolve_settings({}, env, {}, "")
+        self.assertEqual(resolved["env"], (("A=1", "B=two words"), "environment"))
+        with self.assertRaises(AgentVMError):
+            agent_vm.resolve_settings({}, {"AGENT_VM_ENV": "A='open"}, {}, "")
+
+    def test_unknown_keys_are_named(self) -> None:
+        with self.assertRaisesRegex(AgentVMError, "memroy"):
+            agent_vm.resolve_settings({}, {}, {"memroy": "8"}, "config.ini")
+
+
+class OutputTest(TableTest):
+    def test_ages_and_sizes(self) -> None:
+        rows = [(0, "0s"), (119, "119s"), (120, "2m"), (7200, "2h"), (172800, "2d")]
+        self.check(agent_vm.human_age, rows)
+        self.check(agent_vm.human_size, [(0, "0 MiB"), (GIB, "1.0 GiB"), (5 << 20, "5 MiB")])
+
+    def test_nothing_in_a_name_moves_the_cursor(self) -> None:
+        self.check(agent_vm.printable, [("a\x1b[2Jb\n", "a?[2Jb?"), ("ünï", "ünï")])
+
+    def test_the_tail_of_a_log_is_fit_for_a_terminal(self) -> None:
+        with tempfile.TemporaryDirectory() as name:
+            log = Path(name, "serial.log")
+            log.write_bytes(b"old\n" * 50 + b"\x1b[31mred\x1b[0m\x1b]0;t\x07\xff\r\nlast\n")
+            self.assertEqual(agent_vm.tail(log, 2).split("\n")[1], "last")
+            self.assertNotIn("\x1b", agent_vm.tail(log))
+            self.assertEqual(len(agent_vm.tail(log).split("\n")), 10)
+            self.assertEqual(agent_vm.tail(Path(name, "none")), "")
+
+
+class ParserTest(TableTest):
+    def command(self, *argv: str) -> list[str]:
+        return list(agent_vm.parse_args(argv).command)
+
+    def test_everything_after_the_dashes_is_the_agents(self) -> None:
+        rows = [
+            ((), []),
+            (("--",), []),
+            (("--", "-p", "x"), ["-p", "x"]),
+            (("--", "--", "--keep"), ["--", "--keep"]),
+            (("--keep", "--", "--memory"), ["--memory"]),
+            (("word", "--keep", "--", "x"), ["word", "--keep", "x"]),
+            (("--", "", "a\nb"), ["", "a\nb"]),
+        ]
+        for words, expected in rows:
+            with self.subTest(words=words):
+                self.assertEqual(self.command("run", *words), expected)
+                self.assertEqual(self.command("shell", *words), expected)
+
+    def test_every_verb_explains_itself(self) -> None:
+        for verb, words in agent_vm.parser_words(agent_vm.build_parser()).items():
+            if verb:
+                self.assertIn("--help", words)
+
+    def test_every_setting_has_a_flag(self) -> None:
+        words = agent_vm.parser_words(agent_vm.build_parser())
+        flags = {word for options in words.values() for word in options}
+        self.assertEqual({f"--{name}" for name in agent_vm.SETTINGS} - flags, set())
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,734 @@
+"""`run` and `shell` from the outside: what the agent gets, what comes back, what is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import unittest
+from pathlib import Path
+from typing import ClassVar
+
+from tests.support import BASE
+from tests.support import TOKEN
+from tests.support import Result
+from tests.support import Sandbox
+from tests.support import WorldTest
+from tests.support import open_sandbox
+from tests.support import wait_for
+
+AWKWARD = 'it\'s a project, $HOME: "ünïcode" 日本'
+WORDS = [
+    "-p", "fix 'all' \"$errors\"", "", "two\nlines", "ünïcode", "--", "--resume", "-c", "--keep",
+    "--memory", "0", "a\\b", "*", "`id`", "!x", " ", "-", "~", "\t", "&& exit 3",
+]  # fmt: skip
+LOOK_AROUND = """sh:cat; echo oops >&2
+exec > seen
+git config user.name; git config user.email
+git status --short > /dev/null 2>&1 && echo git-works
+readlink "$FAKE_GUEST_INSTANCE/localtime"
+ls -A ~/.ssh 2>&1
+cp ~/.claude.json claude.json; cp ~/.claude/settings.json settings.json
+echo turn > ~/.claude/projects/transcript
+stat -c %a ~/.agent-vm/credential ~/.agent-vm/env 2> /dev/null
+"""
+
+
+class WholeRunTest(unittest.TestCase):
+    """One run with everything awkward in it, seen from all sides."""
+
+    box: ClassVar[Sandbox]
+    result: ClassVar[Result]
+    project: ClassVar[Path]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.box = open_sandbox()
+        cls.addClassCleanup(cls.box.close)
+        cls.box.make_instance()
+        cls.box.write(cls.box.home / ".gitconfig", "[user]\nname = Ada L.\nemail = a@example.org\n")
+        cls.box.write(cls.box.home / ".ssh/id_ed25519", "a key of the host", 0o600)
+        cls.project = cls.box.home / AWKWARD
+        cls.project.mkdir()
+        subprocess.run(["git", "init", "-q", cls.project], env=cls.box.env, check=True)
+        cls.result = cls.box.run(
+            "run", "--", *WORDS, LOOK_AROUND, cwd=cls.project, text="from stdin\n",
+            CLAUDE_CODE_OAUTH_TOKEN=TOKEN, TZ="Europe/Berlin", COLORTERM="truecolor",
+            SSH_AUTH_SOCK="/run/agent.sock", GITHUB_TOKEN="of the host", ANTHROPIC_MODEL="a-model",
+        )  # fmt: skip
+        cls.call = (cls.box.agent_calls() or [{}])[0]
+        cls.seen = (cls.project / "seen").read_text().splitlines() if cls.call else []
+
+    def test_the_agents_status_comes_back(self) -> None:
+        self.assertEqual(self.result.status, 0, self.result.err)
+
+    def test_stdin_and_stdout_are_the_agents_byte_for_byte(self) -> None:
+        self.assertEqual(self.result.out, "from stdin\n")
+
+    def test_stderr_is_the_agents_and_we_are_quiet(self) -> None:
+        self.assertEqual(self.result.err, "oops\n")
+
+    def test_arguments_arrive_untouched(self) -> None:
+        expected = ["--dangerously-skip-permissions", *WORDS, LOOK_AROUND]
+        self.assertEqual(self.call["argv"], expected)
+
+    def test_the_agent_works_at_the_same_path(self) -> None:
+        self.assertEqual(self.call["cwd"], str(self.project))
+
+    def test_without_a_terminal_the_agent_has_none(self) -> None:
+        self.assertEqual(self.call["tty"], [False, False, False])
+
+    def test_git_knows_its_user_and_works(self) -> None:
+        self.assertEqual(self.seen[:3], ["Ada L.", "a@example.org", "git-works"])
+
+    @unittest.skipUnless(os.path.exists("/usr/share/zoneinfo/Europe/Berlin"), "no time zones here")
+    def test_the_time_zone_follows_the_host(self) -> None:
+        self.assertIn("/usr/share/zoneinfo/Europe/Berlin", self.seen)
+
+    def test_the_guests_secrets_are_its_users_alone(self) -> None:
+        self.assertEqual(self.seen[-2:], ["600", "600"])
+
+    def test_variables_of_the_terminal_and_the_model_are_passed_and_no_others(self) -> None:
+        env = self.call["env"]
+        self.assertEqual((env["COLORTERM"], env["ANTHROPIC_MODEL"]), ("truecolor", "a-model"))
+        self.assertEqual(env["DISABLE_AUTOUPDATER"], "1")
+        self.assertEqual({"SSH_AUTH_SOCK", "GITHUB_TOKEN", "LIMA_HOME"} & set(env), set())
+
+    def test_no_dialog_will_appear(self) -> None:
+        config = json.loads((self.project / "claude.json").read_text())
+        self.assertTrue(config["hasCompletedOnboarding"])
+        self.assertTrue(config["projects"]["/"]["hasTrustDialogAccepted"])
+        settings = json.loads((self.project / "settings.json").read_text())
+        self.assertTrue(settings["skipDangerousModePermissionPrompt"])
+
+    def test_the_credential_reaches_the_agent(self) -> None:
+        self.assertEqual(self.call["env"]["CLAUDE_CODE_OAUTH_TOKEN"], TOKEN)
+
+    def test_the_credential_is_in_no_argument_environment_or_output_of_the_host(self) -> None:
+        self.assertGreater(len(self.box.calls("limactl", "ssh")), 5)
+        self.assertNotIn(TOKEN, json.dumps(self.box.calls()))
+        self.assertNotIn(TOKEN, self.result.out + self.result.err)
+
+    def test_no_file_of_the_host_keeps_the_credential(self) -> None:
+        found = subprocess.run(
+            ["grep", "-rl", TOKEN, self.box.home, self.box.lima], stdout=subprocess.PIPE, text=True
+        )
+        self.assertEqual(found.stdout, "")
+
+    def test_only_the_project_and_its_transcripts_are_mounted(self) -> None:
+        config = self.box.started_config()
+        self.assertEqual([mount["writable"] for mount in config["mounts"]], [True, True])
+        links = self.box.state / "links" / self.box.limactl("start")[0][-1]
+        self.assertEqual(config["mounts"][0]["location"], str(links / "0"))
+        self.assertIn(str(self.box.state / "sessions"), config["mounts"][1]["location"])
+        self.assertEqual(config["mountType"], "9p")
+
+    def test_ports_are_forwarded_as_lima_does_it(self) -> None:
+        self.assertNotIn("portForwards", self.box.started_config())
+
+    def test_the_transcript_is_kept_on_the_host(self) -> None:
+        (session,) = (self.box.state / "sessions").iterdir()
+        self.assertEqual((session / "transcript").read_text(), "turn\n")
+
+    def test_the_guest_is_synced_before_the_clone_is_deleted(self) -> None:
+        self.assertIn("sync ", self.box.tool_calls())
+
+    def test_nothing_is_left_and_the_base_instance_is_as_before(self) -> None:
+        self.assertEqual(self.box.instances(), [BASE])
+        self.assertEqual((self.box.leases(), self.box.links()), ([], []))
+        self.assertEqual(sorted(path.name for path in (self.box.lima / BASE).iterdir()),
+                         ["disk", "lima-version", "lima.yaml", "protected", "ssh.config"])  # fmt: skip
+
+    def test_our_folders_are_the_users_alone(self) -> None:
+        for folder in (self.box.state, self.box.state / "leases", self.box.state / "sessions"):
+            self.assertEqual(folder.stat().st_mode & 0o777, 0o700)
+
+
+class StatusTest(WorldTest):
+    def test_the_status_of_the_agent_is_ours(self) -> None:
+        for command, status in (("exit 7", 7), ("exit 1", 1), ("exit 125", 125)):
+            with self.subTest(command=command):
+                self.assertEqual(self.box.run("run", "--", f"sh:{command}").status, status)
+        self.assert_nothing_left()
+
+    def test_an_agent_that_dies_by_a_signal_has_the_shells_status(self) -> None:
+        self.assertEqual(self.box.run("run", "--", "sh:kill -9 $$").status, 137)
+        self.assertEqual(self.box.run("shell", "--", "bash", "-c", "kill -TERM $$").status, 143)
+        self.assert_nothing_left()
+
+    def test_255_is_a_status_like_any_other(self) -> None:
+        result = self.box.run("shell", "--", "bash", "-c", "exit 255")
+        self.assertEqual((result.status, result.err), (255, ""))
+
+    def test_a_lost_vm_is_said_to_be_lost(self) -> None:
+        lose = 'sh:rm "$FAKE_GUEST_INSTANCE/ha.pid"'
+        result = self.box.run("run", "--", lose)
+        self.assert_refused(result, "lost", "host agent", "Linux version 6.12")
+        self.assert_nothing_left()
+
+    def test_a_command_that_is_not_there_has_the_shells_status(self) -> None:
+        self.assertEqual(self.box.run("shell", "--", "no-such-command").status, 127)
+
+    def test_shell_runs_a_command_untouched(self) -> None:
+        result = self.box.run("shell", "--", "printf", "%s|", *WORDS)
+        self.assertEqual((result.status, result.out), (0, "".join(f"{word}|" for word in WORDS)))
+
+    def test_shell_without_a_command_is_a_shell(self) -> None:
+        result = self.box.run("shell", text="echo $((20 + 3)); exit 5\n")
+        self.assertEqual((result.status, result.out), (5, "23\n"), result.err)
+
+    def test_large_output_and_binary_input_pass_through(self) -> None:
+        script = f"cat > copy; head -c {1 << 20} /dev/zero"
+        result = self.box.run("shell", "--", "bash", "-c", script, text="\x00\x01\x7f" * 9999)
+        self.assertEqual(len(result.out), 1 << 20)
+        self.assertEqual((self.box.project / "copy").read_text(), "\x00\x01\x7f" * 9999)
+
+    def test_verbose_shows_the_commands_on_stderr(self) -> None:
+        result = self.box.run("run", "-v", "--", "sh:echo out")
+        self.assertEqual(result.out, "out\n")
+        self.assertIn("+ limactl clone --tty=false", result.err)
+        self.assertIn("+ limactl delete -f agent-vm-project-", result.err)
+
+
+class SessionTest(WorldTest):
+    def test_a_transcript_is_found_by_the_next_run_of_the_project_only(self) -> None:
+        other = self.box.home / "other"
+        other.mkdir()
+        self.box.run("run", "--", "sh:echo turn > ~/.claude/projects/t")
+        same = self.box.run("run", "--", "--resume", "sh:cat ~/.claude/projects/t")
+        self.assertEqual(same.out, "turn\n")
+        elsewhere = self.box.run("run", "--", "sh:ls ~/.claude/projects", cwd=other)
+        self.assertEqual(elsewhere.out, "")
+
+    def test_three_runs_at_once_do_not_disturb_each_other(self) -> None:
+        script = "sh:touch up-$$; while [ $(ls up-* | wc -l) -lt 3 ]; do sleep 0.02; done"
+        runs = [self.box.start("run", "--", script) for _ in range(3)]
+        results = [self.box.finish(run) for run in runs]
+        self.assertEqual([result.status for result in results], [0, 0, 0], results)
+        self.assertEqual(len({argv[-1] for argv in self.box.limactl("start")}), 3)
+        self.assert_nothing_left()
+
+
+class OptionTest(WorldTest):
+    def config_of(self, *options: str) -> dict[str, object]:
+        result = self.box.run("run", *options)
+        self.assertEqual(result.status, 0, result.err)
+        return self.box.started_config()
+
+    def test_memory_and_cpus_are_for_this_run(self) -> None:
+        config = self.config_of("--memory", "3", "--cpus", "2")
+        self.assertEqual((config["memory"], config["cpus"]), (3, 2))
+
+    def test_without_options_the_clone_is_as_large_as_the_base_instance(self) -> None:
+        config = self.config_of()
+        self.assertEqual((config["memory"], config["cpus"], config["disk"]), (4, 4, 20))
+
+    def test_settings_also_come_from_the_environment_and_the_config_file(self) -> None:
+        self.box.write_config("memory = 2\ncpus = 1\nno-forward = yes")
+        result = self.box.run("run", "--cpus", "3", AGENT_VM_MEMORY="5")
+        self.assertEqual(result.status, 0, result.err)
+        config = self.box.started_config()
+        self.assertEqual((config["memory"], config["cpus"]), (5, 3))
+        self.assertIn("portForwards", config)
+
+    def test_readonly_is_told_to_lima(self) -> None:
+        mounts = self.config_of("--readonly")["mounts"]
+        assert isinstance(mounts, list)
+        self.assertEqual([mount["writable"] for mount in mounts], [False, True])
+
+    def test_no_forward_turns_every_forwarding_off(self) -> None:
+        rules = self.config_of("--no-forward")["portForwards"]
+        self.assertEqual(rules, [{"guestIP": "0.0.0.0", "proto": "any", "ignore": True}])
+
+    def test_env_passes_a_value_or_the_hosts(self) -> None:
+        value = "a b'$\n`é"
+        result = self.box.run(
+            "run", "--env", f"ONE={value}", "--env", "TWO", "--env", "NONE=",
+            "--", 'sh:printf "%s|" "$ONE" "$TWO" "${NONE-unset}"', TWO="from the host",
+        )  # fmt: skip
+        self.assertEqual(result.out, f"{value}|from the host||")
+
+    def test_env_of_a_variable_that_is_not_set_is_an_error(self) -> None:
+        self.assert_refused(self.box.run("run", "--env", "NOT_SET"), "NOT_SET", "not set")
+        self.assert_nothing_left()
+
+    def test_name_chooses_the_base_instance(self) -> None:
+        self.box.make_instance(f"{BASE}-web", disk="the other disk")
+        result = self.box.run("run", "--name", "web", "--", 'sh:cat "$FAKE_GUEST_INSTANCE/disk"')
+        self.assertEqual((result.status, result.out), (0, "the other disk"), result.err)
+
+    def test_keep_keeps_the_vm_and_says_how_to_reach_and_remove_it(self) -> None:
+        result = self.box.run("run", "--keep", "--", "sh:exit 3")
+        (clone,) = self.box.clones()
+        self.assertEqual(result.status, 3)
+        self.assertIn(f"limactl shell {clone}", result.err)
+        self.assertIn(f"agent-vm rm {clone}", result.err)
+        self.assertEqual(self.box.run("gc").status, 0)
+        self.assertEqual(self.box.clones(), [clone])
+        self.assertEqual(self.box.run("rm", clone).status, 0)
+        self.assert_nothing_left()
+
+    def test_keep_of_a_vm_that_did_not_start_keeps_nothing(self) -> None:
+        self.assert_refused(self.box.run("run", "--keep", FAKE_LIMA_FAIL="start"), "start failed")
+        self.assert_nothing_left()
+
+
+class MountTest(WorldTest):
+    def mounts_of(self, *options: str) -> list[tuple[str, str, bool]]:
+        result = self.box.run("run", *options)
+        self.assertEqual(result.status, 0, result.err)
+        keys = ("location", "mountPoint", "writable")
+        mounts = self.box.started_config()["mounts"]
+        return [tuple(mount[key] for key in keys) for mount in mounts]  # type: ignore[misc]
+
+    def folder(self, *parts: str) -> str:
+        path = self.box.home.joinpath(*parts)
+        path.mkdir(parents=True)
+        return str(path)
+
+    def test_the_current_directory_is_mounted_writable_at_the_same_path(self) -> None:
+        project = str(self.box.project)
+        self.assertEqual(self.mounts_of()[0], (project, project, True))
+
+    def test_more_mounts_are_read_only_unless_said(self) -> None:
+        one, two, three = (self.folder(name) for name in ("one", "two", "a three"))
+        self.box.write(Path(three, "file"), "in three")
+        target = str(self.box.root / "elsewhere")
+        mounts = self.mounts_of(
+            "--mount", one, "--mount", f"{two}:rw", "--mount", f"{three}:ro:{target}",
+            "--", f"sh:cat {target}/file > got",
+        )  # fmt: skip
+        self.assertEqual(mounts[1:3], [(one, one, False), (two, two, True)])
+        self.assertEqual(mounts[3][1:], ("/mnt/agent-vm/3", False))
+        self.assertEqual((self.box.project / "got").read_text(), "in three")
+        self.assert_nothing_left()
+
+    def test_a_folder_that_is_not_there_is_a_usage_error(self) -> None:
+        for spec in ("/no/such/folder", "", f"{self.box.project}:rx"):
+            result = self.box.run("run", "--mount", spec)
+            self.assert_refused(result, "is not a directory", status=2)
+        self.assertEqual(self.box.calls(), [])
+
+    def test_odd_project_paths_work(self) -> None:
+        names = ["a b", "it's", '"q"', "$HOME", "a,b", "a:b", "ünï日本", "x" * 200, "-p", "#", "a\\b",
+                 "{a}", "%h", "[x]", "~"]  # fmt: skip
+        runs = []
+        for name in names:
+            folder = self.box.home / name
+            folder.mkdir()
+            script = "sh:pwd > where; git --version > /dev/null"
+            runs.append((folder, self.box.start("run", "--", script, cwd=folder)))
+            if len(runs) % 3 == 0:
+                runs[-1][1].wait()
+        for folder, process in runs:
+            with self.subTest(folder=folder.name):
+                result = self.box.finish(process)
+                self.assertEqual((result.status, result.err), (0, ""))
+                self.assertEqual((folder / "where").read_text(), f"{folder}\n")
+        self.assert_nothing_left()
+
+    def test_a_newline_in_the_path_is_refused(self) -> None:
+        folder = Path(self.folder("two\nlines"))
+        self.assert_refused(self.box.run("run", cwd=folder), "control character")
+        self.assert_nothing_left()
+
+    def test_a_path_that_is_not_utf_8_is_refused(self) -> None:
+        folder = self.box.home / os.fsdecode(b"latin-\xe4")
+        try:
+            folder.mkdir()
+        except OSError:
+            self.skipTest("this file system takes UTF-8 only")
+        self.assert_refused(self.box.run("run", cwd=folder), "not UTF-8")
+
+    def test_private_folders_are_not_mounted(self) -> None:
+        keys = Path(self.folder(".ssh"))
+        refused = [Path("/"), self.box.home, self.box.root, keys, self.box.lima, self.box.state]
+        self.box.state.mkdir(parents=True)
+        self.box.config.mkdir(parents=True)
+        for folder in [*refused, self.box.config, self.box.state.parent]:
+            with self.subTest(folder=folder):
+                self.assert_refused(self.box.run("run", cwd=folder), "not given to an agent")
+        self.assertEqual(self.box.limactl("clone"), [])
+
+    def test_private_folders_are_not_mounted_by_an_option_or_through_a_link_either(self) -> None:
+        self.folder(".ssh")
+        link = self.box.project / "link"
+        link.symlink_to(self.box.home)
+        for spec in (str(self.box.home), f"{self.box.home}/.ssh:ro:/data", str(link)):
+            with self.subTest(spec=spec):
+                result = self.box.run("run", "--mount", spec)
+                self.assert_refused(result, "not given to an agent", "--force-mount")
+        self.assertEqual(self.box.limactl("clone"), [])
+
+    def test_force_mount_mounts_what_is_refused_otherwise(self) -> None:
+        result = self.box.run("run", "--force-mount", "--", "sh:pwd", cwd=self.box.home)
+        self.assertEqual((result.status, result.out), (0, f"{self.box.home}\n"), result.err)
+
+    def test_one_place_in_the_guest_is_one_mount(self) -> None:
+        one, two = self.folder("one"), self.folder("two")
+        result = self.box.run("run", "--mount", f"{one}:ro:/x", "--mount", f"{two}:ro:/x")
+        self.assert_refused(result, "twice")
+
+    def test_limas_defaults_cannot_widen_the_mounts(self) -> None:
+        secret = {"location": str(self.box.home), "mountPoint": "/h", "writable": True}
+        self.box.write(self.box.lima / "_config/default.yaml", json.dumps({"mounts": [secret]}))
+        result = self.box.run("run")
+        self.assert_refused(result, "would not be confined", str(self.box.home), "default.yaml")
+        self.assertEqual((self.box.limactl("start"), self.box.agent_calls()), ([], []))
+        self.assert_nothing_left()
+
+    def test_an_agent_is_not_started_in_a_folder_that_is_not_mounted(self) -> None:
+        result = self.box.run("run", FAKE_GUEST_FAIL="mountpoint")
+        self.assert_refused(result, "could not be prepared", "not mounted")
+        self.assertEqual(self.box.agent_calls(), [])
+        self.assert_nothing_left()
+
+
+class WorktreeTest(WorldTest):
+    def setUp(self) -> None:
+        super().setUp()
+        self.main = self.box.home / "main"
+        self.tree = self.box.home / "tree"
+        self.git("init", "-q", str(self.main), cwd=self.box.home)
+        self.git("-c", "user.name=a", "-c", "user.email=b", "commit", "-q", "--allow-empty", "-mx")
+        self.git("worktree", "add", "-q", str(self.tree))
+
+    def git(self, *args: str, cwd: Path | None = None) -> None:
+        subprocess.run(["git", *args], cwd=cwd or self.main, env=self.box.env, check=True)
+
+    def mounts(self, folder: Path, *options: str) -> list[str]:
+        result = self.box.run("run", *options, "--", "sh:git log > log 2>&1; true", cwd=folder)
+        self.assertEqual(result.status, 0, result.err)
+        mounts = self.box.started_config()["mounts"][:-1]
+        return [f"{mount['location']}:{mount['writable']}" for mount in mounts]
+
+    def test_a_worktree_brings_its_repository(self) -> None:
+        self.assertEqual(self.mounts(self.tree), [f"{self.tree}:True", f"{self.main}/.git:True"])
+
+    def test_a_read_only_worktree_brings_it_read_only(self) -> None:
+        mounts = self.mounts(self.tree, "--readonly", "--force-mount")
+        self.assertEqual(mounts, [f"{self.tree}:False", f"{self.main}/.git:False"])
+
+    def test_an_ordinary_repository_is_mounted_alone(self) -> None:
+        self.assertEqual(self.mounts(self.main), [f"{self.main}:True"])
+
+    def test_a_git_file_of_the_agents_mounts_nothing(self) -> None:
+        foreign = self.box.home / "foreign"
+        self.git("init", "-q", str(foreign), cwd=self.box.home)
+        worktree = self.main / ".git/worktrees/tree"
+        for pointer in (foreign / ".git", foreign / ".git/worktrees/x", worktree, self.main, "/"):
+            with self.subTest(pointer=pointer):
+                self.box.write(self.box.project / ".git", f"gitdir: {pointer}\n")
+                self.assertEqual(self.mounts(self.box.project), [f"{self.box.project}:True"])
+
+    def test_a_git_dir_that_the_agent_made_to_point_back_mounts_nothing_private(self) -> None:
+        # The agent has the project only; the foreign folder is prepared by links inside it.
+        inside = self.box.project / "worktrees/x"
+        inside.mkdir(parents=True)
+        (inside / "gitdir").write_text(f"{self.box.project}/.git\n")
+        (self.box.project / "HEAD").write_text("ref: refs/heads/main\n")
+        self.box.write(self.box.project / ".git", f"gitdir: {inside}\n")
+        self.assertEqual(self.mounts(self.box.project), [f"{self.box.project}:True"])
+
+    def test_a_git_file_that_is_a_pipe_does_not_hang(self) -> None:
+        os.mkfifo(self.box.project / ".git")
+        self.assertEqual(self.mounts(self.box.project), [f"{self.box.project}:True"])
+
+
+class HookTest(WorldTest):
+    def hook(self, text: str, mode: int = 0o644) -> Path:
+        return self.box.write(self.box.project / ".claude-vm.runtime.sh", text, mode)
+
+    def test_the_users_hook_runs_before_the_projects_and_both_before_the_agent(self) -> None:
+        self.box.write(self.box.config / "runtime.sh", "echo user >> order; touch ~/installed")
+        self.hook("echo project >> order")
+        result = self.box.run("run", "--", "sh:echo agent >> order; ls ~/installed > /dev/null")
+        self.assertEqual((result.status, result.out, result.err), (0, "", ""))
+        self.assertEqual((self.box.project / "order").read_text(), "user\nproject\nagent\n")
+
+    def test_hooks_see_the_passed_variables_and_not_our_stdin(self) -> None:
+        self.hook('echo "$WHO" > who; cat > stdin')
+        result = self.box.run("run", "--env", "WHO=me", "--", "sh:cat", text="for the agent")
+        self.assertEqual(result.out, "for the agent")
+        self.assertEqual((self.box.project / "who").read_text(), "me\n")
+        self.assertEqual((self.box.project / "stdin").read_text(), "")
+
+    def test_a_hook_that_fails_ends_the_run_with_its_status_and_tail(self) -> None:
+        self.hook("echo first; echo the reason >&2; exit 9")
+        result = self.box.run("run")
+        self.assert_refused(result, "runtime.sh", "status 9", "the reason")
+        self.assertEqual(self.box.agent_calls(), [])
+        self.assert_nothing_left()
+
+    def test_a_hook_that_cannot_be_read_is_an_error_before_anything_is_created(self) -> None:
+        self.hook("true", 0o000)
+        self.assert_refused(self.box.run("run"), "not a readable file", "chmod")
+        self.box.project.joinpath(".claude-vm.runtime.sh").unlink()
+        self.box.config.joinpath("runtime.sh").mkdir(parents=True)
+        self.assert_refused(self.box.run("run"), "not a readable file")
+        self.assertEqual(self.box.limactl("clone"), [])
+
+    def test_a_hook_that_is_a_link_to_a_secret_of_the_host_is_not_read_on_the_host(self) -> None:
+        # Here the guest shares the host's files; in a VM the link leads nowhere. What counts:
+        # the secret's text is not sent, and not shown.
+        secret = self.box.write(self.box.home / ".ssh/id", "SECRET-OF-THE-HOST", 0o600)
+        self.box.project.joinpath(".claude-vm.runtime.sh").symlink_to(secret)
+        self.box.run("run", "-v")
+        commands = [call["argv"][-1] for call in self.box.calls("ssh")]
+        self.assertFalse(any("cat > ~/.agent-vm/hook" in command for command in commands))
+
+    def test_the_hooks_of_the_project_are_run_where_they_are(self) -> None:
+        self.hook('cd "$(dirname "$0")" && pwd > place')
+        self.assertEqual(self.box.run("run").status, 0)
+        self.assertEqual((self.box.project / "place").read_text(), f"{self.box.project}\n")
+
+
+class CredentialTest(WorldTest):
+    def store(self, text: str, mode: int = 0o600) -> None:
+        self.box.write(self.box.config / "credential", text, mode)
+
+    def agent_env(self, **env: str) -> dict[str, str]:
+        result = self.box.run("run", **env)
+        self.assertEqual(result.status, 0, result.err)
+        return dict(self.box.agent_calls()[-1]["env"])
+
+    def test_the_stored_credential_is_used(self) -> None:
+        self.store(f"CLAUDE_CODE_OAUTH_TOKEN={TOKEN}\n")
+        self.assertEqual(self.agent_env()["CLAUDE_CODE_OAUTH_TOKEN"], TOKEN)
+        self.assertNotIn(TOKEN, json.dumps(self.box.calls()))
+
+    def test_the_environments_comes_first(self) -> None:
+        self.store(f"CLAUDE_CODE_OAUTH_TOKEN={TOKEN}\n")
+        env = self.agent_env(ANTHROPIC_API_KEY="sk-ant-api03-other")
+        self.assertEqual(env["ANTHROPIC_API_KEY"], "sk-ant-api03-other")
+        self.assertNotIn("CLAUDE_CODE_OAUTH_TOKEN", env)
+
+    def test_a_credential_that_others_can_read_is_refused(self) -> None:
+        self.store(f"CLAUDE_CODE_OAUTH_TOKEN={TOKEN}\n", 0o644)
+        self.assert_refused(self.box.run("run"), "can be read by others", "chmod 600")
+        self.assert_nothing_left()
+
+    def test_a_file_that_is_no_credential_is_refused_without_showing_it(self) -> None:
+        for text in ("", "some secret\n", "PATH=/secret\n", "CLAUDE_CODE_OAUTH_TOKEN=\n"):
+            self.store(text)
+            result = self.box.run("run")
+            self.assert_refused(result, "not what auth set writes")
+            self.assertNotIn("secret", result.err)
+
+    def test_a_failing_vm_shows_no_credential(self) -> None:
+        for trouble in ("start", "clone"):
+            result = self.box.run("run", "-v", FAKE_LIMA_FAIL=trouble, ANTHROPIC_API_KEY=TOKEN)
+            self.assertEqual(result.status, 125)
+            self.assertNotIn(TOKEN, result.err)
+
+    @unittest.skipUnless(os.path.exists("/proc/self/cmdline"), "needs /proc")
+    def test_no_process_of_the_host_has_the_credential_in_its_arguments(self) -> None:
+        process = self.box.start(
+            "run", "-v", "--", "sh:touch up; while [ ! -e go ]; do sleep 0.02; done",
+            CLAUDE_CODE_OAUTH_TOKEN=TOKEN,
+        )  # fmt: skip
+        self.box.wait_for_file("up")
+        argvs = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                argvs.append(path.read_bytes())
+            except OSError:
+                continue
+        (self.box.project / "go").touch()
+        result = self.box.finish(process)
+        self.assertTrue(any(b"agent_vm.py" in argv for argv in argvs))
+        self.assertFalse([argv for argv in argvs if TOKEN.encode() in argv])
+        self.assertNotIn(TOKEN, result.err)
+
+
+class OddEnvironmentTest(WorldTest):
+    def test_term_unset(self) -> None:
+        result = self.box.run("run", "--", "sh:echo fine")
+        self.assertNotIn("TERM", self.box.env)
+        self.assertEqual((result.status, result.out, result.err), (0, "fine\n", ""))
+
+    def test_standard_streams_closed(self) -> None:
+        for closing in ("<&-", "<&- 2>&-", ">&-"):
+            with self.subTest(closing=closing):
+                prefix = ("bash", "-c", f'exec "$0" "$@" {closing}')
+                result = self.box.run("run", "--", "sh:echo fine > file", prefix=prefix)
+                self.assertEqual((result.status, result.out, result.err), (0, "", ""))
+                self.assertEqual((self.box.project / "file").read_text(), "fine\n")
+        self.assert_nothing_left()
+
+    def test_messages_do_not_move_to_stdout_when_stderr_is_closed(self) -> None:
+        prefix = ("bash", "-c", 'exec "$0" "$@" 2>&-')
+        result = self.box.run("run", "-v", "--", "sh:echo answer", prefix=prefix)
+        self.assertEqual((result.status, result.out), (0, "answer\n"))
+
+    def test_the_reader_of_our_output_goes_away(self) -> None:
+        process = self.box.start("run", "--", "sh:yes")
+        assert process.stdout
+        process.stdout.close()
+        process.stdout = None
+        self.assertNotEqual(self.box.finish(process).status, 0)
+        self.assert_nothing_left()
+
+    def test_the_current_directory_is_deleted(self) -> None:
+        prefix = ("bash", "-c", f'{shutil.which("rmdir")} "$PWD" && exec "$0" "$@"')
+        self.assert_refused(self.box.run("run", prefix=prefix), "does not exist any more")
+        self.assertEqual(self.box.limactl("clone"), [])
+
+    def test_the_state_folder_cannot_be_written(self) -> None:
+        locked = self.box.home / "locked"
+        locked.mkdir(0o500)
+        result = self.box.run("run", XDG_STATE_HOME=str(locked))
+        self.assert_refused(result, "not writable", "XDG_STATE_HOME")
+        self.assertEqual(self.box.limactl("clone"), [])
+
+    def test_leases_that_cannot_be_written(self) -> None:
+        self.box.run("gc")
+        leases = self.box.state / "leases"
+        leases.chmod(0o500)
+        self.assert_refused(self.box.run("run"), "cannot write", "leases")
+        self.assertEqual(self.box.instances(), [BASE])
+
+    def test_xdg_folders_are_respected(self) -> None:
+        self.box.write(self.box.root / "c/agent-vm/config.ini", "[agent-vm]\nmemory = 7\n")
+        folders = {f"XDG_{name}_HOME": str(self.box.root / name[0].lower())
+                   for name in ("CONFIG", "STATE", "DATA")}  # fmt: skip
+        self.assertEqual(self.box.run("run", **folders).status, 0)
+        self.assertEqual(self.box.started_config()["memory"], 7)
+        self.assertTrue((self.box.root / "s/agent-vm/sessions").is_dir())
+        self.assertFalse(self.box.state.exists())
+
+    def test_git_missing(self) -> None:
+        (self.box.bin / "git").unlink()
+        self.assertEqual(self.box.run("run").status, 0)
+
+    def test_ssh_missing(self) -> None:
+        (self.box.bin / "ssh").unlink()
+        self.assert_refused(self.box.run("run"), "ssh")
+        self.assert_nothing_left()
+
+
+class UsageTest(WorldTest):
+    def test_unknown_options_and_values_are_usage_errors(self) -> None:
+        rows = [
+            ("run", "--bogus"), ("run", "--memory", "0"), ("run", "--cpus", "-1"), ("frobnicate",),
+            ("run", "--env", "A B=1"), ("run", "--name", "UPPER"), ("setup", "--disk", "abc"),
+            ("run", "--mem", "4"), ("list", "--", "x"), (), ("rm",), ("completion", "tcsh"),
+        ]  # fmt: skip
+        for argv in rows:
+            with self.subTest(argv=argv):
+                self.assert_refused(self.box.run(*argv), "usage: ", status=2)
+        self.assertEqual(self.box.calls(), [])
+
+    def test_a_bad_configuration_file_is_named(self) -> None:
+        rows = [
+            ("[agent-vm]\nmemroy = 8\n", "memroy"),
+            ("[agent-vm]\nmemory = lots\n", "lots"),
+            ("[agent-vm]\nmount = /no/such/folder\n", "/no/such/folder"),
+            ("[agent-vm]\nmemory = 1\nmemory = 2\n", "config.ini"),
+            ("memory = 8\n", "[agent-vm]"),
+            ("[other]\n", "[agent-vm]"),
+            ("\x00\xff", "config.ini"),
+        ]
+        for text, word in rows:
+            with self.subTest(text=text):
+                self.box.write(self.box.config / "config.ini", text)
+                self.assert_refused(self.box.run("run"), "config.ini", word)
+        self.assertEqual(self.box.limactl("clone"), [])
+
+    def test_an_unreadable_configuration_file_is_an_error(self) -> None:
+        self.box.write(self.box.config / "config.ini", "[agent-vm]\n", 0o000)
+        self.assert_refused(self.box.run("run"), "config.ini", "ermission")
+
+
+class BaseInstanceTest(WorldTest):
+    base = False
+
+    def test_no_base_instance(self) -> None:
+        result = self.box.run("run")
+        self.assert_refused(result, f"no base instance {BASE}", "agent-vm setup")
+        self.assert_nothing_left()
+
+    def test_no_base_instance_of_that_name(self) -> None:
+        self.assert_refused(self.box.run("run", "--name", "web"), f"{BASE}-web")
+
+    def test_a_base_instance_that_runs(self) -> None:
+        self.box.make_instance(running=True)
+        self.assert_refused(self.box.run("run"), "is running", f"agent-vm stop {BASE}")
+        self.assertEqual(self.box.instances(), [BASE])
+        self.assertEqual(self.box.leases(), [])
+
+    def test_a_base_instance_that_is_broken(self) -> None:
+        (self.box.lima / BASE).mkdir()
+        self.assert_refused(self.box.run("run"), "is broken", "agent-vm setup")
+        self.assertEqual(self.box.clones(), [])
+
+
+class LimaTroubleTest(WorldTest):
+    def test_a_clone_that_fails_leaves_no_half_made_folder(self) -> None:
+        result = self.box.run("run", FAKE_LIMA_FAIL="clone")
+        self.assert_refused(result, "limactl clone failed", "no space left on device")
+        self.assert_nothing_left()
+
+    def test_a_start_that_fails_shows_and_keeps_limas_logs(self) -> None:
+        result = self.box.run("run", FAKE_LIMA_FAIL="start")
+        self.assert_refused(result, 'the "running" status', "could not boot", "Kernel panic red")
+        self.assert_nothing_left()
+        kept = sorted(path.name for path in (self.box.state / "logs").iterdir())
+        self.assertEqual([name.partition(".")[2] for name in kept], ["ha.stderr.log", "serial.log"])
+        self.assertIn(str(self.box.state / "logs" / kept[0]), result.err)
+
+    def test_a_delete_that_fails_keeps_the_agents_status_and_is_tried_again(self) -> None:
+        result = self.box.run("run", "--", "sh:exit 4", FAKE_LIMA_FAIL="delete")
+        self.assertEqual(result.status, 4)
+        self.assertIn("could not be deleted", result.err)
+        self.assertEqual(self.box.leases(), self.box.clones())
+        self.assertEqual(self.box.run("gc").status, 0)
+        self.assert_nothing_left()
+
+    def test_garbage_from_limactl_is_an_error(self) -> None:
+        result = self.box.run("run", FAKE_LIMA_GARBAGE="list")
+        self.assert_refused(result, "limactl list printed something")
+        self.assert_nothing_left()
+
+    def test_garbage_after_the_clone_leaves_nothing(self) -> None:
+        result = self.box.run("run", FAKE_LIMA_GARBAGE="list:2")
+        self.assert_refused(result, "limactl list printed something")
+        self.assert_nothing_left()
+
+    def test_a_limactl_that_hangs_is_given_up(self) -> None:
+        for verb in ("list", "clone", "start"):
+            with self.subTest(verb=verb):
+                result = self.box.run("run", FAKE_LIMA_HANG=verb, AGENT_VM_TIMEOUT="1")
+                self.assert_refused(result, f"limactl {verb} failed: no answer within 1 s")
+                if verb == "start":
+                    self.assertIn("Kernel panic", result.err)
+                self.assert_nothing_left()
+
+    def test_limactl_missing(self) -> None:
+        (self.box.bin / "limactl").unlink()
+        self.assert_refused(self.box.run("run"), "no base instance", "agent-vm setup")
+        self.assert_refused(self.box.run("list"), "not installed", "agent-vm setup", status=1)
+
+    def test_limactl_that_cannot_be_started(self) -> None:
+        (self.box.bin / "limactl").write_bytes(b"\x7fELF nonsense")
+        self.assert_refused(self.box.run("run"), "limactl cannot be started")
+
+    def test_a_name_that_is_taken_is_an_error_and_the_other_vm_is_not_harmed(self) -> None:
+        # The clone's name is random: take all of them, by a limactl that makes one beforehand.
+        real = self.box.bin / "limactl"
+        shutil.move(real, self.box.bin / "limactl.real")
+        script = f"""[ "$1" != clone ] || "{real}.real" clone --tty=false {BASE} "$4"
+exec "{real}.real" "$@\""""
+        self.box.write(real, f"#!/bin/sh\n{script}\n", 0o755)
+        self.assert_refused(self.box.run("run"), "already exists")
+
+    def test_start_is_never_called_for_an_instance_that_is_not_there(self) -> None:
+        process = self.box.start("run", FAKE_LIMA_SLEEP="clone:0.3")
+        self.box.wait_for_limactl("clone")
+        wait_for(lambda: process.poll() is not None, "the run ends")
+        self.assertEqual([argv for argv in self.box.calls() if "template:default" in str(argv)], [])
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,586 @@
+"""`setup` from the outside: a base instance that works, or the one that there was."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import http.server
+import io
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import tarfile
+import threading
+import unittest
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from typing import ClassVar
+
+import agent_vm
+from tests.support import BASE
+from tests.support import FAKES
+from tests.support import TOKEN
+from tests.support import Result
+from tests.support import Sandbox
+from tests.support import WorldTest
+from tests.support import executable
+from tests.support import fake
+from tests.support import open_sandbox
+
+NEW, OLD = f"{BASE}.new", f"{BASE}.old"
+LINUX = platform.system() == "Linux"
+
+
+class WholeSetupTest(unittest.TestCase):
+    """One full setup on a fresh machine, seen from all sides."""
+
+    box: ClassVar[Sandbox]
+    result: ClassVar[Result]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.box = open_sandbox()
+        cls.addClassCleanup(cls.box.close)
+        cls.result = cls.box.run("setup", "--disk", "30", "--yes", CLAUDE_CODE_OAUTH_TOKEN=TOKEN)
+
+    def test_it_succeeds_and_says_what_is_ready_on_stderr(self) -> None:
+        self.assertEqual((self.result.status, self.result.out), (0, ""), self.result.err)
+        self.assertRegex(self.result.err, rf"agent-vm: \[ *\d+ s\] {BASE} is ready")
+
+    def test_the_base_instance_is_stopped_and_protected(self) -> None:
+        self.assertEqual(self.box.instances(), [BASE])
+        self.assertFalse((self.box.lima / BASE / "ha.pid").exists())
+        self.assertTrue((self.box.lima / BASE / "protected").exists())
+
+    def test_it_mounts_nothing(self) -> None:
+        self.assertEqual(self.box.started_config()["mounts"], [])
+
+    def test_sizes_are_given_and_clamped_to_half_of_the_host(self) -> None:
+        config = self.box.started_config()
+        self.assertEqual(config["disk"], 30)
+        self.assertEqual(config["cpus"], max(1, min(4, (os.cpu_count() or 1) // 2)))
+
+    def test_a_clamp_is_said(self) -> None:
+        clamped = self.box.started_config()["cpus"] != 4
+        self.assertEqual("cpus: " in self.result.err, clamped)
+
+    def test_it_builds_beside_and_renames_at_the_end(self) -> None:
+        verbs = [argv["argv"][0] for argv in self.box.calls("limactl")]
+        kept = [verb for verb in verbs if verb not in ("list", "--version")]
+        self.assertEqual(kept, ["create", "start", "stop", "rename", "protect"])
+        self.assertEqual(self.box.limactl("rename")[0][-2:], [NEW, BASE])
+
+    def test_it_tests_what_a_run_needs(self) -> None:
+        names = {call.split()[0] for call in self.box.tool_calls()}
+        wanted = {"docker", "node", "npm", "rg", "fd", "gh", "chromium", "gcc", "python3"}
+        self.assertEqual(wanted - names, set())
+        self.assertIn(["--version"], [call["argv"] for call in self.box.agent_calls()])
+
+    def test_a_credential_of_the_host_is_not_asked_for_and_not_put_into_it(self) -> None:
+        self.assertNotIn(TOKEN, json.dumps(self.box.calls()) + self.result.err)
+        self.assertNotIn("auth set", self.result.err)
+        leak = subprocess.run(["grep", "-r", TOKEN, self.box.lima], stdout=subprocess.PIPE)
+        self.assertEqual(leak.stdout, b"")
+
+    def test_no_lease_and_no_temporary_file_is_left(self) -> None:
+        self.assertEqual(self.box.leases(), [])
+        self.assertEqual(list((self.box.root / "tmp").iterdir()), [])
+
+
+class SetupTest(WorldTest):
+    """Tests of setup with an old base instance, recognised by its disk."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        if self.base:
+            (self.box.lima / BASE / "disk").write_text("old")
+
+    def setup_vm(self, *args: str, **more: Any) -> Result:
+        return self.box.run("setup", "--minimal", *args, **more)
+
+    def disks(self) -> dict[str, str]:
+        """Which disk each instance has: "old", or "new" for one that setup has built."""
+        return {
+            path.parent.name: "old" if path.read_text() == "old" else "new"
+            for path in self.box.lima.glob("*/disk")
+        }
+
+    def assert_protected(self, *names: str) -> None:
+        for name in names:
+            self.assertTrue((self.box.lima / name / "protected").exists(), name)
+
+    def assert_old_base_works(self) -> None:
+        self.assertEqual((self.disks(), self.box.leases()), ({BASE: "old"}, []))
+        self.assert_protected(BASE)
+
+
+class SwapTest(SetupTest):
+    def test_the_previous_base_instance_stays_until_the_next_setup(self) -> None:
+        result = self.setup_vm()
+        self.assertEqual((result.status, self.disks()), (0, {BASE: "new", OLD: "old"}), result.err)
+        self.assert_protected(BASE, OLD)
+        self.assertIn("setup --rollback", result.err)
+        self.assertEqual(self.setup_vm().status, 0)
+        self.assertEqual(self.disks(), {BASE: "new", OLD: "new"})
+        self.assert_protected(BASE, OLD)
+
+    def test_rollback_exchanges_the_two_and_back(self) -> None:
+        self.box.make_instance(OLD, disk="older")
+        for disks in ({BASE: "new", OLD: "old"}, {BASE: "old", OLD: "new"}):
+            result = self.box.run("setup", "--rollback")
+            self.assertEqual((result.status, self.disks()), (0, disks), result.err)
+            self.assert_protected(BASE, OLD)
+        self.assertEqual(self.box.limactl("create"), [])
+
+    def test_rollback_without_a_previous_one_is_an_error(self) -> None:
+        self.assert_refused(self.box.run("setup", "--rollback"), f"no {OLD}")
+        self.assert_old_base_works()
+
+    def test_a_broken_base_instance_is_replaced(self) -> None:
+        (self.box.lima / BASE / "lima.yaml").unlink()
+        self.assertEqual(self.setup_vm().status, 0)
+        self.assertEqual(self.disks(), {BASE: "new"})
+
+    def test_a_name_of_its_own_leaves_the_others_alone(self) -> None:
+        self.assertEqual(self.setup_vm("--name", "web").status, 0)
+        self.assertEqual(self.disks(), {BASE: "old", f"{BASE}-web": "new"})
+
+    def test_clones_of_the_old_one_run_on(self) -> None:
+        run = self.box.start("run", "--", "sh:touch up; while [ ! -e go ]; do sleep 0.02; done")
+        self.box.wait_for_file("up")
+        self.assertEqual(self.setup_vm().status, 0)
+        (self.box.project / "go").touch()
+        self.assertEqual(self.box.finish(run).status, 0)
+        self.assertEqual(self.disks(), {BASE: "new", OLD: "old"})
+
+    def test_a_swap_waits_for_a_clone_that_is_being_made(self) -> None:
+        run = self.box.start("run", "--", 'sh:cat "$FAKE_GUEST_INSTANCE/disk"',
+                             FAKE_LIMA_SLEEP="clone:2")  # fmt: skip
+        self.box.wait_for_limactl("clone")
+        self.assertEqual(self.setup_vm().status, 0)
+        result = self.box.finish(run)
+        self.assertEqual((result.status, result.out), (0, "old"), result.err)
+
+
+class FailureTest(SetupTest):
+    def test_when_limactl_fails_the_old_base_instance_stays(self) -> None:
+        for verb in ("create", "start", "stop"):
+            with self.subTest(verb=verb):
+                result = self.setup_vm(FAKE_LIMA_FAIL=verb)
+                self.assert_refused(result, f"limactl {verb} failed")
+                self.assert_old_base_works()
+
+    def test_a_failed_start_shows_limas_logs(self) -> None:
+        self.assert_refused(self.setup_vm(FAKE_LIMA_FAIL="start"), "could not boot", "Kernel panic")
+
+    def test_a_failed_smoke_test_is_named(self) -> None:
+        result = self.setup_vm(FAKE_GUEST_FAIL="modinfo")
+        self.assert_refused(result, "smoke test", "9p", "failed because the test asked for it")
+        self.assert_old_base_works()
+
+    def test_a_failed_provision_script_is_named_with_the_logs_tail(self) -> None:
+        result = self.setup_vm(FAKE_LIMA_PROVISION_FAIL="40-agent")
+        self.assert_refused(
+            result, "provisioning failed: it failed", "running 40-agent", "setup.log"
+        )
+        self.assert_old_base_works()
+        self.assertIn("running 10-pack", (self.box.state / "logs/setup.log").read_text())
+
+    def test_a_failed_rename_puts_nothing_at_risk(self) -> None:
+        for count in (1, 2):
+            with self.subTest(rename=count):
+                self.box.root.joinpath("calls").unlink(missing_ok=True)
+                result = self.setup_vm(FAKE_LIMA_FAIL=f"rename:{count}")
+                self.assertEqual(result.status, 125)
+                self.assertEqual(self.box.run("run").status, 0)
+                self.assert_old_base_works()
+
+    def test_signals_at_any_stage_leave_the_old_base_instance(self) -> None:
+        for verb, signum in (("create", signal.SIGINT), ("start", signal.SIGTERM),
+                             ("stop", signal.SIGHUP)):  # fmt: skip
+            with self.subTest(verb=verb):
+                process = self.box.start("setup", "--minimal", FAKE_LIMA_HANG=verb)
+                self.box.wait_for_limactl(verb)
+                process.send_signal(signum)
+                self.assertEqual(self.box.finish(process).status, 128 + signum)
+                self.assert_old_base_works()
+
+    def test_a_signal_during_the_swap_waits_for_its_end(self) -> None:
+        process = self.box.start("setup", "--minimal", FAKE_LIMA_SLEEP="rename:0.3")
+        self.box.wait_for_limactl("rename")
+        process.send_signal(signal.SIGINT)
+        self.box.finish(process)
+        self.assertEqual((self.disks(), self.box.leases()), ({BASE: "new", OLD: "old"}, []))
+        self.assert_protected(BASE, OLD)
+
+    def test_after_kill_9_while_it_builds_the_next_command_removes_the_remains(self) -> None:
+        process = self.box.start("setup", "--minimal", FAKE_LIMA_HANG="start")
+        self.box.wait_for_limactl("start")
+        self.box.kill(process)
+        self.assertIn(f"removed {NEW}", self.box.run("gc").err)
+        self.assert_old_base_works()
+
+    def test_after_kill_9_between_the_renames_the_next_run_recovers(self) -> None:
+        self.setup_vm(FAKE_LIMA_KILL="rename:1")
+        self.assertNotIn(BASE, self.box.instances())
+        result = self.box.run("run", "--", "sh:echo runs")
+        self.assertEqual((result.status, result.out), (0, "runs\n"), result.err)
+        self.assertIn(f"restored {BASE}", result.err)
+        self.assert_old_base_works()
+
+    def test_after_kill_9_before_the_protection_the_new_one_works(self) -> None:
+        self.setup_vm(FAKE_LIMA_KILL="rename:2")
+        self.assertEqual(self.box.run("run").status, 0)
+        self.assertEqual(self.disks(), {BASE: "new", OLD: "old"})
+        self.assertEqual(self.setup_vm().status, 0)
+        self.assertEqual(self.disks(), {BASE: "new", OLD: "new"})
+        self.assert_protected(BASE, OLD)
+
+    def test_after_kill_9_in_a_rollback_a_base_instance_is_there(self) -> None:
+        for count in (1, 2):
+            with self.subTest(rename=count):
+                self.box.root.joinpath("calls").unlink(missing_ok=True)
+                if OLD not in self.box.instances():
+                    self.box.make_instance(OLD, disk="older")
+                self.box.run("setup", "--rollback", FAKE_LIMA_KILL=f"rename:{count}")
+                result = self.box.run("run")
+                self.assertEqual(result.status, 0, result.err)
+                self.assertIn(BASE, self.box.instances())
+
+    def test_two_setups_at_once(self) -> None:
+        first = self.box.start("setup", "--minimal", FAKE_LIMA_SLEEP="create:1")
+        self.box.wait_for_limactl("create")
+        self.assert_refused(self.setup_vm(), "another setup", "wait")
+        self.assertEqual(self.box.finish(first).status, 0)
+        self.assertEqual(self.disks(), {BASE: "new", OLD: "old"})
+
+    def test_gc_does_not_touch_what_a_setup_is_building(self) -> None:
+        process = self.box.start("setup", "--minimal", FAKE_LIMA_SLEEP="start:1")
+        self.box.wait_for_limactl("start")
+        self.assertEqual(self.box.run("gc").out, "")
+        self.assertEqual(self.box.finish(process).status, 0)
+
+    def test_a_base_instance_that_runs_is_found_before_anything_is_created(self) -> None:
+        (self.box.lima / BASE / "ha.pid").touch()
+        self.assert_refused(self.setup_vm(), "is running", f"agent-vm stop {BASE}")
+        self.assertEqual(self.box.limactl("create"), [])
+
+    def test_limas_defaults_cannot_put_a_mount_into_the_base_instance(self) -> None:
+        mount = {"location": str(self.box.home), "mountPoint": "/h", "writable": True}
+        self.box.write(self.box.lima / "_config/default.yaml", json.dumps({"mounts": [mount]}))
+        self.assert_refused(self.setup_vm(), f"would mount {self.box.home}", "_config")
+        self.assertEqual(self.box.limactl("start"), [])
+
+    def test_a_limactl_that_gives_up_before_the_vm_is_not_the_end(self) -> None:
+        self.assertEqual(self.setup_vm(FAKE_LIMA_LATE="start").status, 0)
+        self.assertEqual(self.disks(), {BASE: "new", OLD: "old"})
+
+    def test_a_replaced_kernel_is_booted_before_the_tests(self) -> None:
+        self.assertEqual(self.setup_vm(FAKE_LIMA_NEW_KERNEL="1").status, 0)
+        self.assertEqual((len(self.box.limactl("start")), len(self.box.limactl("stop"))), (2, 2))
+
+
+class SetupHookTest(SetupTest):
+    def hook(self, text: str, mode: int = 0o644) -> Path:
+        return self.box.write(self.box.home / ".claude-vm.setup.sh", text, mode)
+
+    def test_hooks_run_once_in_the_guest_and_stay_in_the_base_instance(self) -> None:
+        self.hook("echo first >> ~/order; pwd > ~/where; sudo touch ~/sudo")
+        self.box.write(self.box.config / "setup.sh", "echo second >> ~/order")
+        result = self.setup_vm()
+        self.assertEqual(result.status, 0, result.err)
+        home = self.box.lima / BASE / "home"
+        self.assertEqual((home / "order").read_text(), "first\nsecond\n")
+        self.assertTrue((home / "sudo").exists())
+        self.assertEqual(self.box.run("run", "--", "sh:cat ~/order").out, "first\nsecond\n")
+
+    def test_a_hook_that_fails_fails_the_setup_with_its_tail(self) -> None:
+        self.hook("echo what went wrong; false; exit 12")
+        self.assert_refused(self.setup_vm(), "setup.sh", "status 12", "what went wrong")
+        self.assert_old_base_works()
+
+    def test_a_hook_that_cannot_be_read_is_found_before_anything_is_created(self) -> None:
+        self.hook("true", 0o000)
+        self.assert_refused(self.setup_vm(), "not a readable file")
+        self.assertEqual(self.box.limactl("create"), [])
+
+
+class HostTest(SetupTest):
+    def test_a_lima_that_is_too_old(self) -> None:
+        result = self.setup_vm(FAKE_LIMA_VERSION="1.2.3")
+        self.assert_refused(result, "1.2.3 is too old", "2.0 or newer")
+        self.assertEqual(self.box.limactl("create"), [])
+
+    def test_a_lima_without_a_version(self) -> None:
+        self.assert_refused(self.setup_vm(FAKE_LIMA_GARBAGE="--version"), "limactl --version")
+
+    def test_a_limactl_that_hangs(self) -> None:
+        result = self.setup_vm(FAKE_LIMA_HANG="create", AGENT_VM_TIMEOUT="1")
+        self.assert_refused(result, "limactl create failed: no answer within 1 s")
+        self.assert_old_base_works()
+
+    def test_more_memory_than_the_host_has(self) -> None:
+        self.assert_refused(self.setup_vm("--memory", "99999"), "--memory 99999", "the host has")
+        self.assertEqual(self.box.calls("limactl"), [])
+
+    @unittest.skipUnless(LINUX, "QEMU is needed on Linux")
+    def test_qemu_missing_is_said_with_the_line_that_installs_it_and_nothing_is_run(self) -> None:
+        executable(self.box.bin / "sudo", f"touch {self.box.root}/sudo-was-run")
+        (self.box.bin / "qemu-img").unlink()
+        self.assert_refused(self.setup_vm(), "qemu-img is not installed", "nstall")
+        self.assertFalse((self.box.root / "sudo-was-run").exists())
+
+    @unittest.skipUnless(LINUX, "QEMU is needed on Linux")
+    def test_qemu_is_installed_after_a_yes(self) -> None:
+        facts = agent_vm.parse_os_release(Path("/etc/os-release").read_text())
+        command = agent_vm.qemu_install_command(facts, platform.machine())
+        if not command:
+            self.skipTest("not a distribution that setup knows")
+        shutil.move(self.box.bin / "qemu-img", self.box.root / "qemu-img")
+        executable(
+            self.box.bin / "sudo", f"echo $*\n/bin/mv {self.box.root}/qemu-img {self.box.bin}"
+        )
+        result = self.setup_vm("--yes")
+        self.assertEqual((result.status, result.out), (0, ""), result.err)
+        self.assertIn(command[len("sudo ") :] + "\n", result.err)
+
+    @unittest.skipUnless(LINUX and shutil.which("unshare"), "needs Linux's unshare")
+    def test_root_is_refused(self) -> None:
+        prefix = (shutil.which("unshare") or "", "--user", "--map-root-user")
+        if subprocess.run([*prefix, "true"], stderr=subprocess.DEVNULL).returncode:
+            self.skipTest("no user namespaces here")
+        self.assert_refused(self.setup_vm(prefix=prefix), "root", "ordinary user")
+        self.assertEqual(self.box.calls("limactl"), [])
+
+    def test_a_state_folder_that_cannot_be_written(self) -> None:
+        locked = self.box.home / "locked"
+        locked.mkdir(0o500)
+        self.assert_refused(self.setup_vm(XDG_STATE_HOME=str(locked)), "not writable")
+
+
+class TemplateSettingTest(SetupTest):
+    base = False
+    CERTIFICATE = "-----BEGIN CERTIFICATE-----\nü'\"$\n-----END CERTIFICATE-----\n"
+
+    def config_of(self, *args: str, **env: str) -> dict[str, Any]:
+        result = self.setup_vm(*args, **env)
+        self.assertEqual(result.status, 0, result.err)
+        return self.box.started_config()
+
+    def assert_locked_down(self, config: dict[str, Any]) -> None:
+        self.assertEqual(config["param"]["aptMirror"], "http://mirror/debian")
+        self.assertEqual(config["param"]["npmRegistry"], "http://mirror/npm")
+        self.assertEqual(config["images"][0]["digest"], "sha256:" + "0" * 64)
+        self.assertEqual(config["images"][0]["location"], "https://mirror/d.qcow2")
+        self.assertEqual(config["caCerts"]["certs"], [self.CERTIFICATE])
+
+    def test_a_locked_down_host_by_flags(self) -> None:
+        ca = self.box.write(self.box.home / "my ca.pem", self.CERTIFICATE)
+        config = self.config_of(
+            "--apt-mirror", "http://mirror/debian", "--npm-registry", "http://mirror/npm",
+            "--image", "https://mirror/d.qcow2", "--image-digest", "sha256:" + "0" * 64,
+            "--ca-cert", str(ca),
+        )  # fmt: skip
+        self.assert_locked_down(config)
+        self.assertEqual(config["param"]["minimal"], "true")
+
+    def test_a_locked_down_host_by_its_configuration_and_environment(self) -> None:
+        ca = self.box.write(self.box.home / "my ca.pem", self.CERTIFICATE)
+        self.box.write_config(
+            f"ca-cert = '{ca}'\napt-mirror = http://mirror/debian\nimage = https://mirror/d.qcow2\n"
+            f"image-digest = sha256:{'0' * 64}\nnpm-registry = http://other"
+        )
+        self.assert_locked_down(self.config_of(AGENT_VM_NPM_REGISTRY="http://mirror/npm"))
+
+    def test_npm_of_the_host_tells_its_registry(self) -> None:
+        executable(self.box.bin / "npm", "echo http://from-npm/")
+        self.assertEqual(self.config_of()["param"]["npmRegistry"], "http://from-npm/")
+
+    def test_a_registry_with_a_password_is_not_taken_from_npm(self) -> None:
+        executable(self.box.bin / "npm", "echo https://user:secret@registry/")
+        self.assertNotIn("npmRegistry", self.config_of().get("param", {}))
+        self.assertNotIn("secret", json.dumps(self.box.calls()))
+
+    def test_a_template_of_the_users_own_owes_the_essentials_only(self) -> None:
+        template = self.box.write(self.box.home / "mine.yaml", '{"mine": true, "param": {}}')
+        result = self.box.run("setup", "--template", str(template))
+        self.assertEqual(result.status, 0, result.err)
+        self.assertTrue(self.box.started_config()["mine"])
+        self.assertNotIn("chromium", " ".join(self.box.tool_calls()))
+
+    def test_files_that_are_not_there_are_usage_errors(self) -> None:
+        for option in ("--template", "--ca-cert", "--image"):
+            result = self.setup_vm(option, "/no/such/file")
+            self.assert_refused(result, "/no/such/file is not a readable file", status=2)
+
+    def test_notes_of_the_provisioning_are_in_the_summary(self) -> None:
+        note = "echo 'Node.js from Debian' > /var/lib/agent-vm/notes"
+        self.box.write(self.box.home / ".claude-vm.setup.sh", note)
+        self.box.write(self.box.config / "setup.sh", "true")
+        real = self.box.guest_bin / "modinfo"
+        real.unlink()
+        executable(real, 'echo "Node.js from Debian" > "$FAKE_GUEST_INSTANCE/var-lib/notes"')
+        (self.box.home / ".claude-vm.setup.sh").unlink()
+        self.assertIn("note: Node.js from Debian", self.setup_vm().err)
+
+    def test_verbose_shows_limactls_own_messages(self) -> None:
+        result = self.setup_vm("-v")
+        self.assertIn("+ limactl create", result.err)
+        self.assertIn("Terminal is not available", result.err)
+
+
+class OfferTest(SetupTest):
+    """`run` on a machine without a base instance, and the questions of setup."""
+
+    base = False
+
+    def test_run_offers_a_setup_and_a_yes_does_it_and_runs_the_agent(self) -> None:
+        terminal = self.box.terminal("run", "--", "sh:echo it runs", AGENT_VM_MINIMAL="yes",
+                                     CLAUDE_CODE_OAUTH_TOKEN=TOKEN)  # fmt: skip
+        terminal.expect("set it up now? [y/N]")
+        terminal.type("y\n")
+        self.assertEqual(terminal.wait(), 0, terminal.seen)
+        self.assertIn("it runs", terminal.seen)
+        self.assertEqual(self.box.instances(), [BASE])
+
+    def test_anything_but_yes_is_no(self) -> None:
+        for answer in ("n\n", "\n", "\x04"):
+            terminal = self.box.terminal("run")
+            terminal.expect("set it up now?")
+            terminal.type(answer)
+            self.assertEqual(terminal.wait(), 125)
+            self.assertIn("agent-vm setup", terminal.seen)
+        self.assertEqual(self.box.limactl("create"), [])
+
+    def test_ctrl_c_at_the_question(self) -> None:
+        terminal = self.box.terminal("run")
+        terminal.expect("set it up now?")
+        terminal.type("\x03")
+        self.assertEqual(terminal.wait(), 130)
+
+    def test_yes_does_it_without_a_terminal(self) -> None:
+        result = self.box.run("run", "--yes", "--", "sh:echo it runs", AGENT_VM_MINIMAL="yes")
+        self.assertEqual((result.status, result.out), (0, "it runs\n"), result.err)
+
+    def test_without_a_credential_claude_is_started_once_for_its_login(self) -> None:
+        terminal = self.box.terminal("setup", "--minimal")
+        self.assertEqual(terminal.wait(), 0, terminal.seen)
+        self.assertIn("every VM", terminal.seen)
+        calls = [call for call in self.box.agent_calls() if call["argv"] != ["--version"]]
+        self.assertEqual([call["argv"] for call in calls], [["auth", "login"]])
+        self.assertEqual(calls[0]["tty"], [True, True, True])
+
+    def test_with_a_stored_credential_nothing_is_asked(self) -> None:
+        self.box.write(self.box.config / "credential", f"ANTHROPIC_API_KEY={TOKEN}\n", 0o600)
+        terminal = self.box.terminal("setup", "--minimal")
+        self.assertEqual(terminal.wait(), 0, terminal.seen)
+        self.assertEqual([call["argv"] for call in self.box.agent_calls()], [["--version"]])
+
+    def test_without_a_terminal_it_says_how_to_authenticate_later(self) -> None:
+        result = self.setup_vm()
+        self.assertEqual(result.status, 0, result.err)
+        self.assertIn("agent-vm auth set", result.err)
+
+
+@contextlib.contextmanager
+def web_server(folder: Path) -> Iterator[str]:
+    """The folder on 127.0.0.1, at a free port."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_args: object) -> None:
+            pass
+
+    handler = functools.partial(Quiet, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class LimaDownloadTest(SetupTest):
+    base = False
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.release = self.box.root / "release"
+        self.release.mkdir()
+        fake(self.box.root / "limactl", FAKES / "limactl")
+        (self.box.bin / "limactl").unlink()
+        self.name = agent_vm.lima_archive_name(
+            platform.system(), platform.machine(), agent_vm.LIMA_RELEASE
+        )
+        self.installed = self.box.home / ".local/share/agent-vm/lima/bin/limactl"
+        self.pack("bin/limactl")
+
+    def pack(self, member: str) -> None:
+        with tarfile.open(self.release / self.name, "w:gz") as tar:
+            data = (self.box.root / "limactl").read_bytes()
+            entry = tarfile.TarInfo(member)
+            entry.size, entry.mode = len(data), 0o755
+            tar.addfile(entry, io.BytesIO(data))
+        self.sums(hashlib.sha256((self.release / self.name).read_bytes()).hexdigest())
+
+    def sums(self, digest: str) -> None:
+        (self.release / "SHA256SUMS").write_text(f"{'0' * 64}  other\n{digest}  {self.name}\n")
+
+    def install(self, *args: str, **env: str) -> Result:
+        with web_server(self.release) as url:
+            return self.setup_vm(*args, AGENT_VM_LIMA_URL=url, **env)
+
+    def test_lima_is_fetched_checked_unpacked_and_used(self) -> None:
+        result = self.install("--yes")
+        self.assertEqual(result.status, 0, result.err)
+        self.assertTrue(os.access(self.installed, os.X_OK))
+        self.assertEqual(self.box.run("run", "--", "sh:echo runs").out, "runs\n")
+
+    def test_nothing_is_fetched_without_a_yes(self) -> None:
+        self.assert_refused(self.install(), "Lima is not installed", "--yes")
+        self.assertFalse(self.installed.exists())
+
+    def test_a_wrong_checksum_is_refused(self) -> None:
+        self.sums("f" * 64)
+        self.assert_refused(self.install("--yes"), "checksum")
+        self.assertFalse(self.installed.parent.parent.exists())
+        self.assertEqual(self.box.calls("limactl"), [])
+
+    def test_sums_without_this_archive_are_refused(self) -> None:
+        (self.release / "SHA256SUMS").write_text("0  lima-2.2.0-Plan9-mips.tar.gz\n")
+        self.assert_refused(self.install("--yes"), "does not name")
+
+    def test_a_server_that_does_not_have_it(self) -> None:
+        (self.release / self.name).unlink()
+        self.assert_refused(self.install("--yes"), self.name, "--lima-url")
+        result = self.setup_vm("--yes", AGENT_VM_LIMA_URL="http://127.0.0.1:9")
+        self.assert_refused(result, "127.0.0.1:9", "--lima-url")
+
+    @unittest.skipUnless(hasattr(tarfile, "data_filter"), "this Python has no filter for archives")
+    def test_an_archive_that_leaves_its_folder_is_refused(self) -> None:
+        self.pack("../../../../escaped")
+        self.assertEqual(self.install("--yes").status, 125)
+        self.assertEqual(list(self.box.root.glob("**/escaped")), [])
+
+    def test_homebrew_is_used_where_it_is(self) -> None:
+        copy = f"/bin/cp {self.box.root}/limactl {self.box.bin}/limactl"
+        executable(self.box.bin / "brew", f'echo "brew $*"\n{copy}')
+        result = self.setup_vm("--yes")
+        self.assertEqual((result.status, result.out), (0, ""), result.err)
+        self.assertIn("brew install lima\n", result.err)
+        self.assertFalse(self.installed.exists())
+
+    def test_homebrew_is_not_used_without_a_yes(self) -> None:
+        executable(self.box.bin / "brew", f"touch {self.box.root}/brew-was-run")
+        self.assert_refused(self.setup_vm(), "brew install lima")
+        self.assertFalse((self.box.root / "brew-was-run").exists())
+
+
+if __name__ == "__main__":
+    unittest.main()
