@@ -8,8 +8,9 @@ and deletes it. The exit status is the agent's.
     agent_vm.py run -- -p "fix the bug"  run Claude Code on the current directory
     agent_vm.py shell                    a shell in a fresh VM with the current directory
 
-It starts limactl, ssh and git; it writes below its state, config and data folders (`info` shows
-them) and into Lima's home, never into the project. It needs the network only in `setup`.
+It starts limactl, ssh and git (in `setup` also npm, and sudo or brew after asking); it writes below
+its state, config and data folders (`info` shows them) and into Lima's home, never into the project.
+It needs the network only in `setup`.
 """
 
 from __future__ import annotations
@@ -2362,7 +2363,7 @@ files:
   ~/.local/state/agent-vm/          leases, transcripts, logs
 
 exit status:
-  run and shell: the guest's command's; 125 when agent-vm failed, 130 after Ctrl-C
+  run and shell: the guest's command's; 125 when agent-vm failed; 128 + N after signal N
   other commands: 0 ok, 1 failed, 2 usage; setup fails with 125
 """
 
@@ -2489,8 +2490,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """argparse, except that everything after the first `--` is taken as it is (run, shell)."""
     at = argv.index("--") if "--" in argv else len(argv)
     parser = build_parser()
-    args = parser.parse_args(argv[:at])
+    args, unknown = parser.parse_known_args(argv[:at])
     rest = argv[at:]
+    if unknown:
+        note = "; the agent's own go after --" if hasattr(args, "command") else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{note}")
     if rest and not hasattr(args, "command"):
         parser.error("-- is for run and shell")
     if hasattr(args, "command"):
