@@ -54,7 +54,7 @@ LIMA_URL = f"https://github.com/lima-vm/lima/releases/download/v{LIMA_RELEASE}"
 
 BASE = "agent-vm-base"
 CLONE_NAME = re.compile(r"agent-vm-[a-z0-9-]*[a-z0-9]-[0-9a-f]{6}")
-BASE_NAME = re.compile(r"agent-vm-base(-[a-z0-9-]+)?(\.new|\.old)?")
+BASE_NAME = re.compile(r"agent-vm-base(-[a-z0-9-]+)?(\.new|\.old|\.swap)?")
 
 # $LIMA_HOME/NAME/ssh.sock.<16 random> must fit in sockaddr_un.sun_path: 104 bytes on macOS.
 SOCKET_PATH_MAX = 104
@@ -119,6 +119,7 @@ class Instance(NamedTuple):
     mount_type: str = ""
     mounts: tuple[tuple[str, bool], ...] = ()  # (location, writable), Lima's defaults merged in
     forward_agent: bool = False
+    writes_host: bool = False  # copyToHost, or a forward that makes a socket on the host
     home: str = ""
     cpus: int = 0
     memory: int = 0
@@ -131,6 +132,7 @@ class Mount(NamedTuple):
     source: str
     target: str
     writable: bool = False
+    written: str = ""  # the source before links were followed
 
 
 class Lease(NamedTuple):
@@ -193,6 +195,11 @@ def instance_from(fields: Mapping[str, Any]) -> Instance:
         vm_type=str(fields.get("vmType") or ""),
         mount_type=str(config.get("mountType") or ""),
         mounts=tuple((m["location"], bool(m.get("writable"))) for m in config.get("mounts") or ()),
+        writes_host=bool(config.get("copyToHost"))
+        or any(
+            rule.get("hostSocket") or rule.get("reverse")
+            for rule in config.get("portForwards") or ()
+        ),
         forward_agent=bool((config.get("ssh") or {}).get("forwardAgent")),
         home=str((config.get("user") or {}).get("home") or ""),
         cpus=int(fields.get("cpus") or 0),
@@ -240,20 +247,47 @@ def session_key(project: str) -> str:
     return f"{slug[:30] or 'project'}-{hashlib.sha256(os.fsencode(project)).hexdigest()[:12]}"
 
 
+def inside(path: str, folder: str) -> bool:
+    """Whether `path` is `folder` or lies below it, under whatever spelling of its name."""
+    if path == folder or path.startswith(folder.rstrip("/") + "/"):
+        return True
+    try:
+        wanted = os.stat(folder)
+        return any(
+            os.path.samestat(parent.stat(), wanted) for parent in (Path(path), *Path(path).parents)
+        )
+    except OSError:
+        return False
+
+
 def overlaps(path: str, other: str) -> bool:
-    """Whether one of two resolved paths is the other or lies below it."""
-    return os.path.commonpath([path, other]) in (path, other)
+    return inside(path, other) or inside(other, path)
 
 
 def mount_refusal(path: str, home: str, private: Mapping[str, str]) -> str:
     """Why `path` should not be given to an agent, or "". All paths are resolved."""
     if path == "/":
         return "it is the root of the file system"
-    if path == home or home.startswith(path + "/"):
+    if inside(home, path):
         return f"it holds the home directory {home}"
     for name, folder in private.items():
         if overlaps(path, folder):
             return f"it overlaps {name} ({folder})"
+    return ""
+
+
+def mounts_problem(mounts: Sequence[Mount]) -> str:
+    """What is wrong with mounts taken together, or ""."""
+    targets = [mount.target for mount in mounts]
+    writable = [mount.source for mount in mounts if mount.writable]
+    for mount in mounts:
+        if targets.count(mount.target) > 1:
+            return f"{mount.target} would be mounted twice"
+        for folder in writable:
+            if not mount.writable and overlaps(mount.source, folder):
+                return f"{mount.source} would be read-only, but {folder} is writable"
+            if inside(mount.written, folder) and not inside(mount.source, folder):
+                return f"{mount.written} leads out of {folder}: an agent may have made that link"
     return ""
 
 
@@ -271,10 +305,11 @@ def unusable_path(path: str) -> str:
 def parse_mount(spec: str) -> Mount:
     """DIR[:ro|:rw][:GUESTPATH]; read-only unless said, and at the same path unless said."""
     match = re.fullmatch(r"(.+?)(?::(ro|rw))?(?::(/.*))?", spec, re.DOTALL)
-    source = os.path.realpath(os.path.expanduser(match[1] if match else spec))
+    written = os.path.abspath(os.path.expanduser(match[1] if match else spec))
+    source = os.path.realpath(written)
     if not match or not os.path.isdir(source):
         raise argparse.ArgumentTypeError(f"{spec!r}: {source} is not a directory")
-    return Mount(source, os.path.normpath(match[3] or source), match[2] == "rw")
+    return Mount(source, os.path.normpath(match[3] or source), match[2] == "rw", written)
 
 
 def lima_mounts(mounts: Sequence[Mount], links: Path) -> list[dict[str, Any]]:
@@ -310,7 +345,9 @@ def clone_expression(mounts: Sequence[Mapping[str, Any]], mount_type: str, forwa
         f".mounts = {yq_value(list(mounts))}",
     ]
     if not forward:
-        rule = {"guestIP": "0.0.0.0", "proto": "any", "ignore": True}
+        # Lima reads 0.0.0.0 as "only what listens on 0.0.0.0" unless told otherwise.
+        any_ip = {"guestIP": "0.0.0.0", "guestIPMustBeZero": False}
+        rule = {**any_ip, "proto": "any", "ignore": True}
         parts.append(f".portForwards = {yq_value([rule])}")
     return " | ".join(parts)
 
@@ -324,10 +361,12 @@ def isolation_faults(instance: Instance, expected: Sequence[Mapping[str, Any]]) 
         if (location, writable) not in planned
     ]
     faults += [f"does not mount {mount}" for mount, _ in sorted(planned - set(instance.mounts))]
-    if instance.mount_type not in CONFINED_MOUNT_TYPE.values():
+    if instance.mount_type != CONFINED_MOUNT_TYPE.get(instance.vm_type):
         faults.append(f"uses the mount type {instance.mount_type or 'unknown'}")
     if instance.forward_agent:
         faults.append("forwards the ssh agent")
+    if instance.writes_host:
+        faults.append("copies files or sockets to the host")
     return faults
 
 
@@ -350,6 +389,16 @@ def qemu_install_command(os_release: Mapping[str, str], machine: str) -> str:
         "alpine": f"apk add qemu-system-{'aarch64' if arm else 'x86_64'} qemu-img openssh-client",
     }
     return next((f"sudo {commands[name]}" for name in families if name in commands), "")
+
+
+def trusted_path(path: str, writable: Sequence[str]) -> str:
+    """PATH without what an agent can write (a project's .venv/bin) and without relative entries."""
+    return os.pathsep.join(
+        entry
+        for entry in path.split(os.pathsep)
+        if os.path.isabs(entry)
+        and not any(inside(os.path.realpath(entry), folder) for folder in writable)
+    )
 
 
 def parse_os_release(text: str) -> dict[str, str]:
@@ -381,6 +430,8 @@ def setup_problems(host: HostFacts, minimal: bool, memory: int) -> list[tuple[st
 
 def lease_is_live(lease: Lease, boot_id: str, start_of: Callable[[int], str]) -> bool:
     """The process that took the lease still runs: same boot, same pid, same start time."""
+    if not boot_id:
+        return True  # unknown: nothing may be deleted
     return lease.boot_id == boot_id and bool(lease.start) and start_of(lease.pid) == lease.start
 
 
@@ -418,7 +469,8 @@ def exports(variables: Mapping[str, str]) -> str:
 
 def pipe(command: str, text: str) -> str:
     """Shell that gives `text` to a command's stdin; base64 keeps every byte as it is."""
-    return f"base64 -d <<'END' | {command}\n{base64.b64encode(text.encode()).decode()}\nEND"
+    data = text.encode("utf-8", "surrogateescape")
+    return f"base64 -d <<'END' | {command}\n{base64.b64encode(data).decode()}\nEND"
 
 
 # Runs what it is given in the project, with the environment of the host's terminal. Not `exec`:
@@ -597,31 +649,19 @@ def read_setting(name: str, text: str, origin: str) -> Any:
         raise AgentVMError(f"{origin}: {name}: {error}") from error
 
 
-def resolve_settings(
-    flags: Mapping[str, Any],
-    environ: Mapping[str, str],
-    config: Mapping[str, str],
-    config_path: str,
-) -> dict[str, tuple[Any, str]]:
-    """name -> (value, where it is from)."""
-    unknown = sorted(set(config) - set(SETTINGS))
-    if unknown:
-        raise AgentVMError(
-            f"{config_path}: unknown key {unknown[0]!r}", hint="keys: " + " ".join(SETTINGS)
-        )
-    resolved = {}
-    for name, setting in SETTINGS.items():
-        env_name = "AGENT_VM_" + name.upper().replace("-", "_")
-        flag = flags.get(name.replace("-", "_"))
-        if flag is not None:
-            resolved[name] = (tuple(flag) if setting.many else flag, "flag")
-        elif environ.get(env_name):
-            resolved[name] = (read_setting(name, environ[env_name], env_name), "environment")
-        elif name in config:
-            resolved[name] = (read_setting(name, config[name], config_path), "config")
-        else:
-            resolved[name] = (setting.default, "default")
-    return resolved
+def resolve_setting(
+    name: str, flags: Mapping[str, Any], environ: Mapping[str, str], config: Mapping[str, str]
+) -> tuple[Any, str]:
+    """(value, where it is from). What a command does not ask for cannot fail it."""
+    setting, env_name = SETTINGS[name], "AGENT_VM_" + name.upper().replace("-", "_")
+    flag = flags.get(name.replace("-", "_"))
+    if flag is not None:
+        return (tuple(flag) if setting.many else flag), "flag"
+    if environ.get(env_name):
+        return read_setting(name, environ[env_name], env_name), "environment"
+    if name in config:
+        return read_setting(name, config[name], "config.ini"), "config"
+    return setting.default, "default"
 
 
 # --- shell: what touches processes and files ---
@@ -693,7 +733,7 @@ class Folders(NamedTuple):
         parser = configparser.ConfigParser(interpolation=None)
         try:
             parser.read_string(path.read_text())
-            return dict(parser["agent-vm"])
+            values = dict(parser["agent-vm"])
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, KeyError, configparser.Error) as error:
@@ -701,6 +741,12 @@ class Folders(NamedTuple):
             raise AgentVMError(
                 f"{path}: {first_line}", hint="it needs one section, [agent-vm]"
             ) from error
+        unknown = sorted(set(values) - set(SETTINGS))
+        if unknown:
+            raise AgentVMError(
+                f"{path}: unknown key {unknown[0]!r}", hint="keys: " + " ".join(SETTINGS)
+            )
+        return values
 
 
 def raise_interrupted(signum: int, _frame: object) -> NoReturn:
@@ -728,6 +774,22 @@ def shielded() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """A signal waits for the end of the block: a child that starts must not be lost sight of."""
+    seen: list[int] = []
+    before = [
+        signal.signal(signum, lambda number, _: seen.append(number)) for signum in STOP_SIGNALS
+    ]
+    try:
+        yield
+    finally:
+        for signum, handler in zip(STOP_SIGNALS, before):
+            signal.signal(signum, handler)
+    if seen:
+        os.kill(os.getpid(), seen[0])
+
+
 def stop_process(process: subprocess.Popen[Any], group: bool = False) -> None:
     """Ask a child of ours to end, insist after five seconds."""
     for signum in (signal.SIGTERM, signal.SIGKILL):
@@ -738,12 +800,18 @@ def stop_process(process: subprocess.Popen[Any], group: bool = False) -> None:
             return
 
 
+def last_bytes(path: Path, size: int) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - size))
+            return file.read(size)
+    except OSError:
+        return b""
+
+
 def tail(path: Path, lines: int = 10) -> str:
     """The last lines of a log of Lima's, fit for a terminal: a guest writes its serial console."""
-    try:
-        text = path.read_bytes()[-50_000:].decode(errors="replace")
-    except OSError:
-        return ""
+    text = last_bytes(path, 50_000).decode(errors="replace")
     clean = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|[^\n\t -~\u00a0-\uffff]", "", text)
     shown = [line[:300] for line in clean.splitlines() if '"level":"debug"' not in line]
     return "\n".join(shown[-lines:])
@@ -762,20 +830,23 @@ class Lima:
             log.info("+ " + shlex.join(("limactl", *args)))
         limit = timeout or self.timeout
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-            process = self._spawn(args, out, None if log.verbose else err)
+            process: subprocess.Popen[bytes] | None = None
             reason = ""
             try:
+                with deferred():
+                    process = self._spawn(args, out, None if log.verbose else err)
                 process.wait(timeout=limit)
             except subprocess.TimeoutExpired:
                 reason = f"no answer within {limit} s"
             finally:
-                if process.poll() is None:
+                if process and process.poll() is None:
                     with shielded():
                         stop_process(process, group=True)
             out.seek(0)
             err.seek(0)
-            if process.returncode or reason:
-                raise self._error(args, reason or f"status {process.returncode}", err.read())
+            status = process.returncode if process else 0
+            if status or reason:
+                raise self._error(args, reason or f"status {status}", err.read())
             return out.read().decode(errors="replace")
 
     def _spawn(self, args: Sequence[str], out: Any, err: Any) -> subprocess.Popen[bytes]:
@@ -861,11 +932,13 @@ class Guest:
     def attach(self, argv: Sequence[str], tty: bool, stdin: int | None = None) -> int:
         """Run argv with our terminal or pipes; its status. ssh joins its arguments: quote them."""
         command = [*self.ssh, "-t" if tty else "-T", self.host, shlex.join(argv)]
-        process = subprocess.Popen(command, stdin=stdin)
+        process = None
         try:
+            with deferred():
+                process = subprocess.Popen(command, stdin=stdin)
             return process.wait()
         finally:
-            if process.poll() is None:
+            if process and process.poll() is None:
                 with shielded():
                     stop_process(process)
 
@@ -879,7 +952,7 @@ def boot_id() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:  # macOS
-        return output_of("sysctl", "-n", "kern.bootsessionuuid")
+        return output_of("/usr/sbin/sysctl", "-n", "kern.bootsessionuuid")
 
 
 def process_start(pid: int) -> str:
@@ -892,7 +965,9 @@ def process_start(pid: int) -> str:
         if os.path.exists("/proc/self/stat"):
             return ""
     # macOS; ps would write the time in the caller's zone and language.
-    return output_of("env", "TZ=UTC0", "LC_ALL=C", "ps", "-o", "lstart=", "-p", str(pid))
+    return output_of(
+        "/usr/bin/env", "TZ=UTC0", "LC_ALL=C", "/bin/ps", "-o", "lstart=", "-p", str(pid)
+    )
 
 
 def output_of(*argv: str) -> str:
@@ -921,11 +996,11 @@ class Leases:
         pid = os.getpid()
         lease = Lease(name, pid, process_start(pid), boot_id(), project, time.time(), keep)
         path = self.path(name)
-        try:
-            path.with_suffix(".tmp").write_text(json.dumps(lease._asdict()) + "\n")
-            path.with_suffix(".tmp").replace(path)
-        except OSError as error:
-            raise AgentVMError(f"cannot write {path}: {error.strerror}") from error
+        with open(path.with_suffix(".tmp"), "w") as file:
+            file.write(json.dumps(lease._asdict()) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # an empty lease after a power cut would own nothing
+        path.with_suffix(".tmp").replace(path)
 
     def drop(self, name: str) -> None:
         shutil.rmtree(self.folders.state / "links" / name, ignore_errors=True)
@@ -939,6 +1014,9 @@ class Leases:
             except FileNotFoundError:
                 continue  # its run has just ended
             except (OSError, ValueError, KeyError, TypeError) as error:
+                if is_clone(path.stem):  # nobody can own it any more: an orphan
+                    leases.append(Lease(path.stem, 0, "", "", "", path.lstat().st_mtime))
+                    continue
                 log.warn(
                     f"{path} is not a lease ({error}); remove it after checking `agent-vm list`"
                 )
@@ -980,7 +1058,12 @@ def collect_garbage(lima: Lima, leases: Leases) -> list[str]:
     """Remove the clones whose run is gone (kill -9, crash, power loss) and say so."""
     removed = []
     for lease in leases.orphans():
-        with shielded():
+        base = lease.name.partition(".")[0]
+        lock = leases.folders.state / (f"{base}.setup.lock" if is_base(base) else "gc.lock")
+        with shielded(), file_lock(lock, wait=False) as free:
+            # Asked again under the lock: a setup takes the same name for its instance each time.
+            if not free or lease.name not in {orphan.name for orphan in leases.orphans()}:
+                continue
             existed = (leases.folders.lima_home / lease.name).is_dir()
             if try_remove(lima, leases, lease.name) and existed:
                 log.info(f"removed {lease.name}: its run ended without cleaning up")
@@ -1028,7 +1111,8 @@ class Context(NamedTuple):
     """Everything a command works with, opened once."""
 
     folders: Folders
-    settings: dict[str, tuple[Any, str]]
+    flags: Mapping[str, Any]
+    config: Mapping[str, str]
     secrets: Mapping[str, str]  # taken out of os.environ, so that no child inherits them
     lima: Lima
     leases: Leases
@@ -1038,22 +1122,26 @@ class Context(NamedTuple):
         cls, args: argparse.Namespace, need_lima: bool = True, collect: bool = False
     ) -> Context:
         folders = Folders.of(os.environ)
-        config_path = str(folders.config / "config.ini")
-        settings = resolve_settings(vars(args), os.environ, folders.config_values(), config_path)
+        flags, config = vars(args), folders.config_values()
+        os.environ["PATH"] = trusted_path(os.environ.get("PATH", os.defpath), writable_now())
         binary = find_limactl(folders)
         if need_lima and not binary:
             raise AgentVMError("limactl is not installed", hint="agent-vm setup installs it")
         folders.make_state()
-        lima, leases = Lima(binary, settings["timeout"][0]), Leases(folders)
+        timeout, _ = resolve_setting("timeout", flags, os.environ, config)
+        lima, leases = Lima(binary, timeout), Leases(folders)
         if collect and binary:
             collect_garbage(lima, leases)
-        return cls(folders, settings, args.secrets, lima, leases)
+        return cls(folders, flags, config, args.secrets, lima, leases)
+
+    def setting(self, name: str) -> tuple[Any, str]:
+        return resolve_setting(name, self.flags, os.environ, self.config)
 
     def get(self, name: str) -> Any:
-        return self.settings[name][0]
+        return self.setting(name)[0]
 
     def chosen(self, name: str) -> bool:
-        return self.settings[name][1] != "default"
+        return self.setting(name)[1] != "default"
 
     @property
     def base(self) -> str:
@@ -1073,8 +1161,19 @@ class Context(NamedTuple):
             "Lima's home": self.folders.lima_home,
             "your ssh keys": Path(os.path.expanduser("~/.ssh")),
             "agent-vm itself": Path(__file__),
+            "limactl": Path(self.lima.binary or "/nonexistent"),
         }
+        beside = Path(__file__).resolve().parent / "lima"
+        if (beside / "agent-vm.yaml").exists():
+            paths["agent-vm's templates"] = beside
         return {name: os.path.realpath(path) for name, path in paths.items()}
+
+
+def writable_now() -> list[str]:
+    """The current directory, which an agent may have written."""
+    with contextlib.suppress(OSError):
+        return [os.getcwd()]
+    return []
 
 
 def find_limactl(folders: Folders) -> str:
@@ -1128,20 +1227,26 @@ def find_credential(context: Context) -> Credential | None:
 
 
 def recover_base(context: Context) -> None:
-    """A setup that was killed between its two renames left NAME.old only: put it back."""
-    base, old = context.base, context.base + ".old"
+    """Finish what a setup or rollback that was killed between two renames has left."""
+    base, old, swap = context.base, context.base + ".old", context.base + ".swap"
     with context.lock(f"{base}.lock"):
         names = {instance.name for instance in context.lima.list()}
         if base not in names and old in names:
             context.lima.rename(old, base)
             context.lima.protect(base)
+            names -= {old}
             log.info(f"restored {base}: a setup was cut off while it replaced it")
+        if swap in names and old not in names:
+            context.lima.rename(swap, old)
+            context.lima.protect(old)
 
 
 def find_base(context: Context) -> Instance | None:
     """The base instance, not running, or None when there is none."""
     base = context.lima.find(context.base)
-    if base is None and (context.folders.lima_home / (context.base + ".old")).exists():
+    home = context.folders.lima_home
+    half = base is None and (home / f"{context.base}.old").exists()
+    if half or (home / f"{context.base}.swap").exists():
         recover_base(context)
         base = context.lima.find(context.base)
     if base and base.status == "Running":
@@ -1175,9 +1280,13 @@ def ensure_base(context: Context, args: argparse.Namespace) -> Instance:
 
 def project_dir() -> str:
     try:
-        return os.getcwd()  # without symlinks: the same path must be found again by --resume
+        project = os.getcwd()  # without symlinks: the same path must be found again by --resume
     except OSError as error:
         raise AgentVMError("the current directory does not exist any more") from error
+    typed = os.environ.get("PWD", project)
+    if typed != project and os.path.realpath(typed) == project:
+        log.info(f"{typed} is a link: {project} is mounted")
+    return project
 
 
 def read_line(path: str) -> str:
@@ -1199,6 +1308,8 @@ def worktree_git_dir(project: str) -> str:
     that has only the worktree cannot have written.
     """
     dot_git = os.path.join(project, ".git")
+    if os.path.islink(dot_git):  # to a worktree elsewhere, which would point back to itself
+        return ""
     pointer = read_line(dot_git)
     if not pointer.startswith("gitdir: "):
         return ""
@@ -1206,7 +1317,7 @@ def worktree_git_dir(project: str) -> str:
     parent, _, _ = git_dir.rpartition("/")
     common, _, name = parent.rpartition("/")
     back = os.path.join(git_dir, read_line(os.path.join(git_dir, "gitdir")))
-    points_back = os.path.realpath(back) == os.path.realpath(dot_git)
+    points_back = os.path.realpath(back) == dot_git
     if name != "worktrees" or not points_back or not os.path.isfile(common + "/HEAD"):
         return ""
     return "" if overlaps(common, project) else common
@@ -1233,11 +1344,19 @@ def plan_mounts(context: Context, project: str, force: bool) -> list[Mount]:
                 f"{mount.source} is not given to an agent: {reason}",
                 hint="cd to a project below it, or say --force-mount",
             )
-    targets = [mount.target for mount in mounts]
-    double = next((target for target in targets if targets.count(target) > 1), "")
-    if double:
-        raise AgentVMError(f"{double} would be mounted twice")
+    problem = mounts_problem(mounts) or live_parent(context, project)
+    if problem and not force:
+        raise AgentVMError(problem, hint="mount something else, or say --force-mount")
     return mounts
+
+
+def live_parent(context: Context, project: str) -> str:
+    """An agent that is running in a folder above could put a link in the project's place."""
+    for lease in context.leases.all():
+        below = lease.project not in ("", project) and inside(project, lease.project)
+        if below and not context.leases.is_orphan(lease):
+            return f"{project} lies in {lease.project}, where {lease.name} is running"
+    return ""
 
 
 def session_mount(context: Context, project: str, home: str) -> Mount:
@@ -1267,10 +1386,13 @@ def host_zone(environ: Mapping[str, str]) -> str:
     return zone if re.fullmatch(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*", zone) else ""
 
 
-def git_identity(project: str) -> dict[str, str]:
-    """user.name and user.email as git on the host would use them in the project."""
-    keys = ("user.name", "user.email")
-    values = {key: output_of("git", "-C", project, "config", "--get", key) for key in keys}
+def git_identity() -> dict[str, str]:
+    """The user's own user.name and user.email; the project's git config is read in the guest.
+
+    Not `git -C project`: its config, which the agent writes, can include any file of the host.
+    """
+    command = ("git", "config", "--global", "--includes", "--get")
+    values = {key: output_of(*command, key) for key in ("user.name", "user.email")}
     return {key: value for key, value in values.items() if value}
 
 
@@ -1322,7 +1444,7 @@ def failure_logs(context: Context, name: str) -> str:
         kept = context.folders.state / "logs" / f"{name}.{file}"
         if tail(source):
             with contextlib.suppress(OSError):
-                shutil.copyfile(source, kept)
+                kept.write_bytes(last_bytes(source, 1 << 20))
                 prune_logs(kept.parent)
             parts.append(f"--- the end of {file} (all of it: {kept})\n{tail(source)}")
     return "\n".join(parts)
@@ -1411,7 +1533,7 @@ def run_in_clone(context: Context, args: argparse.Namespace, argv: Sequence[str]
     base = ensure_base(context, args)
     mounts.append(session_mount(context, project, base.home))
     script = prepare_script(
-        mounts, project, variables, credential, git_identity(project), host_zone(os.environ)
+        mounts, project, variables, credential, git_identity(), host_zone(os.environ)
     )
     with disposable(context, project, args.keep) as name:
         log.progress(f"starting {name}")
@@ -1847,14 +1969,14 @@ def report_setup(context: Context, notes: Sequence[str], replaced: bool) -> None
 
 def roll_back(context: Context) -> None:
     """Exchange the base instance and the previous one."""
-    base, new, old = context.base, context.base + ".new", context.base + ".old"
+    base, old, swap = context.base, context.base + ".old", context.base + ".swap"
     with setup_lock(context):
         find_base(context)
         with shielded(), context.lock(f"{base}.lock"):
             names = {instance.name for instance in context.lima.list()}
             if not {base, old} <= names:
                 raise AgentVMError(f"there is no {old} to go back to", hint="agent-vm list")
-            for source, target in ((base, new), (old, base), (new, old)):
+            for source, target in ((base, swap), (old, base), (swap, old)):
                 context.lima.rename(source, target)
             context.lima.protect(base)
             context.lima.protect(old)
@@ -2100,7 +2222,8 @@ def cmd_info(args: argparse.Namespace) -> int:
             str(folder) if beside else "the copy inside the script"
         )
     rows = [("SETTING", "VALUE", "FROM")]
-    for name, (value, origin) in context.settings.items():
+    for name in SETTINGS:
+        value, origin = context.setting(name)
         rows.append((name, shown_setting(name, value) or "-", origin))
     print_table(rows)
     print()
@@ -2260,7 +2383,8 @@ SHELL_FUNCTIONS = {
 
 def cmd_shell_init(args: argparse.Namespace) -> int:
     """Shell functions; all that follows `claude-vm` is the agent's, so no flag of ours clashes."""
-    command = shlex.join([sys.executable, os.path.realpath(__file__)])
+    # -I: a PYTHONPATH into the project must not choose the modules that run on the host.
+    command = shlex.join([sys.executable, "-I", os.path.realpath(__file__)])
     for name, verb in SHELL_FUNCTIONS.items():
         line = f"{command} {verb}".rstrip()
         if args.shell == "fish":
@@ -2503,14 +2627,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def report(error: AgentVMError) -> None:
-    if error.details:
-        print(error.details, file=sys.stderr)
-    print(f"agent-vm: error: {error}", file=sys.stderr)
-    if error.hint:
-        # Who types the script's path has no function agent-vm; shell-init's use the whole path.
-        typed = "agent-vm " in error.hint and not os.path.isabs(sys.argv[0])
-        note = f"  (agent-vm is: python3 {sys.argv[0]})" if typed else ""
-        print(f"agent-vm: hint: {error.hint}{note}", file=sys.stderr)
+    hint = error.hint
+    # Who types the script's path has no function agent-vm; shell-init's use the whole path.
+    if "agent-vm " in hint and not os.path.isabs(sys.argv[0]):
+        hint += f"  (agent-vm is: python3 {sys.argv[0]})"
+    lines = [error.details, f"agent-vm: error: {error}", hint and f"agent-vm: hint: {hint}"]
+    with contextlib.suppress(OSError):
+        print("\n".join(filter(None, lines)), file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -2521,7 +2644,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.secrets = {name: os.environ.pop(name) for name in CREDENTIALS if name in os.environ}
         log.verbose, log.quiet, failure = args.verbose, args.quiet, args.failure
         catch_signals()
-        return int(args.func(args))
+        status = int(args.func(args))
+        sys.stdout.flush()
+        return status
     except AgentVMError as error:
         report(error)
     except Interrupted as error:
@@ -2529,7 +2654,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our stdout has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
-    except OSError as error:  # a full disk, a missing directory: the host's fault, not a bug
+    except (
+        OSError,
+        UnicodeError,
+    ) as error:  # a full disk, a missing directory: the host's fault, not a bug
         report(AgentVMError(str(error), hint="" if log.verbose else "more with -v"))
         if log.verbose:
             raise
@@ -2562,6 +2690,7 @@ ssh:
 # Of the guest's own services, mDNS and LLMNR are not for the host's loopback.
 portForwards:
 - guestIP: 0.0.0.0
+  guestIPMustBeZero: false
   guestPortRange: [5353, 5355]
   proto: any
   ignore: true

