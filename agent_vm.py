@@ -286,7 +286,7 @@ def mounts_problem(mounts: Sequence[Mount]) -> str:
         for folder in writable:
             if not mount.writable and overlaps(mount.source, folder):
                 return f"{mount.source} would be read-only, but {folder} is writable"
-            if inside(mount.written, folder) and not inside(mount.source, folder):
+            if mount.written and inside(mount.written, folder) and not inside(mount.source, folder):
                 return f"{mount.written} leads out of {folder}: an agent may have made that link"
     return ""
 
@@ -1060,7 +1060,7 @@ def collect_garbage(lima: Lima, leases: Leases) -> list[str]:
     for lease in leases.orphans():
         base = lease.name.partition(".")[0]
         lock = leases.folders.state / (f"{base}.setup.lock" if is_base(base) else "gc.lock")
-        with shielded(), file_lock(lock, wait=False) as free:
+        with shielded(), file_lock(lock, wait=not is_base(base)) as free:
             # Asked again under the lock: a setup takes the same name for its instance each time.
             if not free or lease.name not in {orphan.name for orphan in leases.orphans()}:
                 continue
@@ -2487,7 +2487,8 @@ files:
   ~/.local/state/agent-vm/          leases, transcripts, logs
 
 exit status:
-  run and shell: the guest's command's; 125 when agent-vm failed; 128 + N after signal N
+  run and shell: the guest's command's; 125 when agent-vm failed; 130 after
+  Ctrl-C, 128 + N after signal N
   other commands: 0 ok, 1 failed, 2 usage; setup fails with 125
 """
 
@@ -2636,6 +2637,12 @@ def report(error: AgentVMError) -> None:
         print("\n".join(filter(None, lines)), file=sys.stderr, flush=True)
 
 
+def host_error(error: OSError | UnicodeError) -> str:
+    if isinstance(error, OSError) and error.filename:
+        return f"cannot use {error.filename}: {error.strerror}"
+    return str(error)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     open_standard_streams()
     failure = EXIT_OURS
@@ -2658,7 +2665,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         OSError,
         UnicodeError,
     ) as error:  # a full disk, a missing directory: the host's fault, not a bug
-        report(AgentVMError(str(error), hint="" if log.verbose else "more with -v"))
+        report(AgentVMError(host_error(error), hint="" if log.verbose else "more with -v"))
         if log.verbose:
             raise
     return int(failure)
