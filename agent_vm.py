@@ -449,13 +449,14 @@ def lease_from(text: str) -> Lease:
 def claude_config(project: str, credential: Credential | None) -> dict[str, Any]:
     """What ~/.claude.json must say so that no wizard or dialog appears (Claude Code 2.1).
 
-    Trust in "/" covers every directory below; imports of a CLAUDE.md are asked for one by one.
+    Trust in "/" covers what else is mounted, but not a directory with an entry of its own.
     """
+    trusted = {"hasTrustDialogAccepted": True}
     config: dict[str, Any] = {
         "hasCompletedOnboarding": True,
         "projects": {
-            "/": {"hasTrustDialogAccepted": True},
-            project: {"hasClaudeMdExternalIncludesApproved": True},
+            "/": trusted,
+            project: {**trusted, "hasClaudeMdExternalIncludesApproved": True},
         },
     }
     if credential and credential.name == "ANTHROPIC_API_KEY":

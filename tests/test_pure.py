@@ -112,14 +112,26 @@ class LimaTest(TableTest):
             config={**config, "user": {"name": "u", "home": "/home/u.guest"}},
         )  # fmt: skip
         expected = Instance(
-            "n", "Stopped", Path("/l/n"), "lima-n", "qemu", "9p", (("/p", True), ("/q", False)),
-            True, "/home/u.guest", 2, GIB, True,
+            name="n", status="Stopped", dir=Path("/l/n"), hostname="lima-n", vm_type="qemu",
+            mount_type="9p", mounts=(("/p", True), ("/q", False)), forward_agent=True,
+            home="/home/u.guest", cpus=2, memory=GIB, protected=True,
         )  # fmt: skip
         self.assertEqual(agent_vm.parse_instances(f"\n{text}\n\n"), [expected])
 
     def test_a_broken_instance_has_no_configuration(self) -> None:
         text = self.line(status="Broken", hostname="", vmType="", config=None)
         self.assertEqual(agent_vm.parse_instances(text)[0].status, "Broken")
+
+    def test_what_would_write_to_the_host_is_noticed(self) -> None:
+        rows = [
+            ({"copyToHost": [{"guest": "/a", "host": "/b"}]}, True),
+            ({"portForwards": [{"guestSocket": "/a", "hostSocket": "/b"}]}, True),
+            ({"portForwards": [{"guestPort": 1, "reverse": True}]}, True),
+            ({"portForwards": [{"guestPort": 1, "hostPort": 1}], "copyToHost": []}, False),
+        ]
+        for config, expected in rows:
+            (instance,) = agent_vm.parse_instances(self.line(config=config))
+            self.assertEqual(instance.writes_host, expected, config)
 
     def test_no_instances_are_no_lines(self) -> None:
         self.assertEqual(agent_vm.parse_instances(""), [])
@@ -155,7 +167,9 @@ class LimaTest(TableTest):
     def test_no_forward_ignores_every_port(self) -> None:
         expression = agent_vm.clone_expression([], "9p", forward=False)
         (rule,) = self.decoded(expression.rpartition(".portForwards = ")[2])
-        self.assertEqual(rule, {"guestIP": "0.0.0.0", "proto": "any", "ignore": True})
+        # Without the second, Lima would ignore only what listens on 0.0.0.0.
+        self.assertEqual((rule["guestIP"], rule["guestIPMustBeZero"]), ("0.0.0.0", False))
+        self.assertEqual((rule["proto"], rule["ignore"]), ("any", True))
 
     def test_create_sets_what_was_given_and_nothing_else(self) -> None:
         empty = agent_vm.create_expression({"minimal": ""}, "", "", "x86_64", [])
@@ -174,13 +188,14 @@ class IsolationTest(TableTest):
     PLAN = ({"location": "/p", "mountPoint": "/p", "writable": True},)
 
     def faults(self, **fields: Any) -> list[str]:
-        clone: dict[str, Any] = {"mount_type": "9p", "mounts": (("/p", True),), **fields}
+        clone: dict[str, Any] = {"vm_type": "qemu", "mount_type": "9p", "mounts": (("/p", True),)}
+        clone.update(fields)
         instance = Instance("n", "Stopped", Path("/l/n"), **clone)
         return agent_vm.isolation_faults(instance, self.PLAN)
 
     def test_a_clone_as_planned_has_no_fault(self) -> None:
         self.assertEqual(self.faults(), [])
-        self.assertEqual(self.faults(mount_type="virtiofs"), [])
+        self.assertEqual(self.faults(vm_type="vz", mount_type="virtiofs"), [])
 
     def test_every_deviation_is_named(self) -> None:
         rows: list[tuple[dict[str, Any], str]] = [
@@ -190,7 +205,9 @@ class IsolationTest(TableTest):
             ({"mounts": (("/p", False),)}, "does not mount /p"),
             ({"mount_type": "reverse-sshfs"}, "uses the mount type reverse-sshfs"),
             ({"mount_type": ""}, "uses the mount type unknown"),
+            ({"mount_type": "virtiofs"}, "uses the mount type virtiofs"),  # under QEMU
             ({"forward_agent": True}, "forwards the ssh agent"),
+            ({"writes_host": True}, "copies files or sockets to the host"),
         ]
         for fields, fault in rows:
             with self.subTest(fault=fault):
@@ -237,9 +254,38 @@ class MountTest(TableTest):
                 (f"{source}/d:ro:rw", Mount(f"{source}/d:ro", f"{source}/d:ro", True)),
                 (f"{source}/s p", Mount(f"{source}/s p", f"{source}/s p", False)),
             ]
-            self.check(agent_vm.parse_mount, rows)
+            self.check(lambda spec: agent_vm.parse_mount(spec)._replace(written=""), rows)
+            Path(source, "link").symlink_to(a)
+            link = agent_vm.parse_mount(f"{source}/link")
+            self.assertEqual((link.source, link.written), (a, f"{source}/link"))
             bad = ["", ":rw", f"{source}/none", f"{a}:xx", f"{a}:rw:relative", f"{a}:wr:/x"]
             self.refuse(agent_vm.parse_mount, bad, argparse.ArgumentTypeError)
+
+    def test_mounts_that_contradict_each_other(self) -> None:
+        project = Mount("/p", "/p", True)
+        rows = [
+            ([project, Mount("/q", "/q")], ""),
+            ([project, Mount("/q", "/p")], "twice"),
+            ([project, Mount("/p/sub", "/x")], "read-only, but /p is writable"),
+            ([project, Mount("/p/sub", "/x", True)], ""),
+            ([project, Mount("/secret", "/x", False, "/p/link")], "leads out of /p"),
+            ([project._replace(writable=False), Mount("/q", "/q", False, "/p/link")], ""),
+        ]
+        for mounts, problem in rows:
+            with self.subTest(mounts=mounts):
+                found = agent_vm.mounts_problem(mounts)
+                self.assertIn(problem, found)
+                self.assertEqual(bool(found), bool(problem))
+
+    def test_no_program_of_the_project_is_run_on_the_host(self) -> None:
+        rows = [
+            ("/usr/bin:/bin", ["/p"], "/usr/bin:/bin"),
+            ("/p/.venv/bin:/usr/bin:/p", ["/p"], "/usr/bin"),
+            (".:bin::/usr/bin:", ["/p"], "/usr/bin"),
+            ("/p2/bin", ["/p"], "/p2/bin"),
+            ("/p/bin", [], "/p/bin"),
+        ]
+        self.check(agent_vm.trusted_path, rows)
 
     def test_plain_paths_are_mounted_where_they_are_and_others_through_a_link(self) -> None:
         links = Path("/state/links/n")
@@ -442,10 +488,9 @@ class SettingTest(TableTest):
         self.refuse(agent_vm.yes_or_no, ["", "y", "maybe"], argparse.ArgumentTypeError)
 
     def resolve(self, flag: Any, environ: str, config: str) -> tuple[Any, str]:
-        flags = {"memory": flag}
         env = {"AGENT_VM_MEMORY": environ} if environ else {}
         section = {"memory": config} if config else {}
-        return agent_vm.resolve_settings(flags, env, section, "config.ini")["memory"]
+        return agent_vm.resolve_setting("memory", {"memory": flag}, env, section)
 
     def test_flag_before_environment_before_config_before_default(self) -> None:
         rows = [
@@ -464,14 +509,32 @@ class SettingTest(TableTest):
 
     def test_lists_are_words_as_in_a_shell(self) -> None:
         env = {"AGENT_VM_ENV": "A=1 'B=two words'"}
-        resolved = agent_vm.resolve_settings({}, env, {}, "")
-        self.assertEqual(resolved["env"], (("A=1", "B=two words"), "environment"))
+        resolved = agent_vm.resolve_setting("env", {}, env, {})
+        self.assertEqual(resolved, (("A=1", "B=two words"), "environment"))
         with self.assertRaises(AgentVMError):
-            agent_vm.resolve_settings({}, {"AGENT_VM_ENV": "A='open"}, {}, "")
+            agent_vm.resolve_setting("env", {}, {"AGENT_VM_ENV": "A='open"}, {})
 
-    def test_unknown_keys_are_named(self) -> None:
-        with self.assertRaisesRegex(AgentVMError, "memroy"):
-            agent_vm.resolve_settings({}, {}, {"memroy": "8"}, "config.ini")
+    def test_certificates_are_pem(self) -> None:
+        with tempfile.TemporaryDirectory() as name:
+            good, bad = Path(name, "good.pem"), Path(name, "bad.der")
+            good.write_text("# ours\n-----BEGIN CERTIFICATE-----\n")
+            bad.write_bytes(b"0\x82\xff")
+            self.assertEqual(agent_vm.certificate(str(good)), str(good))
+            bads = [str(bad), f"{name}/none", name]
+            self.refuse(agent_vm.certificate, bads, argparse.ArgumentTypeError)
+
+    def test_credentials_are_recognised_in_what_people_paste(self) -> None:
+        token, key = "sk-ant-oat01-" + "x" * 30, "sk-ant-api03-" + "y_-" * 10
+        oauth = ("CLAUDE_CODE_OAUTH_TOKEN", token)
+        rows = [
+            (token, oauth),
+            (f"export CLAUDE_CODE_OAUTH_TOKEN={token}\n", oauth),
+            (f"Your token:\n\n  {token}\n\nStore it. {token}\n", oauth),
+            (f'"{key}"', ("ANTHROPIC_API_KEY", key)),
+        ]
+        self.check(agent_vm.recognise, rows)
+        bad = ["", "password", "sk-ant-oat01-", f"{token} {key}", "sk-ant-xyz01-" + "x" * 30]
+        self.refuse(agent_vm.recognise, bad, AgentVMError)
 
 
 class OutputTest(TableTest):
@@ -504,7 +567,7 @@ class ParserTest(TableTest):
             (("--", "-p", "x"), ["-p", "x"]),
             (("--", "--", "--keep"), ["--", "--keep"]),
             (("--keep", "--", "--memory"), ["--memory"]),
-            (("word", "--keep", "--", "x"), ["word", "--keep", "x"]),
+            (("word", "--keep", "--", "x"), ["word", "--keep", "--", "x"]),
             (("--", "", "a\nb"), ["", "a\nb"]),
         ]
         for words, expected in rows:

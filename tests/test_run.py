@@ -241,7 +241,8 @@ class OptionTest(WorldTest):
 
     def test_no_forward_turns_every_forwarding_off(self) -> None:
         rules = self.config_of("--no-forward")["portForwards"]
-        self.assertEqual(rules, [{"guestIP": "0.0.0.0", "proto": "any", "ignore": True}])
+        expected = {"guestIP": "0.0.0.0", "proto": "any", "ignore": True}
+        self.assertEqual(rules, [{**expected, "guestIPMustBeZero": False}])
 
     def test_env_passes_a_value_or_the_hosts(self) -> None:
         value = "a b'$\n`é"
@@ -352,6 +353,21 @@ class MountTest(WorldTest):
                 self.assert_refused(result, "not given to an agent", "--force-mount")
         self.assertEqual(self.box.limactl("clone"), [])
 
+    def test_a_link_in_the_project_is_not_followed_out_of_it(self) -> None:
+        secret = self.folder("secret")
+        (self.box.project / "link").symlink_to(secret)
+        result = self.box.run("run", "--mount", str(self.box.project / "link"))
+        self.assert_refused(result, "leads out of", "--force-mount")
+
+    def test_a_folder_below_the_project_of_a_running_agent_is_refused(self) -> None:
+        pid = os.getpid()
+        start, boot = agent_vm.process_start(pid), agent_vm.boot_id()
+        self.box.make_instance("agent-vm-p-0a1b2c", running=True)
+        self.box.make_lease("agent-vm-p-0a1b2c", pid=pid, start=start, boot_id=boot)
+        below = self.box.project / "below"
+        below.mkdir()
+        self.assert_refused(self.box.run("run", cwd=below), "agent-vm-p-0a1b2c is running")
+
     def test_force_mount_mounts_what_is_refused_otherwise(self) -> None:
         result = self.box.run("run", "--force-mount", "--", "sh:pwd", cwd=self.box.home)
         self.assertEqual((result.status, result.out), (0, f"{self.box.home}\n"), result.err)
@@ -420,6 +436,10 @@ class WorktreeTest(WorldTest):
         (inside / "gitdir").write_text(f"{self.box.project}/.git\n")
         (self.box.project / "HEAD").write_text("ref: refs/heads/main\n")
         self.box.write(self.box.project / ".git", f"gitdir: {inside}\n")
+        self.assertEqual(self.mounts(self.box.project), [f"{self.box.project}:True"])
+
+    def test_a_git_folder_that_is_a_link_to_a_worktree_mounts_nothing(self) -> None:
+        (self.box.project / ".git").symlink_to(self.tree / ".git")
         self.assertEqual(self.mounts(self.box.project), [f"{self.box.project}:True"])
 
     def test_a_git_file_that_is_a_pipe_does_not_hang(self) -> None:
@@ -575,7 +595,7 @@ class OddEnvironmentTest(WorldTest):
         self.box.run("gc")
         leases = self.box.state / "leases"
         leases.chmod(0o500)
-        self.assert_refused(self.box.run("run"), "cannot write", "leases")
+        self.assert_refused(self.box.run("run"), "leases", "ermission denied")
         self.assertEqual(self.box.instances(), [BASE])
 
     def test_xdg_folders_are_respected(self) -> None:
@@ -586,6 +606,17 @@ class OddEnvironmentTest(WorldTest):
         self.assertEqual(self.box.started_config()["memory"], 7)
         self.assertTrue((self.box.root / "s/agent-vm/sessions").is_dir())
         self.assertFalse(self.box.state.exists())
+
+    def test_no_program_of_the_project_is_run_on_the_host(self) -> None:
+        programs = self.box.project / ".venv/bin"
+        programs.mkdir(parents=True)
+        for name in ("limactl", "ssh", "git", "npm"):
+            (programs / name).write_text(f"#!/bin/sh\ntouch {self.box.root}/was-run\n")
+            (programs / name).chmod(0o755)
+        (self.box.project / "json.py").write_text("raise SystemExit(9)")
+        path = f"{programs}::.:.venv/bin:{self.box.bin}"
+        self.assertEqual(self.box.run("run", PATH=path).status, 0)
+        self.assertFalse((self.box.root / "was-run").exists())
 
     def test_git_missing(self) -> None:
         (self.box.bin / "git").unlink()
