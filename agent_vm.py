@@ -2264,32 +2264,28 @@ def cmd_doctor(args: argparse.Namespace) -> int:
     return 1 if any(check.level == "fail" for check in checks) else 0
 
 
+def verdict(name: str, ok: str, problem: str, fix: str, level: str = "warn") -> Check:
+    """ok with what is well, unless that is empty."""
+    return Check(name, "ok", ok) if ok else Check(name, level, problem, fix)
+
+
 def host_checks(context: Context) -> Iterator[Check]:
     host = host_facts(context.folders)
     problems = setup_problems(host, context.get("minimal"), 0)
     for problem, fix in problems:
         yield Check("host", "fail", problem, fix)
-    if not problems:
-        free = human_size(host.disk_free)
-        yield Check(
-            "host", "ok", f"{host.cpus} CPUs, {human_size(host.memory)} memory, {free} free"
-        )
+    yield Check("host", "ok", f"{host.cpus} CPUs, {human_size(host.memory)} memory")
+    yield Check(
+        "disk", "ok", f"{human_size(host.disk_free)} free below {context.folders.lima_home}"
+    )
     if host.system == "Linux":
-        kvm = Check("kvm", "ok", "/dev/kvm is usable")
-        slow = Check(
-            "kvm",
-            "warn",
-            "no usable /dev/kvm: VMs are slow",
-            "sudo usermod -aG kvm $USER, log in again",
-        )
-        yield kvm if host.kvm else slow
+        if host.qemu and host.qemu_img:
+            yield Check("qemu", "ok", "installed")
+        usable = "/dev/kvm is usable" if host.kvm else ""
+        fix = "sudo usermod -aG kvm $USER, then log in again"
+        yield verdict("kvm", usable, "no usable /dev/kvm: VMs are slow", fix)
     for tool, level in (("ssh", "fail"), ("git", "warn"), ("openssl", "warn")):
-        path = shutil.which(tool)
-        yield (
-            Check(tool, "ok", path)
-            if path
-            else Check(tool, level, "not installed", f"install {tool}")
-        )
+        yield verdict(tool, shutil.which(tool) or "", "not installed", f"install {tool}", level)
 
 
 def lima_checks(context: Context) -> Iterator[Check]:
@@ -2330,28 +2326,21 @@ def half_made(lima_home: Path) -> Iterator[Check]:
 
 
 def run_checks(context: Context) -> Iterator[Check]:
-    orphans = context.leases.orphans()
-    if orphans:
-        names = ", ".join(lease.name for lease in orphans)
-        yield Check("orphans", "warn", f"{names}: their runs are gone", "agent-vm gc")
-    else:
-        yield Check("orphans", "ok", "none")
+    orphans = ", ".join(lease.name for lease in context.leases.orphans())
+    ok = "" if orphans else "none"
+    yield verdict("orphans", ok, f"{orphans}: their runs are gone", "agent-vm gc")
+    leased = {lease.name for lease in context.leases.all()}
+    for path in context.folders.lima_home.glob("agent-vm-*"):
+        if is_clone(path.name) and path.name not in leased:
+            yield Check("orphans", "warn", f"{path.name} has no lease", f"agent-vm rm {path.name}")
     try:
         credential = find_credential(context)
     except AgentVMError as error:
         yield Check("credential", "fail", str(error), error.hint)
         return
-    if credential:
-        yield Check(
-            "credential", "ok", f"{credential.name} from {credential.origin}; it enters the guest"
-        )
-    else:
-        yield Check(
-            "credential",
-            "warn",
-            "none on the host",
-            "agent-vm auth set, unless the base instance is logged in",
-        )
+    ok = f"{credential.name} from {credential.origin}; it enters the guest" if credential else ""
+    fix = "agent-vm auth set, unless the base instance is logged in"
+    yield verdict("credential", ok, "none on the host", fix)
 
 
 def cmd_template(args: argparse.Namespace) -> int:

@@ -34,7 +34,7 @@ GUEST_TOOLS = (
     "chromium", "curl", "docker", "fd", "gcc", "gh", "modinfo", "mount", "mountpoint", "node",
     "npm", "python3", "rg", "sg", "sudo", "sync",
 )  # fmt: skip
-PATIENCE = 30.0  # seconds until a test gives up; nothing waits that long when all is well
+PATIENCE = 60.0  # seconds until a test gives up; nothing waits that long when all is well
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,9 @@ class Sandbox:
     """A home with a project, a Lima home, and a PATH with fakes and little else."""
 
     def __init__(self) -> None:
-        # Short, because the path of Lima's sockets is part of what is tested.
-        self.root = Path(tempfile.mkdtemp(prefix="avm-", dir="/tmp")).resolve()
+        # Short, because the path of Lima's sockets is part of what is tested; not /tmp, which may
+        # lie in memory and be smaller than setup wants.
+        self.root = Path(tempfile.mkdtemp(prefix="avm-", dir="/var/tmp")).resolve()
         self.home = self.root / "home"
         self.lima = self.root / "lima"
         self.bin = self.root / "bin"
@@ -187,12 +188,14 @@ class Sandbox:
         stdin: Any = subprocess.DEVNULL,
         script: Path = SCRIPT,
         prefix: Sequence[str] = (),
+        new_session: bool = False,
         **env: str,
     ) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [*prefix, sys.executable, str(script), *args],
             env={**self.env, **env}, cwd=cwd or self.project, stdin=stdin,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+            start_new_session=new_session,
         )  # fmt: skip
         self.processes.append(process)
         return process

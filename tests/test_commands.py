@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -280,6 +281,11 @@ class DoctorTest(WorldTest):
     def test_a_credential_that_others_can_read(self) -> None:
         self.box.write(self.box.config / "credential", f"ANTHROPIC_API_KEY={TOKEN}\n", 0o644)
         self.assert_found("credential", "fail", "read by others", "chmod 600")
+
+    @unittest.skipUnless(platform.system() == "Linux", "QEMU is needed on Linux")
+    def test_qemu_missing(self) -> None:
+        (self.box.bin / "qemu-img").unlink()
+        self.assert_found("host", "fail", "qemu-img is not installed", "nstall")
 
     def test_tools_missing(self) -> None:
         for name in ("git", "ssh"):

@@ -99,8 +99,7 @@ class SignalTest(WorldTest):
         self.assert_nothing_left()
 
     def test_a_process_group_is_interrupted_as_by_ctrl_c(self) -> None:
-        process = self.box.start("run", prefix=(shutil.which("setsid") or "setsid",),
-                                 FAKE_LIMA_HANG="start")  # fmt: skip
+        process = self.box.start("run", new_session=True, FAKE_LIMA_HANG="start")
         self.box.wait_for_limactl("start")
         os.killpg(process.pid, signal.SIGINT)
         self.assertEqual(self.box.finish(process).status, 130)
