@@ -1312,7 +1312,7 @@ def worktree_git_dir(project: str) -> str:
     if os.path.islink(dot_git):  # to a worktree elsewhere, which would point back to itself
         return ""
     pointer = read_line(dot_git)
-    if not pointer.startswith("gitdir: "):
+    if not pointer.startswith("gitdir: ") or "\0" in pointer:
         return ""
     git_dir = os.path.realpath(os.path.join(project, pointer[len("gitdir: ") :]))
     parent, _, _ = git_dir.rpartition("/")
