@@ -1296,7 +1296,7 @@ def read_line(path: str) -> str:
         return ""
     try:
         with open(path, encoding="utf-8") as file:
-            return file.readline(4096).strip()
+            return file.readline(4096).strip().replace("\0", "")
     except (OSError, ValueError):
         return ""
 
@@ -1312,7 +1312,7 @@ def worktree_git_dir(project: str) -> str:
     if os.path.islink(dot_git):  # to a worktree elsewhere, which would point back to itself
         return ""
     pointer = read_line(dot_git)
-    if not pointer.startswith("gitdir: ") or "\0" in pointer:
+    if not pointer.startswith("gitdir: "):
         return ""
     git_dir = os.path.realpath(os.path.join(project, pointer[len("gitdir: ") :]))
     parent, _, _ = git_dir.rpartition("/")
@@ -2274,10 +2274,10 @@ def host_checks(context: Context) -> Iterator[Check]:
     problems = setup_problems(host, context.get("minimal"), 0)
     for problem, fix in problems:
         yield Check("host", "fail", problem, fix)
-    yield Check("host", "ok", f"{host.cpus} CPUs, {human_size(host.memory)} memory")
-    yield Check(
-        "disk", "ok", f"{human_size(host.disk_free)} free below {context.folders.lima_home}"
-    )
+    if not problems:
+        free = f"{human_size(host.disk_free)} free below {context.folders.lima_home}"
+        yield Check("host", "ok", f"{host.cpus} CPUs, {human_size(host.memory)} memory")
+        yield Check("disk", "ok", free)
     if host.system == "Linux":
         if host.qemu and host.qemu_img:
             yield Check("qemu", "ok", "installed")
