@@ -391,14 +391,18 @@ def qemu_install_command(os_release: Mapping[str, str], machine: str) -> str:
     return next((f"sudo {commands[name]}" for name in families if name in commands), "")
 
 
-def trusted_path(path: str, writable: Sequence[str]) -> str:
+def trusted_path(path: str, project: str) -> str:
     """PATH without what an agent can write (a project's .venv/bin) and without relative entries."""
-    return os.pathsep.join(
-        entry
-        for entry in path.split(os.pathsep)
-        if os.path.isabs(entry)
-        and not any(inside(os.path.realpath(entry), folder) for folder in writable)
-    )
+
+    def planted(entry: str) -> bool:
+        real = os.path.realpath(entry)
+        chain = [
+            parent for parent in (real, *map(str, Path(real).parents)) if inside(parent, project)
+        ]
+        return any(os.access(folder, os.W_OK) for folder in chain)
+
+    entries = path.split(os.pathsep)
+    return os.pathsep.join(e for e in entries if os.path.isabs(e) and not (project and planted(e)))
 
 
 def parse_os_release(text: str) -> dict[str, str]:
@@ -1124,7 +1128,7 @@ class Context(NamedTuple):
     ) -> Context:
         folders = Folders.of(os.environ)
         flags, config = vars(args), folders.config_values()
-        os.environ["PATH"] = trusted_path(os.environ.get("PATH", os.defpath), writable_now())
+        os.environ["PATH"] = trusted_path(os.environ.get("PATH", os.defpath), possible_project())
         binary = find_limactl(folders)
         if need_lima and not binary:
             raise AgentVMError("limactl is not installed", hint="agent-vm setup installs it")
@@ -1170,11 +1174,13 @@ class Context(NamedTuple):
         return {name: os.path.realpath(path) for name, path in paths.items()}
 
 
-def writable_now() -> list[str]:
-    """The current directory, which an agent may have written."""
-    with contextlib.suppress(OSError):
-        return [os.getcwd()]
-    return []
+def possible_project() -> str:
+    """The current directory, when a run would mount it: an agent may have written there."""
+    try:
+        cwd = os.getcwd()
+    except OSError:
+        return ""
+    return "" if mount_refusal(cwd, os.path.realpath(os.path.expanduser("~")), {}) else cwd
 
 
 def find_limactl(folders: Folders) -> str:

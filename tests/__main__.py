@@ -95,7 +95,8 @@ def as_nobody(argv: list[str]) -> int:
             root = folder / "repository"
             ignored = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__")
             shutil.copytree(FOLDER.parent, root, symlinks=True, ignore=ignored)
-        env = {**os.environ, "HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
+        env = {**os.environ, "HOME": str(home), "PYTHONPYCACHEPREFIX": str(home / "bytecode")}
+        env.pop("PYTHONDONTWRITEBYTECODE", None)
         command = [python, "-m", "tests", *argv]
         return subprocess.run(
             command, cwd=root, env=env, user=NOBODY, group=NOBODY, extra_groups=[], check=False

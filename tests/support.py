@@ -28,6 +28,7 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 SCRIPT = ROOT / "agent_vm.py"
 FAKES = TESTS / "fakes"
+CACHED = FAKES / "cached.py"  # runs SCRIPT, quicker
 BASE = "agent-vm-base"
 TOKEN = "sk-ant-oat01-not-a-real-token-0123456789abcdef"
 GUEST_TOOLS = (
@@ -149,8 +150,9 @@ class Sandbox:
             "FAKE_GUEST_TOOLS": str(self.root / "tool-calls"),
             "FAKE_GUEST_PATH": f"{self.guest_bin}:/usr/bin:/bin",
         }
-        if "LD_LIBRARY_PATH" in os.environ:  # this Python may need it
-            self.env["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
+        for name in ("LD_LIBRARY_PATH", "PYTHONPYCACHEPREFIX"):  # of this Python
+            if name in os.environ:
+                self.env[name] = os.environ[name]
 
     def fill_path(self) -> None:
         fake(self.bin / "limactl", FAKES / "limactl")
@@ -186,7 +188,7 @@ class Sandbox:
         *args: str,
         cwd: Path | None = None,
         stdin: Any = subprocess.DEVNULL,
-        script: Path = SCRIPT,
+        script: Path = CACHED,
         prefix: Sequence[str] = (),
         new_session: bool = False,
         **env: str,
@@ -219,7 +221,7 @@ class Sandbox:
         return self.finish(self.start(*args, **more), text)
 
     def terminal(self, *args: str, stdout: Any = None, **env: str) -> Terminal:
-        argv = [sys.executable, str(SCRIPT), *args]
+        argv = [sys.executable, str(CACHED), *args]
         terminal = Terminal(argv, {**self.env, "TERM": "xterm", **env}, self.project, stdout)
         self.processes.append(terminal.process)
         self.terminals.append(terminal)

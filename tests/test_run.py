@@ -549,7 +549,7 @@ class CredentialTest(WorldTest):
                 continue
         (self.box.project / "go").touch()
         result = self.box.finish(process)
-        self.assertTrue(any(b"agent_vm.py" in argv for argv in argvs))
+        self.assertTrue(any(b"fakes/ssh" in argv for argv in argvs))
         self.assertFalse([argv for argv in argvs if TOKEN.encode() in argv])
         self.assertNotIn(TOKEN, result.err)
 
