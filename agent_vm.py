@@ -754,11 +754,14 @@ class Folders(NamedTuple):
         return values
 
 
-def raise_interrupted(signum: int, _frame: object) -> NoReturn:
-    raise Interrupted(signum)
-
-
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def raise_interrupted(signum: int, _frame: object) -> NoReturn:
+    """The first signal ends the run; a second one must not end its clean-up."""
+    for other in STOP_SIGNALS:
+        signal.signal(other, lambda *_: None)
+    raise Interrupted(signum)
 
 
 def catch_signals() -> None:

@@ -278,14 +278,21 @@ class MountTest(TableTest):
                 self.assertEqual(bool(found), bool(problem))
 
     def test_no_program_of_the_project_is_run_on_the_host(self) -> None:
-        rows = [
-            ("/usr/bin:/bin", ["/p"], "/usr/bin:/bin"),
-            ("/p/.venv/bin:/usr/bin:/p", ["/p"], "/usr/bin"),
-            (".:bin::/usr/bin:", ["/p"], "/usr/bin"),
-            ("/p2/bin", ["/p"], "/p2/bin"),
-            ("/p/bin", [], "/p/bin"),
-        ]
-        self.check(agent_vm.trusted_path, rows)
+        with tempfile.TemporaryDirectory() as folder:
+            p = os.path.realpath(folder)
+            for name in ("project/.venv/bin", "project2/bin"):
+                os.makedirs(f"{p}/{name}")
+            os.symlink(f"{p}/project/.venv/bin", f"{p}/link")
+            venv, other, project = f"{p}/project/.venv/bin", f"{p}/project2/bin", f"{p}/project"
+            rows = [
+                ("/usr/bin:/bin", project, "/usr/bin:/bin"),
+                (f"{venv}:/usr/bin:{project}:{p}/link", project, "/usr/bin"),
+                (".:bin::/usr/bin:", project, "/usr/bin"),
+                (other, project, other),
+                (venv, "", venv),
+                ("/usr/bin", "/usr", "" if os.access("/usr", os.W_OK) else "/usr/bin"),
+            ]
+            self.check(agent_vm.trusted_path, rows)
 
     def test_plain_paths_are_mounted_where_they_are_and_others_through_a_link(self) -> None:
         links = Path("/state/links/n")

@@ -8,6 +8,6 @@ import sys
 
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from agent_vm import main
+from agent_vm import main  # noqa: E402
 
 sys.exit(main())
