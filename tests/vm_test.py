@@ -76,6 +76,8 @@ class VMTest(unittest.TestCase):
             raise unittest.SkipTest("no limactl on PATH")
         if os.geteuid() == 0:
             raise unittest.SkipTest("limactl refuses to run as root")
+        # A shell that starts this in the background has Ctrl-C ignored, for children too.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         kept = os.environ.get("VM_TEST_DIR")
         # Short, because Lima's sockets lie below it.
         cls.root = Path(kept or tempfile.mkdtemp(prefix="avm-", dir="/tmp")).resolve()
