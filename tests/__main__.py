@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import unittest
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -68,7 +69,8 @@ def main(argv: list[str]) -> int:
         suite = loader.loadTestsFromNames([f"tests.{module}" for module in modules])
     else:
         suite = loader.discover(str(FOLDER), top_level_dir=str(FOLDER.parent))
-    names = list(dict.fromkeys(class_names(suite)))
+    # The largest classes first: none of them is left for the end, when other workers are idle.
+    names = [name for name, _ in Counter(class_names(suite)).most_common()]
     outcomes = [run_class(names[0])] if argv == ["--vm"] else run(names)
     for outcome in outcomes:
         for reason in outcome.skipped:
