@@ -759,9 +759,13 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 def raise_interrupted(signum: int, _frame: object) -> NoReturn:
     """The first signal ends the run; a second one must not end its clean-up."""
-    for other in STOP_SIGNALS:
-        signal.signal(other, lambda *_: None)
+    ignore_signals()
     raise Interrupted(signum)
+
+
+def ignore_signals() -> None:
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, lambda *_: None)  # SIG_IGN would be inherited by limactl and ssh
 
 
 def catch_signals() -> None:
@@ -2667,6 +2671,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         report(AgentVMError(host_error(error), hint="" if log.verbose else "more with -v"))
         if log.verbose:
             raise
+    finally:
+        ignore_signals()  # the status is settled; Python's own shutdown is not to be interrupted
     return int(failure)
 
 
