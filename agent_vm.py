@@ -17,13 +17,10 @@ from __future__ import annotations
 
 import argparse
 import base64
-import configparser
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -31,7 +28,6 @@ import signal
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -44,6 +40,9 @@ from typing import NamedTuple
 from typing import NoReturn
 
 __version__ = "0.1.0"
+
+# Modules that few commands need are imported in the functions that use them: `shell-init` runs at
+# every start of a shell, and each of them costs it some milliseconds.
 
 # Docker's convention: 125 is a failure of ours around the guest's command, never the command's.
 EXIT_OURS = 125
@@ -243,6 +242,8 @@ def clone_name(directory: str, tag: str, lima_home: str) -> str:
 
 def session_key(project: str) -> str:
     """The folder name of a project's transcripts: readable, and distinct for distinct paths."""
+    import hashlib
+
     slug = re.sub(r"[^a-z0-9]+", "-", os.path.basename(project).lower()).strip("-")
     return f"{slug[:30] or 'project'}-{hashlib.sha256(os.fsencode(project)).hexdigest()[:12]}"
 
@@ -600,6 +601,8 @@ def variable(text: str) -> str:
 
 
 def yes_or_no(text: str) -> bool:
+    import configparser
+
     values = configparser.ConfigParser.BOOLEAN_STATES
     if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"{text!r} is not yes or no")
@@ -734,6 +737,8 @@ class Folders(NamedTuple):
             ) from error
 
     def config_values(self) -> dict[str, str]:
+        import configparser
+
         path = self.config / "config.ini"
         parser = configparser.ConfigParser(interpolation=None)
         try:
@@ -838,6 +843,8 @@ class Lima:
 
     def _run(self, *args: str, timeout: int = 0) -> str:
         """The only door to limactl. Returns its stdout."""
+        import tempfile
+
         if log.verbose:
             log.info("+ " + shlex.join(("limactl", *args)))
         limit = timeout or self.timeout
@@ -1099,6 +1106,8 @@ def file_lock(path: Path, shared: bool = False, wait: bool = True) -> Iterator[b
 @contextlib.contextmanager
 def lima_dir() -> Iterator[Path]:
     """The folder of templates: lima/ beside the resolved script, else the embedded copy."""
+    import tempfile
+
     beside = Path(__file__).resolve().parent / "lima"
     if (beside / "agent-vm.yaml").is_file():
         yield beside
@@ -1580,6 +1589,8 @@ def attach_agent(context: Context, guest: Guest, project: str, argv: Sequence[st
 
 
 def host_facts(folders: Folders) -> HostFacts:
+    import platform
+
     machine = platform.machine()
     qemu = "qemu-system-" + {"arm64": "aarch64"}.get(machine, machine)
     existing = next(
@@ -1665,7 +1676,10 @@ def lima_archive_name(system: str, machine: str, version: str) -> str:
 
 def download_lima(url: str, target: Path) -> None:
     """The release archive, checked against the release's SHA256SUMS, unpacked as `target`."""
-    import tarfile  # here: they cost every other command 30 ms
+    import hashlib
+    import platform
+    import tarfile
+    import tempfile
 
     name = lima_archive_name(platform.system(), platform.machine(), LIMA_RELEASE)
     sums = fetch(f"{url}/SHA256SUMS").decode(errors="replace")
@@ -1697,7 +1711,7 @@ def download_lima(url: str, target: Path) -> None:
 
 
 def fetch(url: str) -> bytes:
-    import urllib.error  # here: they cost every other command 30 ms
+    import urllib.error
     import urllib.request
 
     try:
@@ -1733,6 +1747,8 @@ def create_expression(
 
 
 def template_expression(context: Context, environ: Mapping[str, str]) -> str:
+    import platform
+
     params = {
         "minimal": "true" if context.get("minimal") else "",
         "aptMirror": context.get("apt-mirror"),
@@ -2180,7 +2196,7 @@ def recognise(text: str) -> tuple[str, str]:
 def auth_set(context: Context) -> int:
     """Store what stdin holds: an OAuth token of `claude setup-token`, or an API key."""
     if os.isatty(0):
-        import getpass  # on a terminal only
+        import getpass
 
         text = ""
         with contextlib.suppress(EOFError):
@@ -2522,6 +2538,8 @@ RUN_SETTINGS = ("name", "memory", "cpus", "mount", "readonly", "forward", "env",
 
 
 def build_parser() -> argparse.ArgumentParser:
+    import platform
+
     parser = argparse.ArgumentParser(
         prog="agent-vm", description=__doc__, epilog=EPILOG, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
