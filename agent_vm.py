@@ -768,9 +768,13 @@ def raise_interrupted(signum: int, _frame: object) -> NoReturn:
     raise Interrupted(signum)
 
 
+def ignore_signal(_signum: int, _frame: object) -> None:
+    """Not SIG_IGN, which limactl and ssh would inherit."""
+
+
 def ignore_signals() -> None:
     for signum in STOP_SIGNALS:
-        signal.signal(signum, lambda *_: None)  # SIG_IGN would be inherited by limactl and ssh
+        signal.signal(signum, ignore_signal)
 
 
 def catch_signals() -> None:
@@ -781,28 +785,26 @@ def catch_signals() -> None:
 
 
 @contextlib.contextmanager
-def shielded() -> Iterator[None]:
-    """No signal interrupts what must be finished: deleting a clone, swapping base instances."""
-    before = [signal.signal(signum, lambda *_: None) for signum in STOP_SIGNALS]
+def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    before = [signal.signal(signum, handler) for signum in STOP_SIGNALS]
     try:
         yield
     finally:
-        for signum, handler in zip(STOP_SIGNALS, before):
-            signal.signal(signum, handler)
+        for signum, old in zip(STOP_SIGNALS, before):
+            signal.signal(signum, old)
+
+
+def shielded() -> contextlib.AbstractContextManager[None]:
+    """No signal interrupts what must be finished: deleting a clone, swapping base instances."""
+    return handling(ignore_signal)
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
     """A signal waits for the end of the block: a child that starts must not be lost sight of."""
     seen: list[int] = []
-    before = [
-        signal.signal(signum, lambda number, _: seen.append(number)) for signum in STOP_SIGNALS
-    ]
-    try:
+    with handling(lambda signum, _frame: seen.append(signum)):
         yield
-    finally:
-        for signum, handler in zip(STOP_SIGNALS, before):
-            signal.signal(signum, handler)
     if seen:
         os.kill(os.getpid(), seen[0])
 
@@ -1465,11 +1467,12 @@ def failure_logs(context: Context, name: str) -> str:
     for file in ("ha.stderr.log", "serial.log"):
         source = context.folders.lima_home / name / file
         kept = context.folders.state / "logs" / f"{name}.{file}"
-        if tail(source):
+        end = tail(source)
+        if end:
             with contextlib.suppress(OSError):
                 kept.write_bytes(last_bytes(source, 1 << 20))
                 prune_logs(kept.parent)
-            parts.append(f"--- the end of {file} (all of it: {kept})\n{tail(source)}")
+            parts.append(f"--- the end of {file} (all of it: {kept})\n{end}")
     return "\n".join(parts)
 
 
