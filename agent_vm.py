@@ -819,6 +819,20 @@ def stop_process(process: subprocess.Popen[Any], group: bool = False) -> None:
             return
 
 
+@contextlib.contextmanager
+def child(argv: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that does not outlive the block, whatever ends it; options are Popen's."""
+    process: subprocess.Popen[bytes] | None = None
+    try:
+        with deferred():
+            process = subprocess.Popen(argv, **options)
+        yield process
+    finally:
+        if process and process.poll() is None:
+            with shielded():
+                stop_process(process, group=bool(options.get("start_new_session")))
+
+
 def last_bytes(path: Path, size: int) -> bytes:
     try:
         with open(path, "rb") as file:
@@ -851,31 +865,26 @@ class Lima:
             log.info("+ " + shlex.join(("limactl", *args)))
         limit = timeout or self.timeout
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-            process: subprocess.Popen[bytes] | None = None
             reason = ""
-            try:
-                with deferred():
-                    process = self._spawn(args, out, None if log.verbose else err)
-                process.wait(timeout=limit)
-            except subprocess.TimeoutExpired:
-                reason = f"no answer within {limit} s"
-            finally:
-                if process and process.poll() is None:
-                    with shielded():
-                        stop_process(process, group=True)
+            with self._child(args, out, None if log.verbose else err) as process:
+                try:
+                    process.wait(timeout=limit)
+                except subprocess.TimeoutExpired:
+                    reason = f"no answer within {limit} s"
             out.seek(0)
             err.seek(0)
-            status = process.returncode if process else 0
+            status = process.returncode
             if status or reason:
                 raise self._error(args, reason or f"status {status}", err.read())
             return out.read().decode(errors="replace")
 
-    def _spawn(self, args: Sequence[str], out: Any, err: Any) -> subprocess.Popen[bytes]:
+    @contextlib.contextmanager
+    def _child(self, args: Sequence[str], out: Any, err: Any) -> Iterator[subprocess.Popen[bytes]]:
+        # A session of its own: Ctrl-C at the terminal is ours to handle, not limactl's.
+        options = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err}
         try:
-            return subprocess.Popen(
-                [self.binary, *args], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                start_new_session=True,  # Ctrl-C at the terminal is ours to handle, not limactl's
-            )  # fmt: skip
+            with child([self.binary, *args], **options, start_new_session=True) as process:
+                yield process
         except OSError as error:
             raise AgentVMError(
                 f"{self.binary} cannot be started: {error.strerror}", hint="agent-vm doctor"
@@ -953,15 +962,8 @@ class Guest:
     def attach(self, argv: Sequence[str], tty: bool, stdin: int | None = None) -> int:
         """Run argv with our terminal or pipes; its status. ssh joins its arguments: quote them."""
         command = [*self.ssh, "-t" if tty else "-T", self.host, shlex.join(argv)]
-        process = None
-        try:
-            with deferred():
-                process = subprocess.Popen(command, stdin=stdin)
+        with child(command, stdin=stdin) as process:
             return process.wait()
-        finally:
-            if process and process.poll() is None:
-                with shielded():
-                    stop_process(process)
 
     def alive(self) -> bool:
         with contextlib.suppress(AgentVMError):
