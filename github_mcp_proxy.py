@@ -67,6 +67,7 @@ SESSION_GONE = -32001
 
 Json = Any
 Object = dict[str, Any]
+Bytes = Union[bytes, bytearray]
 
 
 class ProxyError(Exception):
@@ -234,12 +235,12 @@ def check_tree(value: Json, depth: int = 0) -> None:
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def parse_json(body: bytes) -> Json:
+def parse_json(body: Bytes) -> Json:
     """The value of `body`, or ProtocolError. Stricter than json.loads, which guesses encodings."""
     try:
-        text = body.decode("utf-8")
-        value = STRICT.decode(text)
-        check_tree(value)
+        value = STRICT.decode(body.decode("utf-8"))
+        if b"\\u" in body or body.count(b"{") + body.count(b"[") > MAX_DEPTH:
+            check_tree(value)
     except UnicodeDecodeError as error:
         raise ProtocolError("the body is not UTF-8", code=PARSE_ERROR) from error
     except RecursionError as error:
@@ -262,7 +263,7 @@ ENVELOPES: tuple[tuple[set[str], set[str]], ...] = (
 )
 
 
-def parse_message(body: bytes) -> Object:
+def parse_message(body: Bytes) -> Object:
     """One JSON-RPC 2.0 message with exactly the keys of a request, notification or answer."""
     message = parse_json(body)
     if isinstance(message, list):
@@ -283,8 +284,11 @@ def parse_message(body: bytes) -> Object:
     return message
 
 
+ENCODER = json.JSONEncoder(separators=(",", ":"))
+
+
 def dumps(value: Json) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode("ascii")
+    return ENCODER.encode(value).encode("ascii")
 
 
 def quoted(value: Json) -> str:
@@ -1194,9 +1198,12 @@ def writes_branch(message: Object, policy: Policy) -> bool:
 # --- pure core: mirrored headers (2026-07-28) ---
 
 
+PLAIN_HEADER = re.compile(r"[!-~]([ -~]*[!-~])?").fullmatch
+
+
 def encode_header(value: str) -> str:
     """A value as Mcp-Name and Mcp-Param-* carry it: base64 when it is not plain ASCII."""
-    if re.fullmatch(r"[!-~]([ -~]*[!-~])?", value) and not value.startswith("=?base64?"):
+    if PLAIN_HEADER(value) and not value.startswith("=?base64?"):
         return value
     import base64
 
@@ -1244,7 +1251,7 @@ def mirror_headers(headers: Mapping[str, str], message: Object) -> dict[str, str
 # --- pure core: answers ---
 
 # What GitHub's tokens look like, and URLs that carry their own permission.
-TOKENS = re.compile(rb"gh[pousr]_[A-Za-z0-9._-]{16,}|ghs-[A-Za-z0-9._-]{16,}|github_pat_\w{16,}")
+TOKENS = re.compile(rb"g(?:h[pousr]_|hs-|ithub_pat_)[A-Za-z0-9._-]{16,}")
 SIGNED_URL = re.compile(
     rb"\?(?:[^\s\"\\<>]|\\+u0026)*?(?:token|sig|signature|jwt|x-amz-[a-z-]+)="
     rb"(?:[^\s\"\\<>]|\\+u0026)*",
@@ -1252,11 +1259,11 @@ SIGNED_URL = re.compile(
 )
 
 
-def redact(data: bytes, token: bytes) -> bytes:
+def redact(data: Bytes, token: bytes) -> Bytes:
     """`data` without the token itself, token-like strings and the queries of signed URLs."""
     if len(token) >= 16 and token in data:
         data = data.replace(token, b"[redacted]")
-    if b"gh" in data or b"github_pat_" in data:
+    if TOKENS.search(data):
         data = TOKENS.sub(b"[redacted]", data)
     if b"?" in data:
         data = SIGNED_URL.sub(b"?[redacted]", data)
@@ -1428,7 +1435,7 @@ def answer(scope: Scope, policy: Policy, forward: Forward, message: Object) -> O
             raise Refusal("the upstream's github-mcp-server is older than v0.32 and is not safe")
         offered = result.get("capabilities") or {}
         kept: Object = {key: offered[key] for key in ("tools", "logging") if key in offered}
-        changed = {"capabilities": kept, "instructions": instructions(scope, policy)}
+        changed: Object = {"capabilities": kept, "instructions": instructions(scope, policy)}
     elif method == "tools/list":
         changed = {"tools": narrow_tools(scope, policy, result.get("tools") or [])}
         if "cacheScope" in result:
@@ -1488,7 +1495,13 @@ def refusal_message(message: Object, refuse: Refuse) -> tuple[int, Object]:
 
 # --- pure core: HTTP/1.1 without I/O ---
 
-HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
+NAME = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+").fullmatch
+VALUE = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f]*").fullmatch
+VISIBLE = re.compile("[!-~]{0,256}").fullmatch
+VERSION_HEADER = re.compile("[A-Za-z0-9.-]{0,32}").fullmatch
+PORT = re.compile(r":[0-9]{0,5}$")
+STATUS = re.compile("[2-5][0-9][0-9]").fullmatch
+CHUNK_SIZE = re.compile(rb"[0-9a-fA-F]{1,8}").fullmatch
 # Given twice, these make two readers see two messages (RFC 9112, 11.2).
 SINGLE = {"host", "content-length", "transfer-encoding", "authorization", "content-type", "origin",
           "mcp-session-id", "mcp-protocol-version", "mcp-method", "mcp-name"}  # fmt: skip
@@ -1510,6 +1523,11 @@ class Incoming:
         self.decode = self.decode_head
 
     def feed(self, data: bytes) -> None:
+        if self.decode == self.decode_sized and len(data) <= self.left:
+            self.body += data  # most of a large body: straight to its place
+            self.left -= len(data)
+            self.complete = not self.left
+            return
         self.rest += data
         while not self.complete and self.decode():
             pass
@@ -1521,9 +1539,8 @@ class Incoming:
         elif not self.complete:
             raise ProtocolError("the connection was closed in the middle of a message", 502)
 
-    def take(self) -> bytes:
-        data = bytes(self.body)
-        self.body.clear()
+    def take(self) -> Bytes:
+        data, self.body = self.body, bytearray()
         return data
 
     def decode_head(self) -> bool:
@@ -1547,10 +1564,10 @@ class Incoming:
     def parse_headers(self, lines: list[str]) -> dict[str, str]:
         headers: dict[str, str] = {}
         for line in lines:
-            match = HEADER.fullmatch(line)
-            if not match:
+            name, colon, value = line.partition(":")
+            name, value = name.lower(), value.strip(" \t")
+            if not (colon and NAME(name) and VALUE(value)):
                 raise ProtocolError("a malformed header")
-            name, value = match[1].lower(), match[2].rstrip(" \t")
             if name in headers:
                 if name in SINGLE and self.request:
                     raise ProtocolError(f"the header {name} is given twice")
@@ -1604,7 +1621,7 @@ class Incoming:
                 raise ProtocolError("a malformed chunk")
             return False
         size = bytes(self.rest[:end]).partition(b";")[0].strip()
-        if not re.fullmatch(rb"[0-9a-fA-F]{1,8}", size):
+        if not CHUNK_SIZE(size):
             raise ProtocolError("a malformed chunk")
         del self.rest[: end + 2]
         self.left = int(size, 16)
@@ -1639,7 +1656,7 @@ PATHS = ("/mcp", "/")
 
 
 def host_name(authority: str) -> str:
-    return re.sub(r":[0-9]{0,5}$", "", authority).lower()
+    return PORT.sub("", authority).lower()
 
 
 def check_request(request: Incoming, hosts: Container[str], secret: bytes) -> None:
@@ -1668,7 +1685,7 @@ def check_request(request: Incoming, hosts: Container[str], secret: bytes) -> No
     if method == "POST" and content_type != "application/json":
         raise ProtocolError("Content-Type must be application/json", 415)
     session = headers.get("mcp-session-id", "")
-    if len(session) > 256 or not re.fullmatch("[!-~]*", session):
+    if not VISIBLE(session):
         raise ProtocolError("Mcp-Session-Id is malformed")
 
 
@@ -1682,7 +1699,7 @@ class Events:
         self.buffer = bytearray()
         self.scanned = 0
 
-    def feed(self, data: bytes) -> Iterator[bytes]:
+    def feed(self, data: Bytes) -> Iterator[bytes]:
         self.buffer += data
         while True:
             end = EVENT_END.search(self.buffer, max(0, self.scanned - 3))
@@ -1706,7 +1723,7 @@ def event_data(event: bytes) -> bytes:
     return b"\n".join(line[1:] if line.startswith(b" ") else line for line in data)
 
 
-def event_with(event: bytes, data: bytes) -> bytes:
+def event_with(event: bytes, data: Bytes) -> bytes:
     """The event with other data, its id and retry kept."""
     lines = re.split(rb"\r\n|\n|\r", event)
     kept = [line for line in lines if line and not line.startswith((b"data:", b":"))]
@@ -1714,9 +1731,7 @@ def event_with(event: bytes, data: bytes) -> bytes:
 
 
 REASONS = {200: "OK", 202: "Accepted", 204: "No Content", 400: "Bad Request", 403: "Forbidden",
-           404: "Not Found", 405: "Method Not Allowed", 406: "Not Acceptable", 409: "Conflict",
-           413: "Content Too Large", 415: "Unsupported Media Type", 431: "Headers Too Large",
-           502: "Bad Gateway", 503: "Service Unavailable", 505: "HTTP Version Not Supported"}  # fmt: skip
+           404: "Not Found", 405: "Method Not Allowed", 413: "Content Too Large"}  # fmt: skip
 
 
 def response_head(status: int, *headers: str) -> bytes:
@@ -1724,9 +1739,9 @@ def response_head(status: int, *headers: str) -> bytes:
     return "\r\n".join(lines).encode("latin-1")
 
 
-def response(status: int, body: bytes, *headers: str) -> bytes:
-    kind = ("Content-Type: application/json",) if body else ()
-    return response_head(status, *headers, *kind, f"Content-Length: {len(body)}") + body
+def answer_head(status: int, length: int, *headers: str) -> bytes:
+    kind = ("Content-Type: application/json",) if length else ()
+    return response_head(status, *headers, *kind, f"Content-Length: {length}")
 
 
 STREAM_HEAD = (
@@ -1831,7 +1846,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, all_connections: set[Connection]) -> None:
         self.all = all_connections
-        self.deadline = float("inf")  # loop time at which `expire` is called
+        self.deadline = float("inf")  # monotonic time at which `expire` is called
         self.closed = False
         self.room: asyncio.Future[None] | None = None  # set while the peer reads too slowly
 
@@ -1854,7 +1869,7 @@ class Connection(asyncio.Protocol):
         self.room = None
 
     def set_deadline(self, seconds: float) -> None:
-        self.deadline = asyncio.get_running_loop().time() + seconds
+        self.deadline = time.monotonic() + seconds
 
     def expire(self) -> None:
         self.transport.abort()
@@ -2033,7 +2048,7 @@ class Upstream:
         while connection.incoming.start is None:
             await connection.more()
 
-    async def whole(self, connection: UpstreamConnection) -> bytes:
+    async def whole(self, connection: UpstreamConnection) -> Bytes:
         """The body of an answer that is not a stream."""
         while not connection.incoming.complete:
             connection.set_deadline(self.timeout)
@@ -2074,10 +2089,8 @@ class Client(Connection):
         super().connection_made(transport)
         self.set_deadline(IDLE_SECONDS)
         if len(self.all) > MAX_CLIENTS:
-            self.write(
-                response(503, dumps(error_message(None, INVALID_REQUEST, "too many clients")))
-            )
-            self.transport.close()
+            self.last = True
+            self.answer(503, error_message(None, INVALID_REQUEST, "too many clients"))
 
     def data_received(self, data: bytes) -> None:
         if self.task:
@@ -2127,17 +2140,22 @@ class Client(Connection):
         if self.task:
             self.task.cancel()
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: Bytes) -> None:
         if not self.closed:
             self.transport.write(data)
 
     def answer(self, status: int, message: Object, *headers: str) -> None:
         self.answer_bytes(status, dumps(message), *headers)
 
-    def answer_bytes(self, status: int, body: bytes, *headers: str) -> None:
+    def answer_bytes(self, status: int, body: Bytes, *headers: str) -> None:
         if self.last:
             headers = (*headers, "Connection: close")
-        self.write(response(status, body, *headers))
+        head = answer_head(status, len(body), *headers)
+        if len(body) > HIGH_WATER:
+            self.write(head)  # rather than to copy the body once more
+            self.write(body)
+        else:
+            self.write(head + body)
         if self.last:
             self.transport.close()
 
@@ -2180,7 +2198,10 @@ class Proxy:
             {"": set()}
         )
         self.writes: collections.deque[float] = collections.deque()
-        self.listed = (b"", b"")  # an answer to tools/list, and what it was narrowed to
+        self.listed: tuple[Bytes, Bytes] = (
+            b"",
+            b"",
+        )  # an answer to tools/list, and what it was narrowed to
         self.repository_id = 0
         self.moved = False  # the name now belongs to another repository
         self.asked_at = float("-inf")
@@ -2263,13 +2284,13 @@ class Proxy:
         if isinstance(verdict, Refuse):
             self.record(method, verdict.tool, "refuse", verdict.reason)
         else:
-            self.record(method, verdict.tool, "forward", "", target_of(verdict.message))
+            self.record(method, verdict.tool, "forward", "", verdict.message)
         return verdict
 
     def record(
-        self, method: str, tool: str, verdict: str, reason: str, target: Object | None = None
+        self, method: str, tool: str, verdict: str, reason: str, message: Object | None = None
     ) -> None:
-        self.audit.write(method[:64], tool[:64], verdict, reason, target or {})
+        self.audit.write(method[:64], tool[:64], verdict, reason, message)
 
     async def forward(
         self, client: Client, forward: Forward, headers: Mapping[str, str], session: str
@@ -2359,7 +2380,7 @@ class Proxy:
             client.start_stream(*headers)
         while True:
             for event in events.feed(incoming.take()):
-                data = event_data(event)
+                data: Bytes = event_data(event)
                 resumable = resumable or event.startswith(b"id:") or b"\nid:" in event
                 out, final = self.convert(data, forward, session) if data else (b"", False)
                 if final and not client.streaming:
@@ -2384,12 +2405,12 @@ class Proxy:
         client.end_stream()
         return True
 
-    def convert(self, data: bytes, forward: Forward | None, session: str) -> tuple[bytes, bool]:
+    def convert(self, data: Bytes, forward: Forward | None, session: str) -> tuple[Bytes, bool]:
         """(what the client gets for one message of the upstream, whether that is the answer).
 
         Nothing (b"") for what does not pass.
         """
-        key = b""
+        key: Bytes = b""
         if forward and forward.message.get("method") == "tools/list":
             ours = b'"id":' + dumps(forward.message["id"])
             key = data.replace(ours, b'"id":0', 1)
@@ -2422,7 +2443,7 @@ class Proxy:
             return b"", False
         return self.redact(data), kind == "answer"
 
-    def redact(self, data: bytes) -> bytes:
+    def redact(self, data: Bytes) -> Bytes:
         return redact(data, self.upstream.token.value.encode())
 
     async def know_repository(self, *, wait: bool) -> None:
@@ -2492,7 +2513,7 @@ OWN_INITIALIZE: Object = {
 
 def status_of(connection: UpstreamConnection) -> int:
     status = (connection.incoming.start or ("", "0", ""))[1]
-    return int(status) if re.fullmatch("[2-5][0-9][0-9]", status) else 502
+    return int(status) if STATUS(status) else 502
 
 
 def check_status(status: int, forward: Forward | None) -> None:
@@ -2507,7 +2528,7 @@ def check_status(status: int, forward: Forward | None) -> None:
         raise UpstreamError(f"it answered HTTP {status}")
 
 
-def relayed_error(body: bytes, forward: Forward | None, clean: Callable[[bytes], bytes]) -> Object:
+def relayed_error(body: Bytes, forward: Forward | None, clean: Callable[[Bytes], Bytes]) -> Object:
     """An upstream's 4xx as JSON-RPC: clients tell the protocol's era from its body."""
     id = forward.message.get("id") if forward else None
     try:
@@ -2521,20 +2542,36 @@ def relayed_error(body: bytes, forward: Forward | None, clean: Callable[[bytes],
 
 
 def safe_header(value: str) -> str:
-    return value if len(value) <= 256 and re.fullmatch("[!-~]*", value) else ""
+    return value if VISIBLE(value) else ""
 
 
 def legacy_version(headers: Mapping[str, str]) -> str:
     value = headers.get("mcp-protocol-version", "")
-    if not re.fullmatch("[A-Za-z0-9.-]{0,32}", value):
+    if not VERSION_HEADER(value):
         raise ProtocolError("MCP-Protocol-Version is malformed")
     return value
 
 
 # --- shell: the audit ---
 
-TARGETS = ("method", "issue_number", "pullNumber", "discussionNumber", "commentId", "comment_id",
-           "branch", "from_branch", "path", "ref", "sha", "tag", "head", "base", "name", "state")  # fmt: skip
+TARGETS = [
+    "method",
+    "issue_number",
+    "pullNumber",
+    "discussionNumber",
+    "commentId",
+    "comment_id",
+    "branch",
+    "from_branch",
+    "path",
+    "ref",
+    "sha",
+    "tag",
+    "head",
+    "base",
+    "name",
+    "state",
+]
 
 
 def target_of(message: Object) -> Object:
@@ -2560,7 +2597,9 @@ class Audit:
             except OSError as error:
                 raise ProxyError(f"cannot write the audit file {path}: {error.strerror}") from None
 
-    def write(self, method: str, tool: str, verdict: str, reason: str, target: Object) -> None:
+    def write(
+        self, method: str, tool: str, verdict: str, reason: str, message: Object | None
+    ) -> None:
         if self.debug or verdict != "forward":
             what = " ".join(filter(None, [method, tool, verdict]))
             log(f"{what}: {reason}" if reason else what)
@@ -2571,7 +2610,7 @@ class Audit:
             time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
         )
         line = {"time": stamp, "method": method, "tool": tool, "verdict": verdict,
-                "reason": reason, "target": target}  # fmt: skip
+                "reason": reason, "target": target_of(message or {})}  # fmt: skip
         os.write(self.fd, redact(dumps(line), b"") + b"\n")
 
 
@@ -2635,10 +2674,9 @@ def watch_stdin(loop: asyncio.AbstractEventLoop, stop: Callable[[int], None]) ->
 
 async def sweep(proxy: Proxy) -> None:
     """Every limit of time is kept here, so that no request needs a timer."""
-    loop = asyncio.get_running_loop()
     while True:
         await asyncio.sleep(1)
-        now = loop.time()
+        now = time.monotonic()
         for connection in [*proxy.clients, *proxy.upstream.connections]:
             if connection.deadline < now:
                 connection.expire()
@@ -2817,7 +2855,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--listen", metavar="ADDR:PORT", type=listen_address, default=("127.0.0.1", 0),
         help="default 127.0.0.1:0, any free port")  # fmt: skip
     add("--token-command", metavar="CMD", default="",
-        help="a program that prints {\"token\": …, \"expires_at\": …}; asked again before it expires")  # fmt: skip
+        help='a program that prints {"token": …, "expires_at": …}; again in time')  # fmt: skip
     add("--secret-file", metavar="FILE", default="", help="the secret that requests must carry")
     add("--print-secret", action="store_true", help="make one, and print it as the second line")
     add("--policy", metavar="FILE", default="", help="what may be written: an INI file")
