@@ -47,7 +47,6 @@ DEFAULT_TOOLSETS = "repos,issues,pull_requests,git,labels"
 MAX_HEAD = 32 * 1024
 MAX_REQUEST = 5 * 1024 * 1024  # the server's own limit
 MAX_ANSWER = 64 * 1024 * 1024
-MAX_EVENT = 1024 * 1024  # the Python SDK 2.x refuses larger SSE events
 MAX_DEPTH = 32
 MAX_CLIENTS = 1024
 MAX_SESSIONS = 1024
@@ -967,19 +966,19 @@ def blocked_tool(name: str) -> str:
 def tool_arguments(name: str, tool: Tool, arguments: Object, bounds: Bounds) -> Object:
     """The arguments to send, or Refusal. owner and repo are always the configured ones."""
     scope = bounds.scope
-    known = {**tool.rules, "owner": None, "repo": None}
-    for key in arguments:
-        if key not in known:
+    for key, given in arguments.items():
+        if key in ("owner", "repo"):
+            ours = getattr(scope, key)
+            if not isinstance(given, str) or given.lower() != ours.lower():
+                raise Refusal(
+                    f"{name}: {key} is {quoted(given)}, but only {scope} is served here; "
+                    f"leave owner and repo out, or give {scope.owner} and {scope.repo}"
+                )
+        elif key not in tool.rules:
+            known = ["owner", "repo", *tool.rules]
             near = [k for k in known if k.lower() == key.lower()]
             hint = f" (spelled {near[0]})" if near else f"; {name} takes {', '.join(known)}"
             raise Refusal(f"{name}: the parameter {quoted(key)} is not passed{hint}")
-    for key, ours in zip(("owner", "repo"), scope):
-        given = arguments.get(key, ours)
-        if not isinstance(given, str) or given.lower() != ours.lower():
-            raise Refusal(
-                f"{name}: {key} is {quoted(given)}, but only {scope} is served here; "
-                f"leave owner and repo out, or give {scope.owner} and {scope.repo}"
-            )
     checked: Object = {"owner": scope.owner, "repo": scope.repo} if tool.scoped else {}
     for key, rule in tool.rules.items():
         if key in arguments:
@@ -1162,20 +1161,20 @@ def checked_params(
     """The params to send. Of _meta, what no rule names is dropped: clients put all sorts there."""
     params = dict(message.get("params") or {})
     meta = params.pop("_meta", {})
-    refuse_unless(isinstance(meta, dict), f"{method}: _meta must be an object")
-    for key in params:
-        refuse_unless(key in rules, f"{method}: the parameter {quoted(key)} is not passed")
+    if not isinstance(meta, dict):
+        raise Refusal(f"{method}: _meta must be an object")
+    for key in params.keys() - rules.keys():
+        raise Refusal(f"{method}: the parameter {quoted(key)} is not passed")
     for key, rule in rules.items():
         if key in params:
             params[key] = checked_value(method, key, rule, params[key], bounds)
-        else:
-            refuse_unless(not rule.required, f"{method}: {key} is missing")
-    kept = {
-        key: checked_value(method, key, rule, meta[key], bounds)
-        for key, rule in META_RULES.items()
-        if key in meta
-    }
-    return {**params, "_meta": kept} if kept else params
+        elif rule.required:
+            raise Refusal(f"{method}: {key} is missing")
+    known = META_RULES.keys() & meta.keys()
+    if known:
+        kept = {k: checked_value(method, k, META_RULES[k], meta[k], bounds) for k in known}
+        params["_meta"] = kept
+    return params
 
 
 def rebuilt(message: Object, params: Object) -> Object:
@@ -1473,6 +1472,13 @@ def kind_of(message: Json, forward: Forward | None) -> str:
     return "note" if method in PASSED_NOTIFICATIONS else ""
 
 
+def is_plain_answer(data: Bytes, forward: Forward | None) -> bool:
+    """Whether the bytes begin as the answer to a tool call that nothing needs to be taken from."""
+    if forward is None or not forward.tool or TOOLS[forward.tool].answer:
+        return False
+    return data.startswith(b'{"jsonrpc":"2.0","id":' + dumps(forward.message["id"]) + b",")
+
+
 def error_message(id: Json, code: int, reason: str) -> Object:
     return {"jsonrpc": "2.0", "id": id, "error": {"code": code, "message": reason}}
 
@@ -1495,7 +1501,9 @@ def refusal_message(message: Object, refuse: Refuse) -> tuple[int, Object]:
 
 # --- pure core: HTTP/1.1 without I/O ---
 
-NAME = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+").fullmatch
+HEADERS = re.compile(
+    r"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*"
+).fullmatch  # no folding, no space before the colon, no controls
 VALUE = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f]*").fullmatch
 VISIBLE = re.compile("[!-~]{0,256}").fullmatch
 VERSION_HEADER = re.compile("[A-Za-z0-9.-]{0,32}").fullmatch
@@ -1549,25 +1557,25 @@ class Incoming:
             if len(self.rest) >= MAX_HEAD:
                 raise ProtocolError(f"a head of more than {MAX_HEAD} bytes", 431)
             return False
-        lines = self.rest[:end].decode("latin-1").split("\r\n")
+        first, _, block = self.rest[: end + 2].decode("latin-1").partition("\r\n")
         del self.rest[: end + 4]
-        start = lines[0].split(" ", 2)
-        if len(start) != 3 or len(lines) > 100:
+        start = first.split(" ", 2)
+        if len(start) != 3 or not VALUE(first):
             raise ProtocolError("not an HTTP request" if self.request else "not an HTTP answer")
-        self.headers = self.parse_headers(lines[1:])
+        self.headers = self.parse_headers(block)
         if not self.request and start[1].startswith("1") and start[1] != "101":
             return True  # 100 Continue, 103 Early Hints: the answer follows
         self.start = (start[0], start[1], start[2])
         self.decode = self.body_decoder()
         return True
 
-    def parse_headers(self, lines: list[str]) -> dict[str, str]:
+    def parse_headers(self, block: str) -> dict[str, str]:
+        if not HEADERS(block):
+            raise ProtocolError("a malformed header")
         headers: dict[str, str] = {}
-        for line in lines:
-            name, colon, value = line.partition(":")
+        for line in block.split("\r\n")[:-1]:
+            name, _, value = line.partition(":")
             name, value = name.lower(), value.strip(" \t")
-            if not (colon and NAME(name) and VALUE(value)):
-                raise ProtocolError("a malformed header")
             if name in headers:
                 if name in SINGLE and self.request:
                     raise ProtocolError(f"the header {name} is given twice")
@@ -1980,12 +1988,12 @@ class Upstream:
         self.connections: set[Connection] = set()
         default_port = 443 if self.secure else 80
         name = self.host if self.port == default_port else f"{self.host}:{self.port}"
-        self.headers = {
-            "Host": name,
-            "User-Agent": f"agent-vm-github-mcp-proxy/{__version__}",
-            "Accept-Encoding": "identity",
-            **headers,
-        }
+        self.fixed = [
+            f"Host: {name}",
+            f"User-Agent: agent-vm-github-mcp-proxy/{__version__}",
+            "Accept-Encoding: identity",
+        ]
+        self.headers = headers
 
     async def connect(self) -> UpstreamConnection:
         if self.secure and not self.tls:
@@ -2036,10 +2044,9 @@ class Upstream:
     async def send(
         self, connection: UpstreamConnection, method: str, body: bytes, headers: Mapping[str, str]
     ) -> None:
-        lines = [f"{method} {self.path} HTTP/1.1"]
-        merged_headers = {**self.headers, **headers}
-        lines += [f"{name}: {value}" for name, value in merged_headers.items() if value]
-        lines += [f"Authorization: Bearer {await self.token.fresh()}"]
+        lines = [f"{method} {self.path} HTTP/1.1", *self.fixed]
+        lines += [f"{name}: {value}" for name, value in headers.items() if value]
+        lines.append(f"Authorization: Bearer {await self.token.fresh()}")
         if body:
             lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
         head = "\r\n".join([*lines, "", ""]).encode("latin-1")
@@ -2236,7 +2243,7 @@ class Proxy:
         if isinstance(verdict, Refuse):
             status, body = refusal_message(message, verdict)
             return client.answer(status, body)
-        headers = {"Mcp-Session-Id": session}
+        headers = {**self.upstream.headers, "Accept": BOTH, "Mcp-Session-Id": session}
         if modern:
             headers.update(mirror_headers(request.headers, verdict.message))
         else:
@@ -2296,7 +2303,6 @@ class Proxy:
         self, client: Client, forward: Forward, headers: Mapping[str, str], session: str
     ) -> None:
         body = dumps(forward.message)
-        headers = {"Accept": "application/json, text/event-stream", **headers}
         connection = await self.exchange("POST", body, headers, again=not forward.write)
         answered = False
         try:
@@ -2319,6 +2325,7 @@ class Proxy:
         self, client: Client, method: str, request: Incoming, session: str
     ) -> None:
         headers = {
+            **self.upstream.headers,
             "Accept": "text/event-stream" if method == "GET" else "",
             "Mcp-Session-Id": session,
             "MCP-Protocol-Version": legacy_version(request.headers),
@@ -2372,7 +2379,8 @@ class Proxy:
         self, client: Client, connection: UpstreamConnection, forward: Forward | None, session: str,
         headers: tuple[str, ...],
     ) -> bool:  # fmt: skip
-        """Pass a stream on, event by event. An answer that comes first goes as plain JSON."""
+        """Pass a stream on, event by event. An answer that comes first goes as plain JSON: an SSE
+        event of more than 1 MiB is refused by the Python SDK 2.x."""
         incoming = connection.incoming
         events = Events()
         resumable = False  # the client may come back for the rest of a stream with event ids
@@ -2416,6 +2424,8 @@ class Proxy:
             key = data.replace(ours, b'"id":0', 1)
             if key == self.listed[0]:
                 return self.listed[1].replace(b'"id":0', ours, 1), True
+        if len(data) > HIGH_WATER and is_plain_answer(data, forward):
+            return self.redact(data), True  # megabytes are not parsed for nothing
         try:
             message = json.loads(data)
         except (ValueError, RecursionError):
@@ -2475,7 +2485,7 @@ class Proxy:
             self.policy = self.policy._replace(default_branch=default_branch)
 
     async def own_call(self, tool: str, arguments: Object) -> Object:
-        headers = {"X-MCP-Toolsets": "repos", "X-MCP-Tools": "", "X-MCP-Readonly": "true"}
+        headers = {"X-MCP-Toolsets": "repos", "X-MCP-Readonly": "true"}
         session = await self.own_request("initialize", OWN_INITIALIZE, headers)
         headers["Mcp-Session-Id"] = str(session.get("session", ""))
         params = {"name": tool, "arguments": arguments}
@@ -2485,7 +2495,7 @@ class Proxy:
         """A request of the proxy's own; its result, and the session's id as "session"."""
         message = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
         headers = {
-            "Accept": "application/json, text/event-stream",
+            "Accept": BOTH,
             "MCP-Protocol-Version": "" if method == "initialize" else OWN_VERSION,
             **headers,
         }
@@ -2503,6 +2513,7 @@ class Proxy:
         return {**result, "session": session}
 
 
+BOTH = "application/json, text/event-stream"
 OWN_VERSION = "2025-06-18"
 OWN_INITIALIZE: Object = {
     "protocolVersion": OWN_VERSION,
@@ -2684,7 +2695,7 @@ async def sweep(proxy: Proxy) -> None:
 
 async def check_upstream(proxy: Proxy) -> int:
     """Print how the upstream's tools differ from the table; 1 when a row of it is concerned."""
-    headers = {"X-MCP-Toolsets": "all", "X-MCP-Tools": "", "X-MCP-Readonly": ""}
+    headers = {"X-MCP-Toolsets": "all"}
     session = await proxy.own_request("initialize", OWN_INITIALIZE, headers)
     headers["Mcp-Session-Id"] = session["session"]
     listed = await proxy.own_request("tools/list", {}, headers)
