@@ -671,16 +671,18 @@ def query_tokens(scope: Scope, query: str, qualifiers: Container[str]) -> list[s
         if name == "repo":
             refuse_unless(scope.is_named(value), f"only repo:{scope}, which is added anyway")
             continue
-        check_query_text(value.strip('"').casefold())
+        plain = value.strip('"')
+        check_query_text(plain.casefold())
         if name:
             refuse_unless(name in qualifiers, f"without the qualifier {name}:")
             quoted_value = value.startswith('"')
             dated = QUERY_DATE.fullmatch(value)
             refuse_unless(quoted_value or ":" not in value or dated, f"without : in {name}:")
             refuse_unless(name != "is" or value.lower() in IS_VALUES, "is: with a state only")
-        elif not value.startswith('"'):
-            refuse_unless(value[0] not in "/,:;&+-", f"without a word that begins with {value[0]}")
-            refuse_unless(":" not in value, f"with {quoted(value)} in quotes, or without the colon")
+        else:
+            refuse_unless(plain[:1] not in "/,:;&+-", "without words that begin with / , : ; & + -")
+            if ":" in value and not value.startswith('"'):
+                raise Refusal(f"with {quoted(value)} in quotes, or without the colon")
         kept.append(whole)
     return kept
 

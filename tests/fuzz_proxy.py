@@ -99,7 +99,9 @@ def check_forward(forward: Forward, policy: Policy, received: Any) -> None:
     """Raises Violation when a message that passed says more than it may."""
     message = forward.message
     insist(message.get("jsonrpc") == "2.0", "not JSON-RPC", message)
-    insist(set(message) <= {"jsonrpc", "id", "method", "params", "result", "error"}, "keys", message)
+    insist(
+        set(message) <= {"jsonrpc", "id", "method", "params", "result", "error"}, "keys", message
+    )
     insist(message.get("id") == received.get("id"), "another id", message)
     json.loads(proxy.dumps(message))
     method = message.get("method")
@@ -107,7 +109,7 @@ def check_forward(forward: Forward, policy: Policy, received: Any) -> None:
     insist((method in METHODS) == ("id" in message), "a request without an id", message)
     if method != "tools/call":
         text = json.dumps(message)
-        insist("evil" not in text and "OWNER" not in text, "something of another", text)
+        insist("evil" not in text and '"OWNER"' not in text, "something of another", text)
         return
     params = message["params"]
     insist(set(params) <= {"name", "arguments", "_meta"}, "params", params)
@@ -364,7 +366,7 @@ class Sender:
 
 
 def judged(body: bytes, policy: Policy) -> str:
-    """"malformed", "refused" or "passed"; raises Violation for what may not pass."""
+    """ "malformed", "refused" or "passed"; raises Violation for what may not pass."""
     try:
         message = proxy.parse_message(body)
     except proxy.ProtocolError:

@@ -1,0 +1,731 @@
+"""What the GitHub proxy lets pass: tables of messages and verdicts, no process and no socket."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import unittest
+from pathlib import Path
+from typing import Any
+
+import github_mcp_proxy as proxy
+from github_mcp_proxy import Forward
+from github_mcp_proxy import Policy
+from github_mcp_proxy import Refuse
+from github_mcp_proxy import Scope
+from github_mcp_proxy import Seen
+from tests import fuzz_proxy
+
+SCOPE = Scope("good", "r")
+POLICY = Policy(default_branch="main")
+EVERYTHING = Policy(default_branch="main", allow=frozenset(proxy.ALLOW))
+SHA = "a" * 40
+OURS = {"owner": "good", "repo": "r"}
+MODERN = "2026-07-28"
+
+
+def call(name: str, /, **arguments: Any) -> dict[str, Any]:
+    params = {"name": name, "arguments": arguments}
+    return {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params}
+
+
+def request(method: str, **params: Any) -> dict[str, Any]:
+    return {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
+
+
+def sent(message: dict[str, Any], policy: Policy = POLICY) -> dict[str, Any]:
+    """The arguments that go to the upstream; fails when the call is refused."""
+    verdict = proxy.decide(SCOPE, policy, message)
+    assert isinstance(verdict, Forward), verdict
+    arguments: dict[str, Any] = verdict.message["params"]["arguments"]
+    return arguments
+
+
+# --- what must not pass, over all layers ---
+
+BODIES = {
+    "empty": b"",
+    "not JSON": b"hello",
+    "trailing data": b'{"jsonrpc":"2.0","id":1,"method":"ping"} {}',
+    "trailing garbage": b'{"jsonrpc":"2.0","id":1,"method":"ping"}x',
+    "duplicate key": b'{"jsonrpc":"2.0","id":1,"method":"ping","method":"tools/call"}',
+    "duplicate key deep": b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"get_tag",'
+    b'"arguments":{"owner":"good","owner":"evil"}}}',
+    "duplicate key, escaped": b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":'
+    b'"get_tag","arguments":{"owner":"good","\\u006fwner":"evil"}}}',
+    "NaN": b'{"jsonrpc":"2.0","id":NaN,"method":"ping"}',
+    "Infinity": b'{"jsonrpc":"2.0","id":Infinity,"method":"ping"}',
+    "-Infinity": b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":-Infinity}}',
+    "1e999": b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":1e999}}',
+    "many digits": b'{"jsonrpc":"2.0","id":' + b"9" * 5000 + b',"method":"ping"}',
+    "lone surrogate": b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":"\\ud800"}}',
+    "surrogate in a key": b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"\\udfff":1}}',
+    "raw surrogate": b'{"jsonrpc":"2.0","id":1,"method":"\xed\xa0\x80"}',
+    "invalid UTF-8": b'{"jsonrpc":"2.0","id":1,"method":"\xff"}',
+    "overlong UTF-8": b'{"jsonrpc":"2.0","id":1,"method":"\xc0\xaf"}',
+    "BOM": b'\xef\xbb\xbf{"jsonrpc":"2.0","id":1,"method":"ping"}',
+    "UTF-16": '{"jsonrpc":"2.0","id":1,"method":"ping"}'.encode("utf-16"),
+    "UTF-32": '{"jsonrpc":"2.0","id":1,"method":"ping"}'.encode("utf-32"),
+    "batch": b'[{"jsonrpc":"2.0","id":1,"method":"ping"}]',
+    "empty batch": b"[]",
+    "a string": b'"ping"',
+    "a number": b"1",
+    "null": b"null",
+    "unknown envelope key": b'{"jsonrpc":"2.0","id":1,"method":"ping","extra":1}',
+    "Method": b'{"jsonrpc":"2.0","id":1,"Method":"ping"}',
+    "Params beside params": b'{"jsonrpc":"2.0","id":1,"method":"ping","Params":{}}',
+    "params with NUL": b'{"jsonrpc":"2.0","id":1,"method":"ping","params\\u0000":{}}',
+    "no jsonrpc": b'{"id":1,"method":"ping"}',
+    "jsonrpc 1.0": b'{"jsonrpc":"1.0","id":1,"method":"ping"}',
+    "jsonrpc number": b'{"jsonrpc":2.0,"id":1,"method":"ping"}',
+    "id null": b'{"jsonrpc":"2.0","id":null,"method":"ping"}',
+    "id bool": b'{"jsonrpc":"2.0","id":true,"method":"ping"}',
+    "id object": b'{"jsonrpc":"2.0","id":{},"method":"ping"}',
+    "id float": b'{"jsonrpc":"2.0","id":1.5,"method":"ping"}',
+    "id endless": b'{"jsonrpc":"2.0","id":"' + b"x" * 300 + b'","method":"ping"}',
+    "params list": b'{"jsonrpc":"2.0","id":1,"method":"ping","params":[]}',
+    "params null": b'{"jsonrpc":"2.0","id":1,"method":"ping","params":null}',
+    "method number": b'{"jsonrpc":"2.0","id":1,"method":1}',
+    "request and answer": b'{"jsonrpc":"2.0","id":1,"method":"ping","result":{}}',
+    "result and error": b'{"jsonrpc":"2.0","id":1,"result":{},"error":{}}',
+    "deep": b'{"jsonrpc":"2.0","id":1,"method":"ping","params":' + b'{"a":' * 40 + b"1" + b"}" * 41,
+    "very deep": b"[" * 100_000,
+    "comment": b'{"jsonrpc":"2.0","id":1,"method":"ping"/**/}',
+    "trailing comma": b'{"jsonrpc":"2.0","id":1,"method":"ping",}',
+    "raw control": b'{"jsonrpc":"2.0","id":1,"method":"pi\nng"}',
+}
+
+METHODS = [
+    "completion/complete",
+    "prompts/list",
+    "prompts/get",
+    "resources/list",
+    "resources/templates/list",
+    "resources/read",
+    "resources/subscribe",
+    "resources/unsubscribe",
+    "subscriptions/listen",
+    "roots/list",
+    "sampling/createMessage",
+    "elicitation/create",
+    "tasks/get",
+    "tasks/list",
+    "tasks/result",
+    "tasks/cancel",
+    "tasks/update",
+    "Tools/call",
+    "TOOLS/LIST",
+    "tools/call/",
+    "tools//call",
+    "rpc.discover",
+    "notifications/initialized",
+]
+
+BLOCKED = [
+    "get_me",
+    "get_teams",
+    "get_team_members",
+    "search_repositories",
+    "search_users",
+    "search_orgs",
+    "create_repository",
+    "delete_repository",
+    "fork_repository",
+    "list_starred_repositories",
+    "star_repository",
+    "sub_issue_write",
+    "add_sub_issue",
+    "remove_sub_issue",
+    "reprioritize_sub_issue",
+    "issue_dependency_write",
+    "assign_copilot_to_issue",
+    "request_copilot_review",
+    "get_secret_scanning_alert",
+    "list_secret_scanning_alerts",
+    "list_notifications",
+    "get_notification_details",
+    "dismiss_notification",
+    "mark_all_notifications_read",
+    "manage_notification_subscription",
+    "manage_repository_notification_subscription",
+    "discussion_comment_write",
+    "actions_run_trigger",
+    "list_global_security_advisories",
+    "get_global_security_advisory",
+    "list_org_repository_security_advisories",
+    "list_gists",
+    "get_gist",
+    "create_gist",
+    "update_gist",
+    "projects_list",
+    "projects_get",
+    "projects_write",
+    "ui_get",
+    "resolve_review_thread",
+    "unresolve_review_thread",
+    "get_copilot_space",
+    "github_support_docs_search",
+    "create_pull_request_with_copilot",
+    "run_secret_scanning",
+    "update_issue_comment",
+    "create_repository_ruleset",
+    "custom_properties_write",
+    "GET_TAG",
+    "get_tag\x00",
+    "get_file_contents/",
+    "__class__",
+]
+
+OPT_IN = [
+    "merge_pull_request",
+    "update_pull_request_branch",
+    "list_repository_collaborators",
+    "actions_list",
+    "actions_get",
+    "get_job_logs",
+    "list_code_scanning_alerts",
+    "list_dependabot_alerts",
+    "list_repository_security_advisories",
+    "list_discussions",
+    "get_discussion",
+    "get_discussion_comments",
+    "list_discussion_categories",
+    "issue_dependency_read",
+    "get_code_quality_finding",
+    "request_pull_request_reviewers",
+]
+
+CALLS: dict[str, dict[str, Any]] = {
+    "other owner": call("get_tag", owner="evil", repo="r", tag="v1"),
+    "other repo": call("get_tag", owner="good", repo="secret", tag="v1"),
+    "owner list": call("get_tag", owner=["good"], repo="r", tag="v1"),
+    "owner null": call("get_tag", owner=None, repo="r", tag="v1"),
+    "owner blank": call("get_tag", owner="good ", repo="r", tag="v1"),
+    "owner slash": call("get_tag", owner="good/r/..", repo="r", tag="v1"),
+    "owner empty": call("get_tag", owner="", repo="", tag="v1"),
+    "OWNER besides": call("get_tag", **OURS, OWNER="evil", tag="v1"),
+    "Owner alone": call("get_tag", Owner="evil", REPO="secret", tag="v1"),
+    "owner with NUL": call("get_tag", **{"owner\0": "evil"}, tag="v1"),
+    "long s in a key": call("issue_read", iſsue_number=1, method="get"),
+    "METHOD": call("pull_request_review_write", METHOD="resolve_thread", method="create", pullNumber=1),
+    "threadId": call("pull_request_review_write", method="create", pullNumber=1, threadId="PRRT_x"),
+    "resolve_thread": call("pull_request_review_write", method="resolve_thread", pullNumber=1),
+    "method case": call("label_write", method="DELETE", name="bug"),
+    "_ui_submitted": call("issue_write", method="create", title="t", _ui_submitted=True),
+    "related_owner": call("issue_dependency_read", issue_number=1, method="get_blocking", related_owner="evil"),
+    "sha climbs": call("get_commit", sha="../../../../user/emails"),
+    "sha climbs inside": call("get_commit", sha="HEAD/../../pulls"),
+    "sha %2e": call("get_commit", sha="%2e%2e/x"),
+    "sha %252e": call("get_commit", sha="%252e%252e"),
+    "sha query": call("get_commit", sha="main?x=1"),
+    "sha fragment": call("get_commit", sha="main#x"),
+    "sha backslash": call("get_commit", sha="..\\x"),
+    "sha semicolon": call("get_commit", sha="..;/x"),
+    "sha empty": call("get_commit", sha=""),
+    "sha newline": call("get_commit", sha="main\nx"),
+    "sha @{": call("get_commit", sha="main@{1}"),
+    "sha leading dash": call("get_commit", sha="-x"),
+    "sha leading slash": call("get_commit", sha="/x"),
+    "sha missing": call("get_commit"),
+    "tag climbs": call("get_release_by_tag", tag="../latest"),
+    "tag dot": call("get_release_by_tag", tag="."),
+    "tree climbs": call("get_repository_tree", tree_sha="../../x"),
+    "contents sha a name": call("get_file_contents", path="a", sha="main"),
+    "path climbs": call("get_file_contents", path="../../../user"),
+    "path climbs inside": call("get_file_contents", path="a/../../b"),
+    "path double slash": call("get_file_contents", path="a//b"),
+    "path dot": call("get_file_contents", path="./a"),
+    "path backslash": call("get_file_contents", path="a\\..\\b"),
+    "path %": call("get_file_contents", path="%2e%2e/x"),
+    "path ?": call("get_file_contents", path="a?ref=x"),
+    "path #": call("get_file_contents", path="a#b"),
+    "path NUL": call("get_file_contents", path="a\0b"),
+    "path zero width": call("get_file_contents", path="a\u200bb"),
+    "path number": call("get_file_contents", path=1),
+    "number as text": call("issue_read", issue_number="1", method="get"),
+    "number true": call("issue_read", issue_number=True, method="get"),
+    "number float": call("issue_read", issue_number=1.0, method="get"),
+    "number zero": call("issue_read", issue_number=0, method="get"),
+    "number huge": call("issue_read", issue_number=2**40, method="get"),
+    "perPage 101": call("list_tags", perPage=101),
+    "enum unknown": call("issue_read", issue_number=1, method="get_everything"),
+    "enum blank": call("issue_read", issue_number=1, method="get "),
+    "arguments list": {**call("get_tag"), "params": {"name": "get_tag", "arguments": []}},
+    "arguments null": {**call("get_tag"), "params": {"name": "get_tag", "arguments": None}},
+    "name list": {**call("get_tag"), "params": {"name": ["get_tag"], "arguments": {}}},
+    "name missing": {**call("get_tag"), "params": {"arguments": {}}},
+    "Arguments besides": {**call("get_tag"), "params": {"name": "get_tag", "Arguments": {}}},
+    "task": {**call("list_tags"), "params": {"name": "list_tags", "task": {}}},
+    "inputResponses": {**call("list_tags"), "params": {"name": "list_tags", "inputResponses": {}}},
+    "requestState": {**call("list_tags"), "params": {"name": "list_tags", "requestState": "x"}},
+    "_meta list": {**call("list_tags"), "params": {"name": "list_tags", "_meta": []}},
+    "main": call("create_or_update_file", branch="main", path="a", content="x", message="m"),
+    "MAIN": call("create_or_update_file", branch="MAIN", path="a", content="x", message="m"),
+    "refs/heads/main": call("delete_file", branch="refs/heads/main", path="a", message="m"),
+    "heads/main": call("delete_file", branch="heads/main", path="a", message="m"),
+    "Refs/Heads/x": call("delete_file", branch="Refs/Heads/x", path="a", message="m"),
+    "HEAD": call("delete_file", branch="HEAD", path="a", message="m"),
+    "@": call("delete_file", branch="@", path="a", message="m"),
+    "no branch": call("push_files", files=[{"path": "a", "content": "x"}], message="m"),
+    "branch null": call("delete_file", branch=None, path="a", message="m"),
+    "branch blank": call("delete_file", branch="main ", path="a", message="m"),
+    "branch zero width": call("delete_file", branch="main\u200b", path="a", message="m"),
+    "branch.lock": call("create_branch", branch="a.lock"),
+    "branch ..": call("create_branch", branch="a..b"),
+    "from_branch climbs": call("create_branch", branch="a", from_branch="../../evil"),
+    "workflow": call("create_or_update_file", branch="b", path=".github/workflows/x.yml", content=""),
+    "Workflow case": call("delete_file", branch="b", path=".GitHub/Workflows/x.yml", message="m"),
+    "workflow in slashes": call("delete_file", branch="b", path="/.github/workflows/x/", message="m"),
+    "workflow, dots": call("delete_file", branch="b", path=".github./workflows /x", message="m"),
+    "action": call("delete_file", branch="b", path=".github/actions/a/action.yml", message="m"),
+    "CODEOWNERS": call("delete_file", branch="b", path="CODEOWNERS", message="m"),
+    "codeowners in docs": call("delete_file", branch="b", path="docs/codeowners", message="m"),
+    ".gitmodules": call("delete_file", branch="b", path=".gitmodules", message="m"),
+    ".git": call("delete_file", branch="b", path=".git/config", message="m"),
+    "root": call("delete_file", branch="b", path="/", message="m"),
+    "second file": call("push_files", branch="b", message="m", files=[
+        {"path": "a", "content": "x"}, {"path": ".github/workflows/x", "content": "x"}]),
+    "file with a key more": call("push_files", branch="b", message="m", files=[
+        {"path": "a", "content": "x", "mode": "120000"}]),
+    "file with Path": call("push_files", branch="b", message="m", files=[
+        {"path": "a", "Path": ".github/workflows/x", "content": "x"}]),
+    "files object": call("push_files", branch="b", message="m", files={"path": "a"}),
+    "symlink": call("create_or_update_file", branch="b", path="a", content="x", message="m",
+                    allow_symlink_write=True),
+    "content with NUL": call("create_or_update_file", branch="b", path="a", content="\0", message="m"),
+    "head of a fork": call("create_pull_request", head="evil:x", base="main", title="t"),
+    "head climbs": call("create_pull_request", head="../x", base="main", title="t"),
+    "reviewers": call("create_pull_request", head="x", base="main", title="t", reviewers=["org/team"]),
+    "assignees": call("issue_write", method="create", title="t", assignees=["someone"]),
+    "APPROVE": call("pull_request_review_write", method="create", pullNumber=1, event="APPROVE"),
+    "APPROVE later": call("submit_pending_pull_request_review", pullNumber=1, event="APPROVE"),
+    "title over lines": call("issue_write", method="create", title="a\nb"),
+    "field with a key more": call("issue_write", method="update", issue_number=1,
+                                  issue_fields=[{"field_name": "a", "field_id": 1}]),
+    "after": call("list_issues", after='x") { viewer { login } }'),
+    "since": call("list_issues", since="yesterday"),
+}  # fmt: skip
+
+QUERIES = [*"""
+a OR b|a or b|(a)|a) OR (b|NOT a|-repo:good/r|-label:bug|"a" and b|"OR"|repo:evil/x|REPO:evil/x
+|repo:good/r,evil/x|repo:good|repo:"good/r"x|"repo:evil/x" bug|"REPO : evil/x"|org:evil|user:evil
+|owner:evil|enterprise:evil|saved:x|team:a/b|project:a/1|is:private|is:public|fork:true
+|label:repo:evil/x|label:"repo:evil/x"|a"b|"|"a"b|a "b|a\tb|a\u00a0b|a\u2003b|a\u200bb|a\ufeffb|ｒepo:evil/x
+|repo：evil/x|"uſer:evil"|uſer:x|/x y/|,evil/x|;x|&x|+x|a|| b|a;b|a\\b|{a}|[a]|`a`|^a|field.x:1|http://x
+|topic:x|stars:>1|in:title,repo:x|\u202ea|\ud7ff\u0378|a\0b|author:x:y|"not"|repo: evil/x
+""".replace("\n", "").replace("a||", "a¦").split("|"), "a\nb"]  # fmt: skip
+
+QUERIES_THAT_PASS = {
+    "parser crash": "repo:good/r parser crash",
+    "": "repo:good/r",
+    "repo:good/r bug": "repo:good/r bug",
+    "REPO:GOOD/R bug": "repo:good/r bug",
+    '"a phrase of words" is:open': 'repo:good/r "a phrase of words" is:open',
+    '"TypeError: x is undefined"': 'repo:good/r "TypeError: x is undefined"',
+    'label:do-not-merge label:"help wanted"': 'repo:good/r label:do-not-merge label:"help wanted"',
+    "author:@me created:>2024-01-01": "repo:good/r author:@me created:>2024-01-01",
+    "updated:2024-01-01T10:00:00Z..2024-02-01": "repo:good/r updated:2024-01-01T10:00:00Z..2024-02-01",
+    "ordinary android notes": "repo:good/r ordinary android notes",
+    "é ünïcode 日本語": "repo:good/r é ünïcode 日本語",
+}
+
+
+class AttackTest(unittest.TestCase):
+    """Nothing here passes, and each refusal says why."""
+
+    def refused(
+        self, message: dict[str, Any], policy: Policy = POLICY, seen: Seen = proxy.NOTHING_SEEN
+    ) -> str:
+        verdict = proxy.decide(SCOPE, policy, message, seen)
+        self.assertIsInstance(verdict, Refuse, message)
+        assert isinstance(verdict, Refuse)
+        self.assertGreater(len(verdict.reason), 10)
+        return verdict.reason
+
+    def test_there_are_more_than_150(self) -> None:
+        tables = (BODIES, METHODS, BLOCKED, OPT_IN, CALLS, QUERIES)
+        self.assertGreater(sum(map(len, tables)), 250)
+
+    def test_bodies(self) -> None:
+        for name, body in BODIES.items():
+            with self.subTest(name), self.assertRaises(proxy.ProtocolError) as caught:
+                proxy.parse_message(body)
+            self.assertGreater(len(str(caught.exception)), 5)
+
+    def test_methods(self) -> None:
+        for method in METHODS:
+            with self.subTest(method):
+                self.refused(request(method))
+                self.refused({"jsonrpc": "2.0", "method": method, "params": {"x": 1}})
+
+    def test_a_call_as_a_notification(self) -> None:
+        message = call("list_tags")
+        del message["id"]
+        self.refused(message)
+
+    def test_blocked_tools(self) -> None:
+        for name in BLOCKED:
+            with self.subTest(name):
+                self.refused(call(name, **OURS), EVERYTHING)
+
+    def test_tools_to_be_opted_in_to(self) -> None:
+        for name in OPT_IN:
+            with self.subTest(name):
+                self.assertIn("allow = ", self.refused(call(name, **OURS)))
+
+    def test_calls(self) -> None:
+        for name, message in CALLS.items():
+            with self.subTest(name):
+                self.refused(message)
+
+    def test_queries(self) -> None:
+        for tool in ("search_issues", "search_pull_requests", "search_code", "search_commits"):
+            for query in QUERIES:
+                with self.subTest(f"{tool}: {query!r}"):
+                    self.refused(call(tool, query=query.replace("¦", "|")))
+            self.refused(call(tool, query="x" * 257))
+            self.refused(call(tool, query=["x"]))
+            self.refused(call(tool))
+
+    def test_every_tool_refuses_another_repository_and_an_unknown_parameter(self) -> None:
+        for name in proxy.TOOLS:
+            with self.subTest(name):
+                self.refused(call(name, owner="evil"), EVERYTHING)
+                self.refused(call(name, repo="secret"), EVERYTHING)
+                self.refused(call(name, unknown=1), EVERYTHING)
+                self.refused(call(name, Owner="good"), EVERYTHING)
+
+    def test_what_writes_when_it_is_read_only(self) -> None:
+        for name, tool in proxy.TOOLS.items():
+            if tool.write:
+                self.refused(call(name), EVERYTHING._replace(readonly=True))
+
+    def test_a_branch_when_the_default_one_is_not_known(self) -> None:
+        reason = self.refused(call("create_branch", branch="x"), Policy())
+        self.assertIn("default_branch", reason)
+
+    def test_a_branch_outside_the_globs(self) -> None:
+        policy = POLICY._replace(branches=("agent/*",))
+        self.refused(call("create_branch", branch="fix"), policy)
+        self.refused(call("create_branch", branch="agent/a/b"), policy)
+        self.assertEqual(sent(call("create_branch", branch="agent/a"), policy)["branch"], "agent/a")
+
+    def test_one_write_too_many(self) -> None:
+        message = call("create_branch", branch="x")
+        self.refused(message, POLICY, Seen(writes=300))
+        self.assertIsInstance(proxy.decide(SCOPE, POLICY, message, Seen(writes=299)), Forward)
+        self.assertIsInstance(proxy.decide(SCOPE, POLICY, call("list_tags"), Seen(300)), Forward)
+
+    def test_answers_that_nobody_asked_for(self) -> None:
+        given = {"jsonrpc": "2.0", "id": 5, "result": {"action": "accept", "content": {"a": "b"}}}
+        self.refused(given)
+        self.refused({**given, "result": {"role": "assistant"}}, POLICY, Seen(0, {5}))
+        self.refused({**given, "id": "5"}, POLICY, Seen(0, {5}))
+        self.assertEqual(proxy.decide(SCOPE, POLICY, given, Seen(0, {5})), Forward(given))
+
+    def test_a_refusal_does_not_repeat_a_token(self) -> None:
+        secret = "ghp_" + "x" * 36
+        self.assertNotIn(secret, self.refused(call("get_tag", tag="v", **{secret: 1})))
+        self.assertNotIn(secret, self.refused(call("get_tag", tag=secret + " ")))
+
+    def test_what_is_made_up(self) -> None:
+        counts = fuzz_proxy.run(3000, seed=3)
+        self.assertGreater(min(counts["passed"], counts["refused"], counts["malformed"]), 100)
+
+
+class PassTest(unittest.TestCase):
+    """What an agent needs passes, and is sent as configured."""
+
+    def test_owner_and_repo_are_added_and_spelled_as_configured(self) -> None:
+        self.assertEqual(sent(call("list_tags")), OURS)
+        self.assertEqual(sent(call("list_tags", owner="GOOD", repo="R")), OURS)
+        self.assertEqual(sent(call("search_code", query="x"))["query"], "repo:good/r x")
+        self.assertNotIn("owner", sent(call("search_code", query="x", **OURS)))
+
+    def test_arguments(self) -> None:
+        for name, arguments in (
+            ("get_file_contents", {"path": "src/a b/ünï.py", "ref": "refs/heads/feature/x"}),
+            ("get_commit", {"sha": "feature/x-1", "detail": "full_patch", "perPage": 100}),
+            ("list_commits", {"sha": SHA, "author": "octo@example.com", "since": "2024-01-01T00:00:00Z"}),
+            ("issue_read", {"issue_number": 5, "method": "get_comments", "page": 2}),
+            ("issue_write", {"method": "create", "title": "Crash: (a) or b?", "body": "l1\nl2\t|", "labels": ["bug"]}),
+            ("issue_write", {"method": "update", "issue_number": 1, "type": None, "state": "closed"}),
+            ("create_branch", {"branch": "fix/a", "from_branch": "main"}),
+            ("push_files", {"branch": "fix", "message": "m", "files": [{"path": "a/b.c", "content": "\x1b\f"}]}),
+            ("create_pull_request", {"head": "fix", "base": "main", "title": "t", "draft": True}),
+            ("list_pull_requests", {"head": "someone:fix", "state": "all"}),
+            ("pull_request_review_write", {"method": "create", "pullNumber": 1, "event": "COMMENT"}),
+            ("add_comment_to_pending_review", {"pullNumber": 1, "body": "b", "path": "a", "line": 3, "side": "RIGHT"}),
+            ("find_duplicate", {"issue_number": 1, "confidence_threshold": 0.5}),
+            ("delete_file", {"branch": "b", "path": "docs/workflows/x.yml", "message": "m"}),
+        ):  # fmt: skip
+            with self.subTest(name):
+                self.assertEqual(sent(call(name, **arguments)), {**OURS, **arguments})
+
+    def test_slashes_around_a_path_are_taken_off(self) -> None:
+        for given, path in (("/", ""), ("/src/", "src"), ("", "")):
+            self.assertEqual(sent(call("get_file_contents", path=given))["path"], path)
+
+    def test_constants_are_sent_though_left_out(self) -> None:
+        file = call("create_or_update_file", branch="b", path="a", content="x", message="m")
+        self.assertIs(sent(file)["allow_symlink_write"], False)
+        self.assertIs(sent(call("get_job_logs", job_id=1), EVERYTHING)["return_content"], True)
+
+    def test_queries(self) -> None:
+        for query, expected in QUERIES_THAT_PASS.items():
+            with self.subTest(query):
+                arguments = sent(call("search_issues", query=query))
+                self.assertEqual(arguments, {**OURS, "query": expected})
+
+    def test_a_hit_always_says_where_it_is_from(self) -> None:
+        fields = sent(call("search_code", query="x", fields=["path"]))["fields"]
+        self.assertEqual(fields, ["path", "repository"])
+
+    def test_what_is_opted_in_to(self) -> None:
+        sent(call("merge_pull_request", pullNumber=1), EVERYTHING)
+        sent(call("create_branch", branch="main"), EVERYTHING)
+        sent(call("pull_request_review_write", method="create", pullNumber=1, event="APPROVE"), EVERYTHING)  # fmt: skip
+        sent(call("issue_write", method="create", assignees=["a"]), EVERYTHING)
+
+    def test_of_meta_only_what_is_known_passes(self) -> None:
+        meta = {"progressToken": "p", "claudecode/toolUseId": "x", "io.modelcontextprotocol/protocolVersion": MODERN,
+                "io.modelcontextprotocol/clientCapabilities": {"sampling": {}}}  # fmt: skip
+        message = request("tools/list", _meta=meta)
+        verdict = proxy.decide(SCOPE, POLICY, message)
+        assert isinstance(verdict, Forward)
+        del meta["claudecode/toolUseId"]
+        meta["io.modelcontextprotocol/clientCapabilities"] = {}
+        self.assertEqual(verdict.message["params"], {"_meta": meta})
+
+    def test_of_the_capabilities_only_elicitation_passes(self) -> None:
+        capabilities = {"sampling": {}, "roots": {"listChanged": True}, "elicitation": {"url": {}}}
+        info = {"name": "c", "version": "1", "websiteUrl": "x"}
+        message = request(
+            "initialize", protocolVersion="2025-11-25", capabilities=capabilities, clientInfo=info
+        )
+        verdict = proxy.decide(SCOPE, POLICY, message)
+        assert isinstance(verdict, Forward)
+        params = verdict.message["params"]
+        self.assertEqual(params["capabilities"], {"elicitation": {}})
+        self.assertEqual(params["clientInfo"], {"name": "c", "version": "1"})
+
+
+class AnswerTest(unittest.TestCase):
+    """What comes back: of this repository only, and without secrets."""
+
+    def shown(self, tool: str, data: Any) -> Any:
+        text = {"type": "text", "text": data if isinstance(data, str) else json.dumps(data)}
+        result = proxy.checked_answer(SCOPE, tool, {"content": [text]})
+        return json.loads(result["content"][0]["text"])
+
+    def test_hits_of_other_repositories_are_dropped_and_the_total_with_them(self) -> None:
+        ours = {"number": 1, "html_url": "https://github.com/Good/R/issues/1"}
+        others = [
+            {"number": 2, "html_url": "https://github.com/evil/secret/issues/2"},
+            {"number": 3, "repository_url": "https://api.github.com/repos/evil/secret"},
+            {"number": 4},
+            {"number": 5, "repository": "good/r-x"},
+            {**ours, "repository_url": "https://api.github.com/repos/evil/secret"},
+            "x",
+        ]
+        found = {"total_count": 7, "incomplete_results": False, "items": [ours, *others]}
+        self.assertEqual(self.shown("search_issues", found), {"items": [ours]})
+        only_ours = {"total_count": 1, "incomplete_results": False, "items": [ours]}
+        self.assertEqual(self.shown("search_issues", only_ours), only_ours)
+
+    def test_hits_in_code_and_commits(self) -> None:
+        code = {"total_count": 1, "incomplete_results": False, "items": [{"repository": "good/r"}]}
+        self.assertEqual(self.shown("search_code", code), code)
+        commit = {"sha": SHA, "html_url": f"https://github.com/good/r/commit/{SHA}",
+                  "repository": {"full_name": "good/r"},
+                  "author": {"login": "a", "html_url": "https://github.com/apps/dependabot"}}  # fmt: skip
+        found = {"total_count": 1, "incomplete_results": False, "items": [commit]}
+        self.assertEqual(self.shown("search_commits", found), found)
+
+    def test_an_answer_that_cannot_be_checked_is_withheld(self) -> None:
+        for data in ("not JSON", "[]", '{"items":1}', "null"):
+            with self.subTest(data), self.assertRaises(proxy.Refusal):
+                self.shown("search_code", data)
+        with self.assertRaises(proxy.Refusal):
+            proxy.checked_answer(SCOPE, "search_code", {"content": [{"type": "image"}]})
+
+    def test_a_transferred_issue_is_withheld(self) -> None:
+        issue = {"number": 1, "html_url": "https://github.com/evil/secret/issues/1", "body": "s"}
+        with self.assertRaises(proxy.Refusal):
+            self.shown("issue_read", issue)
+
+    def test_relatives_in_other_repositories_are_dropped(self) -> None:
+        other = {"number": 9, "title": "s", "repository": "good/other", "url": "x"}
+        issue = {"number": 1, "html_url": "https://ghe.example/good/r/issues/1", "parent": other,
+                 "closed_by_pull_requests": {"total_count": 1, "references": [other]}}  # fmt: skip
+        shown = self.shown("issue_read", issue)
+        self.assertNotIn("parent", shown)
+        self.assertEqual(shown["closed_by_pull_requests"]["references"], [])
+        sub = [{"repository_url": "https://api.github.com/repos/good/other", "title": "s"}]
+        self.assertEqual(self.shown("issue_read", sub), [])
+
+    def test_structured_content_does_not_go_around_the_check(self) -> None:
+        text = {"type": "text", "text": '{"items":[]}'}
+        result = {
+            "content": [text],
+            "structuredContent": {"items": ["secret"]},
+            "resultType": "complete",
+        }
+        checked = proxy.checked_answer(SCOPE, "search_code", result)
+        self.assertEqual(set(checked), {"content", "resultType"})
+
+    def test_tokens_and_signed_urls_are_redacted(self) -> None:
+        for secret in (
+            b"ghp_" + b"a" * 36, b"gho_" + b"B" * 36, b"ghu_" + b"1" * 36, b"ghr_" + b"x" * 40,
+            b"ghs_" + b"a.b-c" * 20, b"github_pat_" + b"A1_" * 20,
+        ):  # fmt: skip
+            self.assertEqual(proxy.redact(b'a "' + secret + b'" b', b""), b'a "[redacted]" b')
+        for query in (
+            b"token=ABC",
+            b"sv=2020&sig=a%2Fb",
+            b"sv=1\\\\u0026sig=x\\\\u0026se=3",
+            b"X-Amz-Signature=00",
+        ):
+            url = b'"https://raw.example/good/r/f' + b"?" + query + b'"'
+            self.assertEqual(proxy.redact(url, b""), b'"https://raw.example/good/r/f?[redacted]"')
+        self.assertEqual(
+            proxy.redact(b"is my-own-token-0123 here?", b"my-own-token-0123"),
+            b"is [redacted] here?",
+        )
+        plain = b'what? "https://x/y?page=2" github_pat ghp_short a?b:c'
+        self.assertEqual(proxy.redact(plain, b""), plain)
+
+    def offered(self, name: str, **properties: Any) -> dict[str, Any]:
+        own = {key: {"type": "string", "x-mcp-header": key} for key in OURS}
+        schema = {
+            "type": "object",
+            "properties": {**own, **properties},
+            "required": ["owner", "repo", *properties],
+        }
+        return {"name": name, "description": "d", "icons": [1], "inputSchema": schema}
+
+    def test_tools_are_narrowed_to_what_passes(self) -> None:
+        methods = {
+            "type": "string",
+            "enum": ["create", "submit_pending", "delete_pending", "resolve_thread"],
+        }
+        review = self.offered(
+            "pull_request_review_write", method=methods, pullNumber={"type": "number"}
+        )
+        review["inputSchema"]["properties"]["threadId"] = {"type": "string"}
+        events = {"enum": ["APPROVE", "COMMENT", "REQUEST_CHANGES"]}
+        review["inputSchema"]["properties"]["event"] = events
+        tools = [review, self.offered("get_me"), self.offered("merge_pull_request"),
+                 self.offered("get_tag", tag={}, namespace={})]  # fmt: skip
+        (tool,) = proxy.narrow_tools(SCOPE, POLICY, tools)
+        schema = tool["inputSchema"]
+        self.assertEqual(set(tool), {"name", "description", "inputSchema"})
+        self.assertEqual(schema["required"], ["method", "pullNumber"])
+        self.assertNotIn("threadId", schema["properties"])
+        self.assertEqual(schema["properties"]["event"]["enum"], ["COMMENT", "REQUEST_CHANGES"])
+        self.assertEqual(
+            schema["properties"]["method"]["enum"], ["create", "submit_pending", "delete_pending"]
+        )
+        self.assertNotIn("x-mcp-header", schema["properties"]["owner"])
+        self.assertEqual(events["enum"][0], "APPROVE", "the upstream's own object is changed")
+        self.assertEqual(proxy.narrow_tools(SCOPE, POLICY._replace(readonly=True), tools), [])
+
+    def test_initialize_says_what_is_served(self) -> None:
+        forward = Forward(request("initialize"))
+        result = {"capabilities": {"tools": {}, "prompts": {}, "resources": {}, "completions": {}},
+                  "instructions": "call get_me", "serverInfo": {"name": "github-mcp-server", "version": "v1.10.1"}}  # fmt: skip
+        shown = proxy.answer(SCOPE, POLICY, forward, {"id": 1, "result": result})["result"]
+        self.assertEqual(shown["capabilities"], {"tools": {}})
+        self.assertIn("good/r", shown["instructions"])
+        self.assertNotIn("get_me", shown["instructions"])
+        result["serverInfo"] = {"name": "github-mcp-server", "version": "v0.31.0"}
+        with self.assertRaises(proxy.Refusal):
+            proxy.answer(SCOPE, POLICY, forward, {"id": 1, "result": result})
+
+    def test_what_an_upstream_may_send(self) -> None:
+        forward = Forward(call("list_tags"))
+        for message, kind in (
+            ({"id": 1, "result": {}}, "answer"),
+            ({"id": "1", "result": {}}, ""),
+            ({"id": 2, "result": {}}, ""),
+            ({"id": 1}, ""),
+            ({"id": 7, "method": "elicitation/create"}, "question"),
+            ({"id": 7, "method": "sampling/createMessage"}, ""),
+            ({"id": 7, "method": "roots/list"}, ""),
+            ({"method": "notifications/progress"}, "note"),
+            ({"method": "notifications/unknown"}, ""),
+            ([], ""),
+        ):
+            self.assertEqual(proxy.kind_of(message, forward), kind, message)
+
+
+class MirrorTest(unittest.TestCase):
+    def message(self, **arguments: Any) -> dict[str, Any]:
+        made = call("get_file_contents", **arguments)
+        made["params"]["_meta"] = {"io.modelcontextprotocol/protocolVersion": MODERN}
+        return made
+
+    def headers(self, **more: str) -> dict[str, str]:
+        return {"mcp-protocol-version": MODERN, "mcp-method": "tools/call", "mcp-name": "get_file_contents",
+                **{f"mcp-param-{key}": value for key, value in more.items()}}  # fmt: skip
+
+    def test_headers_that_agree(self) -> None:
+        proxy.check_mirrored(self.headers(owner="GOOD"), self.message(owner="GOOD"))
+        proxy.check_mirrored(self.headers(owner="=?base64?Z29vZA==?="), self.message(owner="good"))
+
+    def test_headers_that_differ(self) -> None:
+        for headers, message in (
+            (self.headers(owner="good"), self.message(owner="evil")),
+            (self.headers(owner="good"), self.message()),
+            ({**self.headers(), "mcp-name": "get_me"}, self.message()),
+            ({**self.headers(), "mcp-method": "tools/list"}, self.message()),
+            ({**self.headers(), "mcp-protocol-version": "2025-11-25"}, self.message()),
+            ({}, self.message()),
+            (self.headers(owner="=?base64?!!?="), self.message(owner="good")),
+        ):
+            with self.subTest(headers), self.assertRaises(proxy.ProtocolError) as caught:
+                proxy.check_mirrored(headers, message)
+            self.assertEqual(caught.exception.code, -32020)
+
+    def test_headers_are_made_from_what_is_sent(self) -> None:
+        verdict = proxy.decide(SCOPE, POLICY, self.message(owner="GOOD"))
+        assert isinstance(verdict, Forward)
+        made = proxy.mirror_headers(
+            {"mcp-param-owner": "GOOD", "mcp-param-x": "y"}, verdict.message
+        )
+        self.assertEqual(made, {"MCP-Protocol-Version": MODERN, "Mcp-Method": "tools/call",
+                                "Mcp-Name": "get_file_contents", "Mcp-Param-owner": "good", "Mcp-Param-repo": "r"})  # fmt: skip
+        self.assertEqual(proxy.decode_header(proxy.encode_header("ünï")), "ünï")
+
+
+class PolicyTest(unittest.TestCase):
+    def read(self, text: str) -> Policy:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "policy.ini")
+            path.write_text(text)
+            return proxy.read_policy(str(path))
+
+    def test_a_file(self) -> None:
+        text = "[policy]\nbranches = agent/*, fix/**\nallow = merge people\nreadonly = no\nwrites_per_hour = 5\n"
+        policy = self.read(text)
+        self.assertEqual(policy.branches, ("agent/*", "fix/**"))
+        self.assertEqual(policy.allow, {"merge", "people"})
+        self.assertEqual((policy.writes_per_hour, policy.deny_paths), (5, Policy().deny_paths))
+
+    def test_what_is_wrong_is_said(self) -> None:
+        for text in ("", "x", "[other]\n", "[policy]\nallow = all\n", "[policy]\nbranch = x\n",
+                     "[policy]\nreadonly = maybe\n", "[policy]\nwrites_per_hour = many\n"):  # fmt: skip
+            with self.subTest(text), self.assertRaises(proxy.ProxyError):
+                self.read(text)
+
+    def test_globs(self) -> None:
+        for glob, name, expected in (
+            ("**", "a/b", True), ("*", "a", True), ("*", "a/b", False), ("a/**", "a/b/c", True),
+            ("a/**", "a", False), ("**/x", "x", True), ("**/x", "a/b/x", True), ("a?", "ab", True),
+            ("a.b", "axb", False), ("A/*", "a/b", True),
+        ):  # fmt: skip
+            self.assertIs(proxy.glob_match(glob, name), expected, (glob, name))
+
+
+if __name__ == "__main__":
+    unittest.main()
