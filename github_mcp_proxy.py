@@ -671,18 +671,15 @@ def query_tokens(scope: Scope, query: str, qualifiers: Container[str]) -> list[s
         if name == "repo":
             refuse_unless(scope.is_named(value), f"only repo:{scope}, which is added anyway")
             continue
-        plain = value.strip('"')
-        check_query_text(plain.casefold())
+        check_query_text(value.strip('"').casefold())
         if name:
             refuse_unless(name in qualifiers, f"without the qualifier {name}:")
             quoted_value = value.startswith('"')
             dated = QUERY_DATE.fullmatch(value)
             refuse_unless(quoted_value or ":" not in value or dated, f"without : in {name}:")
             refuse_unless(name != "is" or value.lower() in IS_VALUES, "is: with a state only")
-        else:
-            refuse_unless(plain[:1] not in "/,:;&+-", "without words that begin with / , : ; & + -")
-            if ":" in value and not value.startswith('"'):
-                raise Refusal(f"with {quoted(value)} in quotes, or without the colon")
+        elif ":" in value and not value.startswith('"'):
+            raise Refusal(f"with {quoted(value)} in quotes, or without the colon")
         kept.append(whole)
     return kept
 
@@ -702,6 +699,9 @@ def iter_tokens(query: str) -> Iterator[tuple[str, str, str]]:
 
 
 def check_query_text(folded: str) -> None:
+    """What a word or a phrase may say: github.com sees a phrase's words without the quotes."""
+    starts = {word[0] for word in folded.split()} or {":"}
+    refuse_unless(not starts & set("/,:;&+-"), "of words that do not begin with / , : ; & + -")
     refuse_unless(not WIDENING.search(folded), "without the words and, or, not")
     refuse_unless(not SCOPE_IN_TEXT.search(folded), "without the name of a scope and a colon")
 

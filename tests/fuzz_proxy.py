@@ -108,7 +108,7 @@ def check_forward(forward: Forward, policy: Policy, received: Any) -> None:
     insist(method in METHODS | NOTES, "a method", method)
     insist((method in METHODS) == ("id" in message), "a request without an id", message)
     if method != "tools/call":
-        text = json.dumps(message)
+        text = json.dumps({**message, "id": 0})
         insist("evil" not in text and '"OWNER"' not in text, "something of another", text)
         return
     params = message["params"]
@@ -310,8 +310,8 @@ class Maker:
         return {"jsonrpc": "2.0", "id": id, "method": method, "params": params}
 
     def envelope(self) -> Any:
-        methods = sorted(METHODS | NOTES) + [
-            "resources/read", "completion/complete", "prompts/get", "tools/Call", "tools/call ",
+        methods = [
+            *sorted(METHODS | NOTES), "resources/read", "completion/complete", "prompts/get", "tools/Call", "tools/call ",
             "sampling/createMessage", "subscriptions/listen", "tasks/get", "resources/list",
         ]  # fmt: skip
         params: dict[str, Any] = {

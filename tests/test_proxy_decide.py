@@ -206,7 +206,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "OWNER besides": call("get_tag", **OURS, OWNER="evil", tag="v1"),
     "Owner alone": call("get_tag", Owner="evil", REPO="secret", tag="v1"),
     "owner with NUL": call("get_tag", **{"owner\0": "evil"}, tag="v1"),
-    "long s in a key": call("issue_read", iſsue_number=1, method="get"),
+    "long s in a key": call("issue_read", **dict([("i\u017fsue_number", 1)]), method="get"),  # noqa: C406
     "METHOD": call("pull_request_review_write", METHOD="resolve_thread", method="create", pullNumber=1),
     "threadId": call("pull_request_review_write", method="create", pullNumber=1, threadId="PRRT_x"),
     "resolve_thread": call("pull_request_review_write", method="resolve_thread", pullNumber=1),

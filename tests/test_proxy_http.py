@@ -1,0 +1,870 @@
+"""The GitHub proxy as a process: what crosses its sockets, and its command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from pathlib import Path
+from typing import Any
+
+import github_mcp_proxy as proxy
+from tests.fakes import mcp_upstream as fake
+from tests.support import ROOT
+
+SCRIPT = ROOT / "github_mcp_proxy.py"
+TOKEN = "ghp_" + "t" * 36
+SECRET = "secret-of-this-vm-0123456789"
+INITIALIZE = {
+    "protocolVersion": "2025-11-25",
+    "capabilities": {},
+    "clientInfo": {"name": "c", "version": "1"},
+}
+TIMEOUT = 20.0
+
+
+class Proxy:
+    """A running proxy; `lines` are those of its stdout that have been waited for."""
+
+    def __init__(
+        self, upstream: str, *argv: str, script: Path = SCRIPT, lines: int = 1, **env: str
+    ) -> None:
+        environment = {
+            "PATH": os.environ["PATH"],
+            "GITHUB_MCP_TOKEN": TOKEN,
+            "GITHUB_MCP_OWNER": "good",
+            "GITHUB_MCP_REPO": "r",
+            "GITHUB_MCP_SECRET": SECRET,
+            "GITHUB_MCP_UPSTREAM": upstream,
+            **env,
+        }
+        self.errors = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, str(script), *argv],
+            env={key: value for key, value in environment.items() if value},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+        )
+        assert self.process.stdout
+        self.lines = [self.process.stdout.readline().strip() for _ in range(lines)]
+        self.port = int(self.lines[0] or 0)
+
+    def stderr(self) -> str:
+        """All of it; afterwards still there when the process and its file are gone."""
+        if not self.errors.closed:
+            self.errors.seek(0)
+            self.said = self.errors.read()
+        return self.said
+
+    def stop(self, signum: int = signal.SIGTERM) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(signum)
+        status = self.process.wait(TIMEOUT)
+        self.stderr()
+        for file in (self.process.stdin, self.process.stdout, self.errors):
+            assert file
+            file.close()
+        return status
+
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+
+class Client:
+    """A raw socket that speaks HTTP/1.1, one exchange at a time."""
+
+    def __init__(self, port: int, secret: str = SECRET) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), TIMEOUT)
+        self.file = self.socket.makefile("rb")
+        self.secret = secret
+
+    def head(
+        self, method: str = "POST", target: str = "/mcp", *lines: str, length: int = 0
+    ) -> bytes:
+        first = [f"{method} {target} HTTP/1.1", "Host: 127.0.0.1"]
+        if self.secret:
+            first.append(f"Authorization: Bearer {self.secret}")
+        if method == "POST":
+            first += ["Content-Type: application/json", f"Content-Length: {length}"]
+        return "\r\n".join([*first, *lines, "", ""]).encode("latin-1")
+
+    def send(self, message: Any, *lines: str, target: str = "/mcp") -> None:
+        body = message if isinstance(message, bytes) else json.dumps(message).encode()
+        self.socket.sendall(self.head("POST", target, *lines, length=len(body)) + body)
+
+    def read_head(self) -> tuple[int, dict[str, str]]:
+        first = self.file.readline().decode()
+        if not first:
+            raise ConnectionResetError("closed")
+        headers = {}
+        while line := self.file.readline().decode().strip():
+            name, _, value = line.partition(":")
+            headers[name.lower()] = value.strip()
+        return int(first.split()[1]), headers
+
+    def chunk(self) -> bytes:
+        size = int(self.file.readline(), 16)
+        return self.file.read(size + 2)[:-2]
+
+    def read(self) -> tuple[int, dict[str, str], bytes]:
+        status, headers = self.read_head()
+        if "chunked" in headers.get("transfer-encoding", ""):
+            return status, headers, b"".join(iter(self.chunk, b""))
+        return status, headers, self.file.read(int(headers["content-length"]))
+
+    def ask(self, message: Any, *lines: str) -> Any:
+        """The JSON of the answer, or of the last event of a stream."""
+        self.send(message, *lines)
+        body = self.read()[2]
+        return json.loads(body.rpartition(b"data: ")[2]) if body else None
+
+    def raw(self, data: bytes) -> tuple[int, dict[str, str], bytes]:
+        self.socket.sendall(data)
+        return self.read()
+
+    def is_closed(self) -> bool:
+        try:
+            return self.file.read(1) == b""
+        except OSError:
+            return True
+
+    def close(self) -> None:
+        self.file.close()
+        self.socket.close()
+
+
+def request(method: str, id: Any = 1, **params: Any) -> dict[str, Any]:
+    return {"jsonrpc": "2.0", "id": id, "method": method, "params": params}
+
+
+def call(
+    path: str = "README.md", id: Any = 1, name: str = "get_file_contents", **more: Any
+) -> dict[str, Any]:
+    arguments = {"path": path, **more} if path else more
+    return request("tools/call", id, name=name, arguments=arguments)
+
+
+def text_of(answer: Any) -> str:
+    text: str = answer["result"]["content"][0]["text"]
+    return text
+
+
+class FramingTest(unittest.TestCase):
+    """Incoming, without a socket: the same bytes whole, one at a time, and with a tail."""
+
+    def receive(self, *parts: bytes, request: bool = True) -> proxy.Incoming:
+        incoming = proxy.Incoming(request=request, max_body=1000)
+        for part in parts:
+            incoming.feed(part)
+        return incoming
+
+    def test_messages(self) -> None:
+        post = b"POST /mcp HTTP/1.1\r\nHost: a\r\n"
+        answer = b"HTTP/1.1 200 OK\r\n"
+        for request, data, body in (
+            (True, post + b"Content-Length: 3\r\n\r\nabc", b"abc"),
+            (True, post + b"\r\n", b""),
+            (
+                True,
+                post + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2;x=y\r\nde\r\n0\r\n\r\n",
+                b"abcde",
+            ),
+            (
+                True,
+                post + b"Transfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\nTrailer: x\r\n\r\n",
+                b"a",
+            ),
+            (False, answer + b"Content-Length: 3\r\n\r\nabc", b"abc"),
+            (
+                False,
+                b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\n" + answer + b"Content-Length: 0\r\n\r\n",
+                b"",
+            ),
+            (False, b"HTTP/1.1 204 No Content\r\n\r\n", b""),
+        ):
+            with self.subTest(data):
+                for parts in ([data], [data[i : i + 1] for i in range(len(data))]):
+                    incoming = self.receive(*parts, request=request)
+                    self.assertTrue(incoming.complete)
+                    self.assertEqual((incoming.take(), incoming.rest), (body, b""))
+                tailed = self.receive(data + b"POST /next", request=request)
+                self.assertEqual((tailed.take(), tailed.rest), (body, b"POST /next"))
+
+    def test_a_body_until_the_end(self) -> None:
+        incoming = self.receive(b"HTTP/1.1 200 OK\r\n\r\nabc", request=False)
+        self.assertFalse(incoming.complete)
+        incoming.eof()
+        self.assertEqual((incoming.complete, incoming.take()), (True, b"abc"))
+
+    def test_what_could_be_read_in_two_ways(self) -> None:
+        post = b"POST /mcp HTTP/1.1\r\nHost: a\r\n"
+        chunked = post + b"Transfer-Encoding: chunked\r\n\r\n"
+        for data in (
+            post + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+            post + b"Content-Length: 1\r\nContent-Length: 1\r\n\r\n",
+            post + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n",
+            post + b"Transfer-Encoding: gzip, chunked\r\n\r\n",
+            post + b"Transfer-Encoding: xchunked\r\n\r\n",
+            post + b"Transfer-Encoding:\x0bchunked\r\n\r\n",
+            post + b"Content-Length: +1\r\n\r\n",
+            post + b"Content-Length: 1, 1\r\n\r\n",
+            post + b"Content-Length: 0x1\r\n\r\n",
+            post + b"Content-Length: -1\r\n\r\n",
+            post + b"Content-Length: \xb2\r\n\r\n",
+            post + b"Content-Length : 1\r\n\r\n",
+            post + b"Host: b\r\n\r\n",
+            post + b"X: a\r\n folded\r\n\r\n",
+            post + b"X: a\nY: b\r\n\r\n",
+            post + b"X: a\rY: b\r\n\r\n",
+            post + b"X: \0\r\n\r\n",
+            post + b"no colon\r\n\r\n",
+            post + b": empty\r\n\r\n",
+            post + b"X" * 40_000,
+            b"GET\r\n\r\n",
+            b"POST /mcp\tHTTP/1.1\r\n\r\n",
+            chunked + b"g\r\n",
+            chunked + b"-1\r\n",
+            chunked + b"1\r\nab\r\n",
+            chunked + b"1\nab\r\n" + b"x" * 64,
+            chunked + b"0x1\r\n",
+            chunked + b"fffffffff\r\n",
+            chunked + b"3e9\r\n",
+            post + b"Content-Length: 1001\r\n\r\n",
+        ):
+            with self.subTest(data[:120]), self.assertRaises(proxy.ProtocolError):
+                self.receive(data)
+
+    def test_events(self) -> None:
+        stream = b": hi\n\nevent: message\ndata: {}\n\nid: 1\r\ndata: a\r\ndata: b\r\n\r\ndata\n\n"
+        expected = [b"", b"{}", b"a\nb", b""]
+        self.assertEqual([proxy.event_data(e) for e in proxy.Events().feed(stream)], expected)
+        events = proxy.Events()
+        single = [e for i in range(len(stream)) for e in events.feed(stream[i : i + 1])]
+        self.assertEqual(b"".join(single), stream)
+        replaced = proxy.event_with(b"id: 7\nevent: message\ndata: x\nretry: 5\n\n", b"{}")
+        self.assertEqual(replaced, b"id: 7\nevent: message\nretry: 5\ndata: {}\n\n")
+
+
+class LiveTest(unittest.TestCase):
+    """One proxy and one upstream for the whole class."""
+
+    upstream: fake.Upstream
+    proxy: Proxy
+    folder: tempfile.TemporaryDirectory[str]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.folder = tempfile.TemporaryDirectory()
+        cls.upstream = fake.Upstream()
+        cls.upstream.__enter__()
+        cls.audit = Path(cls.folder.name, "audit.jsonl")
+        cls.proxy = Proxy(cls.upstream.url, "--audit", str(cls.audit), "--timeout", "2")
+
+    audit: Path
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        cls.proxy.stop()
+        cls.upstream.__exit__()
+        cls.folder.cleanup()
+        if "Traceback" in cls.proxy.stderr():
+            raise AssertionError(cls.proxy.stderr())
+
+    def setUp(self) -> None:
+        self.upstream.reset()
+        self.client = self.connect()
+
+    def tearDown(self) -> None:
+        self.assertIsNone(self.proxy.process.poll(), "the proxy lives")
+
+    def connect(self, secret: str = SECRET) -> Client:
+        client = Client(self.proxy.port, secret)
+        self.addCleanup(client.close)
+        return client
+
+
+class GateTest(LiveTest):
+    """Who may speak to it, and how."""
+
+    def status(self, data: bytes) -> int:
+        return self.connect().raw(data)[0]
+
+    def test_requests_that_are_refused(self) -> None:
+        body = json.dumps(request("ping")).encode()
+        good = self.client.head(length=len(body)) + body
+        bearer = f"Authorization: Bearer {SECRET}".encode()
+        for status, data in (
+            (403, good.replace(b"Host: 127.0.0.1", b"Host: evil.example")),
+            (403, good.replace(b"Host: 127.0.0.1\r\n", b"")),
+            (403, good.replace(b"Host: 127.0.0.1", b"Host: 127.0.0.1.evil.example")),
+            (403, good.replace(b"Host:", b"Origin: https://evil.example\r\nHost:")),
+            (403, good.replace(b"Host:", b"Origin: null\r\nHost:")),
+            (403, good.replace(bearer + b"\r\n", b"")),
+            (403, good.replace(bearer, bearer[:-1])),
+            (403, good.replace(bearer, bearer + b"x")),
+            (403, good.replace(bearer, b"Authorization: Bearer \xe9\xff")),
+            (403, good.replace(bearer, b"Authorization: Basic " + SECRET.encode())),
+            (400, good.replace(bearer, bearer + b"\r\n" + bearer)),
+            (404, good.replace(b"/mcp", b"/mcp/")),
+            (404, good.replace(b"/mcp", b"//mcp")),
+            (404, good.replace(b"/mcp", b"/mcp?features=all")),
+            (404, good.replace(b"/mcp", b"/%6dcp")),
+            (404, good.replace(b"/mcp", b"/x/all")),
+            (404, good.replace(b"/mcp", b"http://127.0.0.1/mcp")),
+            (404, good.replace(b"/mcp", b"/.well-known/oauth-protected-resource")),
+            (505, good.replace(b"HTTP/1.1", b"HTTP/1.0")),
+            (405, good.replace(b"POST", b"PUT")),
+            (405, good.replace(b"POST", b"OPTIONS")),
+            (405, good.replace(b"POST", b"post")),
+            (415, good.replace(b"application/json", b"text/plain")),
+            (413, good.replace(b"Content-Length: ", b"Content-Length: 99999999")),
+            (400, good.replace(b"Host:", b"Mcp-Session-Id: a b\r\nHost:")),
+            (404, good.replace(b"Host:", b"Mcp-Session-Id: stolen\r\nHost:")),
+            (400, good.replace(b'"ping"', b'"pi\xffg"')),
+        ):
+            with self.subTest(data[:200]):
+                self.assertEqual(self.status(data), status)
+        self.assertEqual(self.upstream.calls(), [])
+
+    def test_names_that_are_its_own(self) -> None:
+        body = json.dumps(request("ping")).encode()
+        good = self.client.head(length=len(body)) + body
+        for name in (b"localhost:80", b"[::1]:1", b"host.lima.internal:5", b"LOCALHOST"):
+            self.assertEqual(self.status(good.replace(b"Host: 127.0.0.1", b"Host: " + name)), 200)
+        origin = b"Origin: http://localhost:3000\r\nHost:"
+        self.assertEqual(self.status(good.replace(b"Host:", origin)), 200)
+        self.assertEqual(self.status(good.replace(b"/mcp", b"/")), 200)
+
+    def test_the_second_request_of_a_connection_is_checked_anew(self) -> None:
+        self.assertEqual(self.client.ask(request("ping", 1))["result"], {})
+        self.client.secret = ""
+        self.client.send(request("ping", 2))
+        self.assertEqual(self.client.read()[0], 403)
+        self.assertTrue(self.client.is_closed())
+
+    def test_pipelined_requests_are_answered_in_order(self) -> None:
+        for number in range(5):
+            self.client.send(call(id=number))
+        self.assertEqual(
+            [json.loads(self.client.read()[2])["id"] for _ in range(5)], [0, 1, 2, 3, 4]
+        )
+
+    def test_refusals_are_where_the_client_shows_them(self) -> None:
+        self.client.send(call("../x"))
+        status, _, body = self.client.read()
+        answer = json.loads(body)
+        self.assertEqual((status, answer["id"], answer["result"]["isError"]), (200, 1, True))
+        self.assertIn("path", text_of(answer))
+        answer = self.client.ask(request("completion/complete", "x"))
+        self.assertEqual((answer["id"], answer["error"]["code"]), ("x", -32601))
+        self.assertEqual(self.upstream.calls(), [])
+
+    def test_a_large_body_is_invited_first(self) -> None:
+        body = json.dumps(request("ping")).encode()
+        self.client.socket.sendall(
+            self.client.head("POST", "/mcp", "Expect: 100-continue", length=len(body))
+        )
+        self.assertEqual(self.client.read_head()[0], 100)
+        self.assertEqual(self.client.raw(body)[0], 200)
+
+
+class UpstreamTest(LiveTest):
+    """What the upstream gets and what comes of its answers."""
+
+    def test_the_headers_are_made_here(self) -> None:
+        extra = ("Cookie: a=b", "X-MCP-Toolsets: all", "X-MCP-Insiders: 1", "X-Forwarded-Host: evil",
+                 "Forwarded: for=x", "X-MCP-Readonly: false", "Mcp-Param-owner: evil", "Accept: */*")  # fmt: skip
+        self.client.ask(call(), *extra)
+        (seen,) = self.upstream.calls()
+        self.assertEqual(seen.target, "/mcp/")
+        body = seen.body.decode()
+        expected = {
+            "host": f"localhost:{self.upstream.port}",
+            "user-agent": "agent-vm-github-mcp-proxy/0.1.0",
+            "accept-encoding": "identity",
+            "accept": "application/json, text/event-stream",
+            "x-mcp-toolsets": "repos,issues,pull_requests,git,labels",
+            "x-mcp-lockdown": "true",
+            "authorization": f"Bearer {TOKEN}",
+            "content-type": "application/json",
+            "content-length": str(len(body)),
+        }
+        self.assertEqual(seen.headers, expected)
+        self.assertEqual(len(seen.header_lines), len(expected))
+
+    def test_the_body_is_made_here(self) -> None:
+        message = b'{ "params": {"arguments": {"path":"\\u0061"}, "name": "get_file_contents"}, "method":"tools/call" ,"id":7, "jsonrpc":"2.0"}'
+        self.client.ask(message)
+        (seen,) = self.upstream.calls()
+        self.assertEqual(
+            seen.body,
+            b'{"jsonrpc":"2.0","method":"tools/call","id":7,"params":{"name":"get_file_contents",'
+            b'"arguments":{"owner":"good","repo":"r","path":"a"}}}',
+        )
+
+    def test_mirrored_headers(self) -> None:
+        message = call("a")
+        message["params"]["_meta"] = {fake.MODERN_META: fake.MODERN}
+        lines = (
+            f"MCP-Protocol-Version: {fake.MODERN}",
+            "Mcp-Method: tools/call",
+            "Mcp-Name: get_file_contents",
+        )
+        self.assertEqual(text_of(self.client.ask(message, *lines)), "ok get_file_contents")
+        (seen,) = self.upstream.calls()
+        self.assertEqual(
+            (seen.headers["mcp-param-owner"], seen.headers["mcp-param-repo"]), ("good", "r")
+        )
+        self.client.send(message, *lines[:2], "Mcp-Name: get_me")
+        status, _, body = self.client.read()
+        self.assertEqual((status, json.loads(body)["error"]["code"]), (400, -32020))
+
+    def test_the_client_gets_no_header_of_the_upstream(self) -> None:
+        self.client.send(call())
+        _, headers, _ = self.client.read()
+        self.assertEqual(set(headers), {"content-type", "content-length"})
+
+    def test_failures_are_errors_of_json_rpc(self) -> None:
+        for name, handler, words in (
+            ("401", fake.status(401, b"", "WWW-Authenticate: Bearer resource_metadata=x"), "token"),
+            ("403", fake.status(403), "token"),
+            ("302", fake.status(302, b"", "Location: http://evil/"), "redirect"),
+            ("429", fake.status(429), "rate limit"),
+            ("500", fake.status(500), "500"),
+            ("closed", fake.bytes_of(b""), "closed"),
+            ("reset", fake.bytes_of(b"", then="reset"), "closed"),
+            ("cut head", fake.bytes_of(b"HTTP/1.1 200 O"), "closed"),
+            ("rubbish", fake.rubbish, "not JSON"),
+            ("endless head", fake.endless_head, "malformed"),
+            ("gzip", fake.gzipped, "not JSON"),
+            ("wrong id", fake.wrong_id, ""),
+            ("silent", fake.hang, "in time"),
+            ("no answer", fake.without_answer, "without an answer"),
+        ):
+            with self.subTest(name):
+                self.upstream.on("README.md", handler)
+                self.client.send(call(id=name))
+                status, headers, body = self.client.read()
+                answer = json.loads(body.rpartition(b"data: ")[2])
+                self.assertEqual((status, answer["id"]), (200, name))
+                self.assertIn(words, answer["error"]["message"])
+                self.assertNotIn("www-authenticate", headers)
+                self.upstream.reset()
+                self.assertEqual(text_of(self.client.ask(call())), "ok get_file_contents")
+
+    def test_a_stream_that_breaks_off_ends_in_an_error(self) -> None:
+        for handler in (fake.cut_in_event, fake.cut_after_event):
+            self.upstream.on("README.md", handler)
+            self.assertEqual(self.client.ask(call(id=3))["id"], 3)
+
+    def test_a_write_is_not_repeated_and_a_read_is(self) -> None:
+        comment = call("", name="add_issue_comment", issue_number=1, body="b")
+        self.client.ask(call())
+        self.upstream.on("add_issue_comment", fake.bytes_of(b"", then="reset"))
+        self.assertIn("error", self.client.ask(comment))
+        self.assertEqual(len(self.upstream.calls("add_issue_comment")), 1)
+        self.client.ask(call())
+        dropped: list[int] = []
+
+        def once(x: fake.Exchange) -> None:
+            dropped.append(1)
+            if len(dropped) == 1:
+                return x.reset()
+            return x.answer(x.text("second"))
+
+        self.upstream.on("README.md", once)
+        self.assertEqual(text_of(self.client.ask(call())), "second")
+
+    def test_secrets_in_answers_are_redacted(self) -> None:
+        self.upstream.on("README.md", fake.text(f"{TOKEN} https://x/y?token=A&b=c ghs_{'s' * 40}"))
+        shown = text_of(self.client.ask(call()))
+        self.assertEqual(shown, "[redacted] https://x/y?[redacted] [redacted]")
+
+    def test_the_list_of_tools_is_narrowed_and_kept(self) -> None:
+        schema = {
+            "type": "object",
+            "properties": {"owner": {}, "repo": {}, "tag": {}},
+            "required": ["owner", "tag"],
+        }
+        self.upstream.tools = [
+            {"name": "get_me", "inputSchema": {}},
+            {"name": "get_tag", "inputSchema": schema},
+        ]
+        for id in (1, "one", 0, 2):
+            answer = self.client.ask(request("tools/list", id))
+            self.assertEqual(answer["id"], id)
+            (tool,) = answer["result"]["tools"]
+            self.assertEqual((tool["name"], tool["inputSchema"]["required"]), ("get_tag", ["tag"]))
+
+    def test_the_default_branch_is_learnt_and_kept_from_writes(self) -> None:
+        answer = self.client.ask(call("", name="create_branch", branch="main"))
+        self.assertIn("default", text_of(answer))
+        self.assertEqual(
+            text_of(self.client.ask(call("", name="create_branch", branch="b"))), "ok create_branch"
+        )
+        self.assertEqual([x.arguments["branch"] for x in self.upstream.calls()], ["b"])
+
+
+class StreamTest(LiveTest):
+    def test_events_pass_one_by_one(self) -> None:
+        gate = fake.Gate(2)
+        self.upstream.on("README.md", gate)
+        self.client.send(call())
+        gate.step()
+        status, headers = self.client.read_head()
+        self.assertEqual((status, headers["content-type"]), (200, "text/event-stream"))
+        self.assertIn(b'"progress":1', self.client.chunk())
+        gate.step()
+        self.assertIn(b'"progress":2', self.client.chunk())
+        gate.step()
+        self.assertIn(b"done", self.client.chunk())
+        self.assertEqual(self.client.chunk(), b"")
+
+    def test_comments_ids_and_unknown_messages(self) -> None:
+        prime = b"id: 1\ndata: \n\n"
+        note = fake.event(fake.note(1), "id: 2")
+        sampling = fake.event({"jsonrpc": "2.0", "id": 9, "method": "sampling/createMessage"})
+        self.upstream.on("README.md", fake.events(prime, b": alive\n\n", note, sampling))
+        self.client.send(call())
+        self.client.read_head()
+        got = list(iter(self.client.chunk, b""))
+        self.assertEqual(got[:3], [prime, b": alive\n\n", note])
+        self.assertEqual(len(got), 4)
+        self.assertIn(b"done", got[3])
+
+    def test_large_answers_come_as_json(self) -> None:
+        for sse in (True, False):
+            self.upstream.on("README.md", fake.big(10_000_000, sse=sse))
+            self.client.send(call())
+            status, headers, body = self.client.read()
+            self.assertEqual((status, headers["content-type"]), (200, "application/json"))
+            self.assertGreaterEqual(len(text_of(json.loads(body))), 10_000_000)
+
+    def test_a_client_that_goes_away_ends_the_upstreams_stream(self) -> None:
+        self.upstream.on("README.md", fake.hang_in_stream)
+        clients = [self.connect() for _ in range(50)]
+        for client in clients:
+            client.send(call())
+        for client in clients:
+            client.read_head()
+        self.assertEqual(len(self.upstream.busy()), 50)
+        for client in clients:
+            client.close()
+        self.upstream.wait_until_free()
+
+    def test_a_session(self) -> None:
+        self.upstream.stateful = True
+        self.client.send(request("initialize", **INITIALIZE))
+        _, headers, _ = self.client.read()
+        session = f"Mcp-Session-Id: {headers['mcp-session-id']}"
+        stream = self.connect()
+        stream.socket.sendall(stream.head("GET", "/mcp", "Accept: text/event-stream", session))
+        self.assertEqual(stream.read_head()[1]["content-type"], "text/event-stream")
+        self.assertEqual(stream.chunk(), b": here\n\n")
+        question = {
+            "jsonrpc": "2.0",
+            "id": "q",
+            "method": "elicitation/create",
+            "params": {"message": "?"},
+        }
+        self.upstream.on("README.md", fake.ask(question))
+        self.client.send(call(), session)
+        self.client.read_head()
+        self.assertIn(b"elicitation/create", self.client.chunk())
+        given = {"jsonrpc": "2.0", "id": "q", "result": {"action": "accept", "content": {"a": "b"}}}
+        other = self.connect()
+        other.send({**given, "id": "other"}, session)
+        self.assertEqual(other.read()[0], 400)
+        other.send(given, session)
+        self.assertEqual(other.read()[0], 202)
+        self.assertIn(b"accept", self.client.chunk())
+        other.send(given, session)
+        self.assertEqual(other.read()[0], 400, "an answer passes once")
+        self.assertEqual(other.raw(other.head("DELETE", "/mcp", session))[0], 204)
+        other.send(request("ping"), session)
+        self.assertEqual(other.read()[0], 404)
+
+    def test_without_sessions_get_and_delete_are_answered_by_the_upstream(self) -> None:
+        for method in ("GET", "DELETE"):
+            status, headers, _ = self.connect().raw(self.client.head(method))
+            self.assertEqual((status, headers["allow"]), (405, "POST"))
+
+    def test_many_clients_at_once_and_nothing_is_left(self) -> None:
+        if not Path("/proc/self/fd").exists():
+            self.skipTest("no /proc")
+        self.client.ask(request("ping"))
+        clients = [self.connect() for _ in range(500)]
+        for client in clients:
+            client.send(request("ping"))
+        self.assertEqual({client.read()[0] for client in clients}, {200})
+        before = 25
+        for client in clients:
+            client.close()
+        self.upstream.drop_connections()
+        deadline = time.monotonic() + TIMEOUT
+        while self.proxy.descriptors() > before and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self.assertLessEqual(self.proxy.descriptors(), before)
+
+
+class AuditTest(LiveTest):
+    def test_every_decision_without_bodies_and_secrets(self) -> None:
+        self.client.ask(
+            call("", name="add_issue_comment", issue_number=5, body="words of the agent")
+        )
+        self.client.ask(call("", name="get_me"))
+        self.client.ask(call("../up"))
+        self.connect("wrong-secret").send(request("ping"))
+        self.connect().ask(b"{")
+        lines = [json.loads(line) for line in self.audit.read_text().splitlines()]
+        self.assertEqual(lines[0]["target"], {"issue_number": 5})
+        self.assertEqual([line["verdict"] for line in lines[:3]], ["forward", "refuse", "refuse"])
+        self.assertTrue(all(line["reason"] for line in lines[1:]))
+        self.assertRegex(lines[0]["time"], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")
+        self.assertEqual(stat.S_IMODE(self.audit.stat().st_mode), 0o600)
+        everything = self.audit.read_text() + self.proxy.stderr()
+        for word in (TOKEN, SECRET, "wrong-secret", "words of the agent"):
+            self.assertNotIn(word, everything)
+
+
+class LimitsTest(unittest.TestCase):
+    """Limits of time, with shorter ones than the program's."""
+
+    def test_clients_that_do_not_finish_their_request_are_closed(self) -> None:
+        with tempfile.TemporaryDirectory() as folder, fake.Upstream() as upstream:
+            script = Path(folder, "quick.py")
+            script.write_text(
+                f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+                "import github_mcp_proxy as p\n"
+                "p.REQUEST_SECONDS, p.IDLE_SECONDS = 1, 2\n"
+                "sys.exit(p.main())\n"
+            )
+            running = Proxy(upstream.url, script=script)
+            try:
+                slow, idle = Client(running.port), Client(running.port)
+                slow.socket.sendall(b"POST /mcp HTTP/1.1\r\nHo")
+                self.assertTrue(slow.is_closed())
+                self.assertTrue(idle.is_closed())
+                for client in (slow, idle):
+                    client.close()
+            finally:
+                running.stop()
+
+
+class TokenTest(unittest.TestCase):
+    COMMAND = """\
+import json, os, pathlib, sys, time
+count = pathlib.Path(sys.argv[1])
+number = int(count.read_text() or 0) + 1 if count.exists() else 1
+count.write_text(str(number))
+pathlib.Path(sys.argv[1] + ".env").write_text(repr(dict(os.environ)))
+if sys.argv[2] == "fail": sys.exit(3)
+print(json.dumps({"token": f"token-number-{number}-0123456789", "expires_at": time.time() + float(sys.argv[2])}))
+"""
+
+    def run_with(
+        self, seconds: str, tokens: set[str] | None, count: int
+    ) -> tuple[list[Any], int, str]:
+        """(answers, how often the command was run, its environment)."""
+        with tempfile.TemporaryDirectory() as folder, fake.Upstream() as upstream:
+            script, counter = Path(folder, "command.py"), Path(folder, "count")
+            script.write_text(self.COMMAND)
+            upstream.tokens = tokens
+            command = f"{sys.executable} {script} {counter} {seconds}"
+            running = Proxy(upstream.url, "--token-command", command)
+            try:
+                answers: list[Any] = []
+                client = Client(running.port)
+                for _ in range(count):
+                    answers.append(client.ask(call()))
+                client.close()
+            finally:
+                running.stop()
+            return answers, int(counter.read_text()), Path(f"{counter}.env").read_text()
+
+    def test_it_is_asked_once_for_all(self) -> None:
+        answers, runs, environment = self.run_with("3600", {"token-number-1-0123456789"}, 5)
+        self.assertEqual({text_of(answer) for answer in answers}, {"ok get_file_contents"})
+        self.assertEqual(runs, 1)
+        self.assertNotIn(TOKEN, environment)
+        self.assertNotIn(SECRET, environment)
+
+    def test_it_is_asked_again_when_the_token_is_refused(self) -> None:
+        answers, runs, _ = self.run_with("3600", {"token-number-2-0123456789"}, 3)
+        self.assertEqual({text_of(answer) for answer in answers}, {"ok get_file_contents"})
+        self.assertEqual(runs, 2)
+
+    def test_it_is_asked_again_before_the_token_expires(self) -> None:
+        answers, runs, _ = self.run_with("0", None, 3)
+        self.assertEqual({text_of(answer) for answer in answers}, {"ok get_file_contents"})
+        self.assertGreaterEqual(runs, 3)
+
+    def test_its_failure_is_said(self) -> None:
+        answers, _, _ = self.run_with("fail", None, 1)
+        self.assertIn("token command", answers[0]["error"]["message"])
+
+
+class CommandLineTest(unittest.TestCase):
+    def run_script(self, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
+        environment = {"PATH": os.environ["PATH"], "GITHUB_MCP_TOKEN": TOKEN, "GITHUB_MCP_OWNER": "o",
+                       "GITHUB_MCP_REPO": "r", "GITHUB_MCP_UPSTREAM": "http://127.0.0.1:9/", **env}  # fmt: skip
+        return subprocess.run(
+            [sys.executable, str(SCRIPT), *argv],
+            env={key: value for key, value in environment.items() if value},
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            stdin=subprocess.DEVNULL,
+        )
+
+    def test_what_is_wrong_is_said_in_one_line_and_the_status_is_2(self) -> None:
+        bad_token = "ghp_with blank"
+        for argv, env in (
+            ((), {"GITHUB_MCP_TOKEN": ""}),
+            ((), {"GITHUB_MCP_TOKEN": bad_token}),
+            ((), {"GITHUB_MCP_OWNER": ""}),
+            ((), {"GITHUB_MCP_OWNER": "a/b"}),
+            ((), {"GITHUB_MCP_REPO": ""}),
+            ((), {"GITHUB_MCP_REPO": ".."}),
+            ((), {"GITHUB_MCP_READONLY": "perhaps"}),
+            ((), {"GITHUB_MCP_TOOLSETS": "repos\r\nX: y"}),
+            ((), {"GITHUB_MCP_SECRET": "short"}),
+            (("--upstream", "http://example.com/"), {}),
+            (("--upstream", "https://user@example.com/"), {}),
+            (("--upstream", "https://example.com/?x"), {}),
+            (("--policy", "/nonexistent"), {}),
+            (("--ca-file", "/nonexistent"), {}),
+            (("--secret-file", "/nonexistent"), {}),
+            (("--audit", "/nonexistent/x"), {}),
+        ):
+            with self.subTest(f"{argv} {env}"):
+                done = self.run_script(*argv, **env)
+                self.assertEqual((done.returncode, done.stdout), (2, ""))
+                self.assertIn("error: ", done.stderr.splitlines()[0])
+                self.assertLessEqual(len(done.stderr.splitlines()), 2)
+                self.assertNotIn(bad_token, done.stderr)
+                self.assertNotIn(TOKEN, done.stderr)
+
+    def test_wrong_flags(self) -> None:
+        for argv in (["--nonsense"], ["--listen", "x"], ["--timeout", "-1"], ["--timeout", "0"]):
+            self.assertEqual(self.run_script(*argv).returncode, 2)
+
+    def test_version_and_help(self) -> None:
+        self.assertIn(proxy.__version__, self.run_script("--version").stdout)
+        text = self.run_script("--help").stdout
+        for word in ("GITHUB_MCP_LOCKDOWN", "--token-command", "130"):
+            self.assertIn(word, text)
+
+    def test_a_port_that_is_taken(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            done = self.run_script("--listen", f"127.0.0.1:{taken.getsockname()[1]}")
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertIn("cannot listen", done.stderr)
+
+    def test_it_ends_with_stdin_and_signals(self) -> None:
+        for argv, end, status in (
+            (["--exit-with-stdin"], 0, 0),
+            ([], signal.SIGTERM, 0),
+            ([], signal.SIGINT, 130),
+        ):
+            running = Proxy("http://127.0.0.1:9/", *argv)
+            assert running.process.stdin
+            if end:
+                running.process.send_signal(end)
+            else:
+                running.process.stdin.close()
+            self.assertEqual(running.process.wait(TIMEOUT), status)
+            with self.assertRaises(OSError):
+                socket.create_connection(("127.0.0.1", running.port))
+            self.assertNotIn("Traceback", running.stderr())
+            running.stop()
+
+    def test_the_secret_it_makes(self) -> None:
+        with fake.Upstream() as upstream:
+            running = Proxy(upstream.url, "--print-secret", lines=2, GITHUB_MCP_SECRET="")
+            try:
+                client = Client(running.port, running.lines[1])
+                self.assertEqual(client.ask(request("ping"))["result"], {})
+                client.close()
+                stranger = Client(running.port, "")
+                stranger.send(request("ping"))
+                self.assertEqual(stranger.read()[0], 403)
+                stranger.close()
+            finally:
+                running.stop()
+            self.assertNotIn(running.lines[1], running.stderr())
+
+    def test_without_a_secret_it_warns(self) -> None:
+        running = Proxy("http://127.0.0.1:9/", GITHUB_MCP_SECRET="")
+        running.stop()
+        self.assertIn("no secret", running.stderr())
+
+    def test_copied_alone(self) -> None:
+        with tempfile.TemporaryDirectory() as folder, fake.Upstream() as upstream:
+            script = Path(shutil.copy(SCRIPT, folder))
+            running = Proxy(upstream.url, script=script)
+            try:
+                client = Client(running.port)
+                self.assertEqual(text_of(client.ask(call())), "ok get_file_contents")
+                client.close()
+            finally:
+                running.stop()
+            self.assertEqual(os.listdir(folder), [script.name])
+
+    def test_tools_that_differ_from_the_table(self) -> None:
+        with fake.Upstream() as upstream:
+            schema: Any = {"properties": {"owner": {}, "repo": {}, "tag": {}}}
+            upstream.tools = [
+                {"name": "get_tag", "inputSchema": schema},
+                {"name": "new", "inputSchema": {}},
+            ]
+            done = self.run_script("--check-upstream", GITHUB_MCP_UPSTREAM=upstream.url)
+            self.assertEqual((done.returncode, done.stderr), (0, ""))
+            self.assertIn("not in the table: new", done.stdout)
+            schema["properties"]["namespace"] = {}
+            done = self.run_script("--check-upstream", GITHUB_MCP_UPSTREAM=upstream.url)
+            self.assertEqual(
+                (done.returncode, done.stdout.splitlines()[-1]), (1, "+ get_tag: namespace")
+            )
+
+    def test_tls(self) -> None:
+        if not shutil.which("openssl"):
+            self.skipTest("openssl is not on PATH")
+        import ssl
+
+        with tempfile.TemporaryDirectory() as folder:
+            key, cert = f"{folder}/key.pem", f"{folder}/cert.pem"
+            subprocess.run(
+                ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert,
+                 "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"],
+                check=True, capture_output=True,
+            )  # fmt: skip
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(cert, key)
+            with fake.Upstream(context) as upstream:
+                for argv in ([], ["--ca-file", cert]):
+                    running = Proxy(upstream.url, *argv)
+                    try:
+                        client = Client(running.port)
+                        answer = client.ask(call())
+                        client.close()
+                    finally:
+                        running.stop()
+                    if argv:
+                        self.assertEqual(text_of(answer), "ok get_file_contents")
+                    else:
+                        self.assertIn("certificate", answer["error"]["message"])
+
+
+if __name__ == "__main__":
+    unittest.main()
