@@ -1314,12 +1314,16 @@ FOREIGN = object()
 
 def own_hits(value: Json, scope: Scope) -> Json:
     """A search answer with only the hits that are known to be of this repository."""
-    if not isinstance(value, dict) or not isinstance(value.get("items"), list):
+    items = value.get("items", []) if isinstance(value, dict) else None  # left out when empty
+    if not isinstance(items, list):
         raise Refusal("the search answer could not be checked")
-    hits = [hit for hit in value["items"] if isinstance(hit, dict)]
-    own = [hit for hit in hits if repository_of(hit) == {str(scope).lower()}]
-    kept: Object = {"items": [without_foreign(hit, scope) for hit in own]}
-    if len(own) == len(value["items"]):  # else the total would count hits of other repositories
+    own = [
+        item
+        for item in items
+        if isinstance(item, dict) and repository_of(item) == {str(scope).lower()}
+    ]
+    kept: Object = {"items": [without_foreign(item, scope) for item in own]}
+    if len(own) == len(items):  # else the total would count hits of other repositories
         kept["total_count"] = value.get("total_count")
         kept["incomplete_results"] = value.get("incomplete_results")
     return kept

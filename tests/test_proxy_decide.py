@@ -530,6 +530,8 @@ class AnswerTest(unittest.TestCase):
         ]
         found = {"total_count": 7, "incomplete_results": False, "items": [ours, *others]}
         self.assertEqual(self.shown("search_issues", found), {"items": [ours]})
+        none = {"total_count": 0, "incomplete_results": False}
+        self.assertEqual(self.shown("search_issues", none), {**none, "items": []})
         only_ours = {"total_count": 1, "incomplete_results": False, "items": [ours]}
         self.assertEqual(self.shown("search_issues", only_ours), only_ours)
 

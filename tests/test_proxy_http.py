@@ -125,8 +125,10 @@ class Client:
     def ask(self, message: Any, *lines: str) -> Any:
         """The JSON of the answer, or of the last event of a stream."""
         self.send(message, *lines)
-        body = self.read()[2]
-        return json.loads(body.rpartition(b"data: ")[2]) if body else None
+        _, headers, body = self.read()
+        if headers.get("content-type") == "text/event-stream":
+            body = body.rpartition(b"data: ")[2]
+        return json.loads(body) if body else None
 
     def raw(self, data: bytes) -> tuple[int, dict[str, str], bytes]:
         self.socket.sendall(data)

@@ -1,0 +1,198 @@
+"""The GitHub proxy before the real github-mcp-server (found on PATH), over a fake GitHub API.
+
+What is asserted is what reaches the API: this repository, and nothing else.
+"""
+
+from __future__ import annotations
+
+import http.server
+import json
+import re
+import shutil
+import socket
+import subprocess
+import threading
+import time
+import unittest
+import urllib.parse
+from pathlib import Path
+from typing import Any
+
+import github_mcp_proxy as proxy
+from tests import fuzz_proxy
+from tests.test_proxy_http import SECRET
+from tests.test_proxy_http import TIMEOUT
+from tests.test_proxy_http import Client
+from tests.test_proxy_http import Proxy
+from tests.test_proxy_http import request
+
+SHA = "a" * 40
+POLICY = (
+    f"[policy]\nallow = {' '.join(proxy.ALLOW)}\ndefault_branch = main\nwrites_per_hour = 100000\n"
+)
+
+# A value for each parameter that some tool of the table must have.
+EXAMPLES: dict[str, Any] = {
+    "alertNumber": 1, "base": "main", "body": "b", "branch": "fix", "commentId": 1, "comment_id": 1,
+    "content": "+1", "discussionNumber": 1, "event": "COMMENT", "files": [{"path": "a", "content": "x"}],
+    "findingNumber": 1, "head": "fix", "issue_number": 5, "name": "bug", "path": "f.txt", "pullNumber": 1,
+    "query": "crash", "resource_id": "1", "sha": SHA, "tag": "v1", "message": "m", "title": "t",
+    "subjectType": "FILE", "job_id": 1, "color": "ff0000", "description": "d", "run_id": 1,
+}  # fmt: skip
+
+
+class Api(http.server.BaseHTTPRequestHandler):
+    """Enough of GitHub's REST and GraphQL for the tools to go on to what they are about."""
+
+    protocol_version = "HTTP/1.1"
+    seen: list[tuple[str, str, str]] = []  # noqa: RUF012
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def handle_any(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.seen.append((self.command, urllib.parse.unquote(self.path), body.decode()))
+        answer = json.dumps(self.answer_of(urllib.parse.urlsplit(self.path).path)).encode()
+        self.send_response(201 if self.command == "POST" and "graphql" not in self.path else 200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = handle_any
+
+    def answer_of(self, path: str) -> Any:
+        commit = {"sha": SHA, "type": "commit"}
+        if "graphql" in path:
+            return {"data": {"repository": {"id": "R_1", "isPrivate": True}}}
+        for end, answer in (
+            (r"/repos/good/r", {"id": 1, "name": "r", "default_branch": "main"}),
+            (r"/git/ref/.*", {"ref": "refs/heads/main", "object": commit}),
+            (r"/git/trees.*", {"sha": SHA, "truncated": False, "tree": []}),
+            (r"/git/commits.*", {"sha": SHA, "tree": {"sha": SHA}}),
+            (r"/search/.*", {"total_count": 0, "incomplete_results": False, "items": []}),
+            (r"/(issues|pulls)/\d+", {"number": 1, "title": "t", "node_id": "I_1", "head": {"sha": SHA}}),
+            (r"/(releases|commits|contents|tags)/.*", {"sha": SHA, "id": 1}),
+        ):  # fmt: skip
+            if re.search(end + "$", path):
+                return answer
+        return [] if self.command == "GET" else {"id": 1, "number": 1}
+
+
+def is_ours(path: str, body: str) -> bool:
+    """Whether a request at the API is about good/r."""
+    if "/graphql" in path:
+        variables = json.loads(body).get("variables", {})
+        named = (variables.get("owner"), variables.get("repo") or variables.get("name"))
+        return named == ("good", "r") or set(variables) in (set(), {"ids"}, {"input"})
+    if "/search/" in path:
+        query = urllib.parse.parse_qs(urllib.parse.urlsplit(path).query)["q"][0]
+        return bool(re.match(r"(is:\S+ )?repo:good/r( |$)", query))
+    scopes_of_the_token = "/api/v3/"
+    return path == scopes_of_the_token or bool(
+        re.match(r"(/api/v3/repos|/raw)/good/r(/|\?|$)", path)
+    )
+
+
+@unittest.skipUnless(shutil.which("github-mcp-server"), "github-mcp-server is not on PATH")
+class RealServerTest(unittest.TestCase):
+    def setUp(self) -> None:
+        Api.seen.clear()
+        self.api = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Api)
+        threading.Thread(target=self.api.serve_forever, daemon=True).start()
+        self.addCleanup(self.api.server_close)
+        self.addCleanup(self.api.shutdown)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.server = subprocess.Popen(
+            ["github-mcp-server", "http", "--listen-host", "127.0.0.1", "--port", str(self.port),
+             "--gh-host", f"http://127.0.0.1:{self.api.server_address[1]}"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        self.addCleanup(self.server.wait)
+        self.addCleanup(self.server.terminate)
+        self.wait_for_server()
+        policy = Path(self.enterFolder(), "policy.ini")
+        policy.write_text(POLICY)
+        self.running = Proxy(
+            f"http://127.0.0.1:{self.port}/", "--policy", str(policy),
+            GITHUB_MCP_TOOLSETS="all", GITHUB_MCP_LOCKDOWN="0", GITHUB_MCP_TOKEN="github_pat_" + "t" * 30,
+        )  # fmt: skip
+        self.addCleanup(self.running.stop)
+        self.client = Client(self.running.port)
+        self.addCleanup(self.client.close)
+
+    def enterFolder(self) -> str:
+        import tempfile
+
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        return folder.name
+
+    def wait_for_server(self) -> None:
+        deadline = time.monotonic() + TIMEOUT
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port)).close()
+                return
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+
+    def assert_only_ours(self) -> None:
+        self.assertEqual([x for x in Api.seen if not is_ours(x[1], x[2])], [])
+
+    def test_every_tool_reaches_this_repository_and_no_other(self) -> None:
+        self.client.ask(request("initialize", protocolVersion="2025-11-25", capabilities={},
+                                clientInfo={"name": "t", "version": "1"}))  # fmt: skip
+        listed = self.client.ask(request("tools/list"))["result"]["tools"]
+        self.assertGreater(len(listed), 45)
+        silent = []
+        for tool in listed:
+            schema = tool["inputSchema"]
+            self.assertNotIn("owner", schema.get("required", []))
+            methods = schema["properties"].get("method", {}).get("enum", [None])
+            for method in methods:
+                arguments = {
+                    key: EXAMPLES[key] for key in schema.get("required", []) if key != "method"
+                }
+                arguments.update({"method": method} if method else {})
+                if tool["name"] in ("issue_write", "add_issue_comment", "label_write", "get_job_logs",
+                                    "add_reply_to_pull_request_comment", "update_pull_request", "actions_list"):  # fmt: skip
+                    for key in (
+                        "title",
+                        "body",
+                        "issue_number",
+                        "color",
+                        "job_id",
+                        "pullNumber",
+                        "resource_id",
+                    ):
+                        if key in schema["properties"]:
+                            arguments.setdefault(key, EXAMPLES[key])
+                if tool["name"] == "create_or_update_file":
+                    arguments["content"] = "x"
+                before = len(Api.seen)
+                answer = self.client.ask(
+                    request("tools/call", name=tool["name"], arguments=arguments)
+                )
+                self.assertNotIn("Refused by", json.dumps(answer), (tool["name"], arguments))
+                if len(Api.seen) == before:
+                    silent.append(f"{tool['name']} {method}: {json.dumps(answer)[:150]}")
+        self.assert_only_ours()
+        self.assertEqual(silent, [], "calls that did not reach the API")
+        self.assertGreater(len(Api.seen), 80)
+
+    def test_what_is_made_up_reaches_no_other_repository(self) -> None:
+        sender = fuzz_proxy.Sender(f"http://127.0.0.1:{self.running.port}/mcp", SECRET)
+        self.addCleanup(sender.connection.close)
+        fuzz_proxy.run(2000, 5, sender)
+        self.assertIsNone(self.server.poll(), "the server lives")
+        self.assertGreater(len(Api.seen), 100)
+        self.assert_only_ours()
+
+
+if __name__ == "__main__":
+    unittest.main()
