@@ -4,7 +4,7 @@ TOOLS := .venv/bin
 SCRIPTS := $(wildcard *.py)
 SHELL_FILES := $(wildcard lima/provision/*.sh) .ci/run
 
-.PHONY: test lint check embed contract vm-test bench tools clean
+.PHONY: test lint check embed contract vm-test bench bench-proxy fuzz-proxy tools clean
 
 test:  ## seconds, no network, no Lima
 	$(PYTHON) -m tests
@@ -30,6 +30,12 @@ vm-test:  ## boots real VMs with the limactl on PATH; see "Developing" in the RE
 
 bench:  ## our overhead over limactl alone; needs a base instance
 	$(PYTHON) tests/bench.py
+
+bench-proxy:  ## what the GitHub proxy adds to a call, beside nginx and mitmproxy where they are on PATH
+	$(PYTHON) tests/bench_proxy.py
+
+fuzz-proxy:  ## 200,000 made-up messages; what passes is checked by other rules than the proxy's
+	$(PYTHON) tests/fuzz_proxy.py
 
 tools $(TOOLS)/ruff:
 	$(PYTHON) -m venv .venv

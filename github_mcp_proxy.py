@@ -2742,7 +2742,7 @@ def read_policy(path: str) -> Policy:
     """The [policy] section of an INI file; what it leaves out keeps its default."""
     import configparser
 
-    parser = configparser.ConfigParser(interpolation=None)
+    parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=("#",))
     try:
         with open(path, encoding="utf-8") as file:
             parser.read_file(file)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
+import tempfile
 import unittest
 
 import agent_vm
+import github_mcp_proxy
 from tests.support import ROOT
 
 WORDS = agent_vm.parser_words(agent_vm.build_parser())
@@ -27,6 +29,15 @@ class ReadmeTest(unittest.TestCase):
         options = {word for words in WORDS.values() for word in words if word.startswith("--")}
         found = set(re.findall(r"--[a-z][a-z-]*", self.text))
         self.assertEqual(options - found, set())
+
+    def test_the_proxys_options_variables_and_words_stand_in_it(self) -> None:
+        words = set(re.findall(r"GITHUB_MCP_[A-Z_]+", github_mcp_proxy.EPILOG))
+        for action in github_mcp_proxy.build_parser()._actions:
+            words |= {option for option in action.option_strings if option.startswith("--")}
+        words |= {
+            f"`{word}`" for word in (*github_mcp_proxy.ALLOW, *github_mcp_proxy.Policy._fields)
+        }
+        self.assertEqual({word for word in words if word not in self.text}, set())
 
     def test_every_option_of_a_command_that_it_shows_exists(self) -> None:
         known = {word for words in WORDS.values() for word in words} | {"--version"}
@@ -51,6 +62,22 @@ class ReadmeTest(unittest.TestCase):
         assert row
         source = (ROOT / "agent_vm.py").read_text()
         lines = source.partition("# BEGIN GENERATED")[0].count("\n")
+        self.assertAlmostEqual(int(row[1].replace(",", "")), lines, delta=150)
+
+    def test_the_policy_that_it_shows_is_one(self) -> None:
+        block = re.search(r"```ini\n(\[policy\].*?)```", self.text, re.DOTALL)
+        assert block
+        with tempfile.NamedTemporaryFile("w", suffix=".ini") as file:
+            file.write(block[1])
+            file.flush()
+            policy = github_mcp_proxy.read_policy(file.name)
+        self.assertEqual(policy.branches, ("agent/*", "fix/**"))
+        self.assertEqual(policy.default_branch, "main")
+
+    def test_the_proxys_lines_are_counted(self) -> None:
+        row = re.search(r"`github_mcp_proxy\.py` \| ([\d,]+)", self.text)
+        assert row
+        lines = (ROOT / "github_mcp_proxy.py").read_text().count("\n")
         self.assertAlmostEqual(int(row[1].replace(",", "")), lines, delta=150)
 
 

@@ -70,8 +70,8 @@ class ProvisionTest(unittest.TestCase):
 
     def test_only_vendors_are_named_in_the_sources(self) -> None:
         vendors = {"github.com", "lima-vm.io", "claude.ai"}
-        vendors |= {"deb.nodesource.com", "download.docker.com"}
-        for path in (TEMPLATE, *PROVISION, ROOT / "agent_vm.py"):
+        vendors |= {"deb.nodesource.com", "download.docker.com", "api.githubcopilot.com", "127.0.0.1"}
+        for path in (TEMPLATE, *PROVISION, *ROOT.glob("*.py")):
             hosts = set(re.findall(r"https?://([a-z0-9-]+(?:\.[a-z0-9-]+)+)", path.read_text()))
             self.assertEqual(hosts - vendors, set(), path.name)
 
