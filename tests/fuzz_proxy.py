@@ -209,6 +209,8 @@ class Maker:
         policy = self.random.choice(POLICIES)
         if choose < 0.35:
             message = self.call(self.random.choice(self.tools))
+        elif choose < 0.45:
+            message = self.write()
         elif choose < 0.7:
             message = self.search()
         elif choose < 0.8:
@@ -216,6 +218,17 @@ class Maker:
         else:
             message = self.envelope()
         return self.encoded(message), policy
+
+    def write(self) -> dict[str, Any]:
+        """A write that is right but for one string."""
+        name = self.random.choice(sorted(WRITES_FILES))
+        arguments: dict[str, Any] = {"branch": "agent/x", "message": "m", "path": "src/a.py"}
+        arguments[self.random.choice(["branch", "path", "path"])] = self.random.choice(ODD_STRINGS)
+        if name == "create_or_update_file":
+            arguments["content"] = "x"
+        if name == "push_files":
+            arguments["files"] = [{"path": arguments.pop("path"), "content": "x"}]
+        return self.request("tools/call", {"name": name, "arguments": arguments})
 
     def search(self) -> dict[str, Any]:
         name = self.random.choice(sorted(SEARCHES))
@@ -281,7 +294,8 @@ class Maker:
             "recursive": True, "failed_only": True, "path": "src/a.py", "branch": "agent/x",
             "head": "agent/x", "base": "main", "milestone": 2, "field_filters": [],
         }  # fmt: skip
-        if key in ("path", "branch", "head", "base", "ref", "sha", "tag") and strange:
+        named = ("path", "branch", "head", "base", "ref", "sha", "tag")
+        if key in named and strange and self.random.random() < 0.5:
             return self.random.choice(ODD_STRINGS)
         if key in plain:
             return plain[key]

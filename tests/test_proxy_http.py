@@ -29,6 +29,8 @@ INITIALIZE = {
     "clientInfo": {"name": "c", "version": "1"},
 }
 TIMEOUT = 20.0
+# All that a child gets of this environment; the second is for a Python that lies elsewhere.
+BARE = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
 
 
 class Proxy:
@@ -38,7 +40,7 @@ class Proxy:
         self, upstream: str, *argv: str, script: Path = SCRIPT, lines: int = 1, **env: str
     ) -> None:
         environment = {
-            "PATH": os.environ["PATH"],
+            **BARE,
             "GITHUB_MCP_TOKEN": TOKEN,
             "GITHUB_MCP_OWNER": "good",
             "GITHUB_MCP_REPO": "r",
@@ -718,7 +720,7 @@ print(json.dumps({"token": f"token-number-{number}-0123456789", "expires_at": ti
 
 class CommandLineTest(unittest.TestCase):
     def run_script(self, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
-        environment = {"PATH": os.environ["PATH"], "GITHUB_MCP_TOKEN": TOKEN, "GITHUB_MCP_OWNER": "o",
+        environment = {**BARE, "GITHUB_MCP_TOKEN": TOKEN, "GITHUB_MCP_OWNER": "o",
                        "GITHUB_MCP_REPO": "r", "GITHUB_MCP_UPSTREAM": "http://127.0.0.1:9/", **env}  # fmt: skip
         return subprocess.run(
             [sys.executable, str(SCRIPT), *argv],
