@@ -526,7 +526,9 @@ def check_written_file(value: Json, bounds: Bounds) -> Json:
     refuse_unless(path, "a file's path")
     folded = "/".join(part.rstrip(". ") for part in fold(path).split("/"))
     for glob in bounds.policy.deny_paths:
-        refuse_unless(not glob_match(glob, folded), f"a path outside {glob} (deny_paths)")
+        above = fold(glob).startswith(folded + "/")  # a file there would replace the folder
+        denied = above or glob_match(glob, folded)
+        refuse_unless(not denied, f"a path outside {glob} (deny_paths)")
     refuse_unless(folded.split("/")[0] != ".git", "a path outside .git")
     return path
 

@@ -277,6 +277,8 @@ CALLS: dict[str, dict[str, Any]] = {
     "Workflow case": call("delete_file", branch="b", path=".GitHub/Workflows/x.yml", message="m"),
     "workflow in slashes": call("delete_file", branch="b", path="/.github/workflows/x/", message="m"),
     "workflow, dots": call("delete_file", branch="b", path=".github./workflows /x", message="m"),
+    "workflows replaced": call("delete_file", branch="b", path=".github/workflows", message="m"),
+    "workflows' folder replaced": call("create_or_update_file", branch="b", path=".GitHub", content="x"),
     "action": call("delete_file", branch="b", path=".github/actions/a/action.yml", message="m"),
     "CODEOWNERS": call("delete_file", branch="b", path="CODEOWNERS", message="m"),
     "codeowners in docs": call("delete_file", branch="b", path="docs/codeowners", message="m"),
