@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import collections
+import gc
 import hmac
 import json
 import os
@@ -2654,6 +2655,7 @@ async def serve(proxy: Proxy, options: argparse.Namespace) -> int:
         raise ProxyError(f"cannot listen on {address}:{port}: {error.strerror}", status=1) from None
     proxy.hosts.add(f"[{address}]" if ":" in address else address)
     announce(server.sockets[0].getsockname()[1], options)
+    gc.freeze()  # the tables stay: no collection has to look at them
     if options.exit_with_stdin:
         watch_stdin(loop, stop)
     await proxy.know_repository(wait=False)

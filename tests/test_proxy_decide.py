@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 import unittest
 from pathlib import Path
 from typing import Any
+from typing import ClassVar
 
 import github_mcp_proxy as proxy
 from github_mcp_proxy import Forward
@@ -285,6 +287,99 @@ CALLS: dict[str, dict[str, Any]] = {
     ".gitmodules": call("delete_file", branch="b", path=".gitmodules", message="m"),
     ".git": call("delete_file", branch="b", path=".git/config", message="m"),
     "root": call("delete_file", branch="b", path="/", message="m"),
+    "all workflows": call("delete_file", branch="b", path=".github/workflows", message="m"),
+    "the folder above": call("delete_file", branch="b", path=".github", message="m"),
+    "the folder above, case": call("delete_file", branch="b", path="/.GITHUB/", message="m"),
+    "a file for a folder": call("push_files", branch="b", message="m", files=[
+        {"path": ".github/workflows", "content": "x"}]),
+    "a file for the folder above": call("create_or_update_file", branch="b", path=".github",
+                                        content="x", message="m"),
+    "the owners' folder": call("delete_file", branch="b", path="docs", message="m"),
+    "workflow, zero width": call("delete_file", branch="b", path=".github/work\u200bflows/x", message="m"),
+    "workflow, ligature": call("delete_file", branch="b", path=".github/work\ufb02ows/x", message="m"),
+    "workflow, Kelvin": call("delete_file", branch="b", path=".github/wor\u212aflows/x", message="m"),
+    "workflow, backslash": call("delete_file", branch="b", path=".github\\workflows\\x", message="m"),
+    "workflow, %": call("delete_file", branch="b", path=".github%2fworkflows/x", message="m"),
+    "workflow, ..;": call("delete_file", branch="b", path="a/..;/.github/workflows/x", message="m"),
+    "workflow, . segment": call("delete_file", branch="b", path=".github/./workflows/x", message="m"),
+    "CODEOWNERS, dot": call("delete_file", branch="b", path="CODEOWNERS.", message="m"),
+    "CODEOWNERS, long s": call("delete_file", branch="b", path="CODEOWNER\u017f", message="m"),
+    "path is a list": call("delete_file", branch="b", path=[".github"], message="m"),
+    "path missing": call("delete_file", branch="b", message="m"),
+    "path endless": call("delete_file", branch="b", path="a/" * 2049, message="m"),
+    "path with a line end": call("delete_file", branch="b", path="a\u2028b", message="m"),
+    "main, refs in capitals": call("create_branch", branch="REFS/HEADS/main"),
+    "main, remotes": call("create_branch", branch="remotes/origin/main"),
+    "heads": call("create_branch", branch="heads"),
+    "head": call("create_branch", branch="head"),
+    "main with a soft hyphen": call("create_branch", branch="ma\u00adin"),
+    "main with a slash": call("create_branch", branch="main/"),
+    "main behind a slash": call("create_branch", branch="/main"),
+    "main after a climb": call("create_branch", branch="x/../main"),
+    "branch ~": call("create_branch", branch="main~0"),
+    "branch ^": call("create_branch", branch="main^0"),
+    "branch @{0}": call("create_branch", branch="main@{0}"),
+    "branch list": call("create_branch", branch=["x"]),
+    "branch a template": call("create_branch", branch="${x}"),
+    "branch endless": call("create_branch", branch="a" * 256),
+    "branch of a tab": call("create_branch", branch="a\tb"),
+    "head with user": call("create_pull_request", head="good:fix", base="main", title="t"),
+    "head list": call("create_pull_request", head=["fix"], base="main", title="t"),
+    "base climbs": call("update_pull_request", pullNumber=1, base="../main"),
+    "base with a query": call("update_pull_request", pullNumber=1, base="main?x"),
+    "head filter, two colons": call("list_pull_requests", head="a:b:c"),
+    "head filter list": call("list_pull_requests", head=["a:b"]),
+    "head filter object": call("list_pull_requests", head={"a": "b"}),
+    "head filter number": call("list_pull_requests", head=1),
+    "reviewers a string": call("update_pull_request", pullNumber=1, reviewers="someone"),
+    "reviewers a team": call("update_pull_request", pullNumber=1, reviewers=["org/team"]),
+    "assignees an object": call("issue_write", method="create", title="t", assignees={"0": "a"}),
+    "approve in small letters": call("pull_request_review_write", method="create", pullNumber=1, event="approve"),
+    "event list": call("pull_request_review_write", method="create", pullNumber=1, event=["APPROVE"]),
+    "unresolve_thread": call("pull_request_review_write", method="unresolve_thread", pullNumber=1),
+    "pull as pullnumber": call("pull_request_read", method="get", pullnumber=1),
+    "labels a string": call("issue_write", method="create", title="t", labels="bug"),
+    "labels nested": call("issue_write", method="create", title="t", labels=[["bug"]]),
+    "labels too many": call("issue_write", method="create", title="t", labels=["x"] * 101),
+    "duplicate_of text": call("issue_write", method="update", issue_number=1, duplicate_of="evil/x#1"),
+    "milestone text": call("issue_write", method="create", title="t", milestone="1"),
+    "type a number": call("issue_write", method="create", title="t", type=1),
+    "body too long": call("add_issue_comment", issue_number=1, body="x" * 65_537),
+    "body NUL": call("add_issue_comment", issue_number=1, body="a\0b"),
+    "comment_id text": call("add_issue_comment", issue_number=1, comment_id="1/../../x"),
+    "reaction unknown": call("add_issue_comment", issue_number=1, reaction="+2"),
+    "fields an object": call("search_code", query="x", fields={"a": 1}),
+    "fields with a path": call("search_code", query="x", fields=["../x"]),
+    "sort unknown": call("search_code", query="x", sort="stars"),
+    "perPage zero": call("list_tags", perPage=0),
+    "perPage negative": call("list_tags", perPage=-1),
+    "page text": call("list_tags", page="2"),
+    "after with a quote": call("list_issues", after='x"'),
+    "orderBy small": call("list_issues", orderBy="created_at"),
+    "field filter with a key more": call("list_issues", field_filters=[
+        {"field_name": "a", "value": "b", "id": 1}]),
+    "threshold above one": call("find_duplicate", issue_number=1, confidence_threshold=1.5),
+    "threshold true": call("find_duplicate", issue_number=1, confidence_threshold=True),
+    "author with a slash": call("list_commits", author="evil/x"),
+    "until with a query": call("list_commits", until="2024-01-01?x=1"),
+    "commit of a fork network": call("get_commit", sha="evil:main"),
+    "tree with a colon": call("get_repository_tree", tree_sha="main:src"),
+    "tag with a wildcard": call("get_tag", tag="v*"),
+    "owner a number": call("list_tags", owner=1, repo="r"),
+    "owner true": call("list_tags", owner=True, repo=True),
+    "owner object": call("list_tags", owner={"good": 1}, repo="r"),
+    "owner in full width": call("list_tags", owner="\uff47ood", repo="r"),
+    "owner with a dot": call("list_tags", owner="good.", repo="r"),
+    "repo with .git": call("list_tags", owner="good", repo="r.git"),
+    "repo climbs": call("list_tags", owner="good", repo="r/../../evil/x"),
+    "owner/repo in repo": call("list_tags", repo="good/r"),
+    "dotless i in a key": call("list_tags", **dict([("perPag\u0131", 1)])),  # noqa: C406
+    "private use": call("list_tags", owner="good\ue000", repo="r"),
+    "name NUL": call("list_tags\0"),
+    "name with a line": call("list_tags\n"),
+    "name in a list of length one": {**call("x"), "params": {"name": {"list_tags": 1}}},
+    "name empty": call(""),
+    "params name endless": call("x" * 300),
     "second file": call("push_files", branch="b", message="m", files=[
         {"path": "a", "content": "x"}, {"path": ".github/workflows/x", "content": "x"}]),
     "file with a key more": call("push_files", branch="b", message="m", files=[
@@ -329,6 +424,13 @@ QUERIES_THAT_PASS = {
     "updated:2024-01-01T10:00:00Z..2024-02-01": "repo:good/r updated:2024-01-01T10:00:00Z..2024-02-01",
     "ordinary android notes": "repo:good/r ordinary android notes",
     "é ünïcode 日本語": "repo:good/r é ünïcode 日本語",
+    'label:do-not-merge is:open "some phrase" author:octocat created:>2024-01-01': 'repo:good/r label:do-not-merge is:open "some phrase" author:octocat created:>2024-01-01',
+    'is:closed reason:"not planned"': 'repo:good/r is:closed reason:"not planned"',
+    'label:"area: parser" in:title,body': 'repo:good/r label:"area: parser" in:title,body',
+    "comments:>=5 sort:created-asc no:assignee": "repo:good/r comments:>=5 sort:created-asc no:assignee",
+    "label:bug,enhancement milestone:v1.0": "repo:good/r label:bug,enhancement milestone:v1.0",
+    "  two   blanks  ": "repo:good/r two blanks",
+    "user_id owners organisation": "repo:good/r user_id owners organisation",
 }
 
 
@@ -341,12 +443,17 @@ class AttackTest(unittest.TestCase):
         verdict = proxy.decide(SCOPE, policy, message, seen)
         self.assertIsInstance(verdict, Refuse, message)
         assert isinstance(verdict, Refuse)
-        self.assertGreater(len(verdict.reason), 10)
-        return verdict.reason
+        reason = verdict.reason
+        self.assertTrue(10 < len(reason) < 1000 and reason.isprintable(), reason)
+        self.assertIsNone(proxy.TOKENS.search(reason.encode()), reason)
+        status, told = proxy.refusal_message(message, verdict)
+        self.assertIn(json.dumps(reason)[1:-1], proxy.dumps(told).decode())
+        self.assertLess(status, 500)
+        return reason
 
     def test_there_are_more_than_150(self) -> None:
         tables = (BODIES, METHODS, BLOCKED, OPT_IN, CALLS, QUERIES)
-        self.assertGreater(sum(map(len, tables)), 250)
+        self.assertGreater(sum(map(len, tables)), 330)
 
     def test_bodies(self) -> None:
         for name, body in BODIES.items():
@@ -479,6 +586,10 @@ class PassTest(unittest.TestCase):
                 arguments = sent(call("search_issues", query=query))
                 self.assertEqual(arguments, {**OURS, "query": expected})
 
+    def test_no_fields_are_all_fields(self) -> None:
+        for tool in ("search_issues", "search_pull_requests", "search_code"):
+            self.assertEqual(sent(call(tool, query="x", fields=[])).get("fields", []), [])
+
     def test_a_hit_always_says_where_it_is_from(self) -> None:
         fields = sent(call("search_code", query="x", fields=["path"]))["fields"]
         self.assertEqual(fields, ["path", "repository"])
@@ -567,6 +678,43 @@ class AnswerTest(unittest.TestCase):
         self.assertEqual(shown["closed_by_pull_requests"]["references"], [])
         sub = [{"repository_url": "https://api.github.com/repos/good/other", "title": "s"}]
         self.assertEqual(self.shown("issue_read", sub), [])
+
+    def test_structured_content_alone_is_not_shown(self) -> None:
+        hit = {"html_url": "https://github.com/evil/secret/issues/1", "title": "s"}
+        results: list[dict[str, Any]] = [
+            {"structuredContent": {"items": [hit]}},
+            {"structuredContent": hit, "content": {}},
+        ]
+        for tool in ("search_issues", "issue_read"):
+            for result in results:
+                with self.subTest(tool, result=result):
+                    try:
+                        shown = json.dumps(proxy.checked_answer(SCOPE, tool, result))
+                    except proxy.Refusal:
+                        continue
+                    self.assertNotIn("secret", shown)
+
+    def test_redacting_takes_time_in_proportion_to_the_text(self) -> None:
+        """A file or an argument full of question marks must not hold the proxy up."""
+        for text in (
+            b"?" * 6000,
+            b"?a" * 4000,
+            b"a?\\u0026" * 2000,
+            b"ghp_" * 4000,
+            b"?token" * 2000,
+        ):
+            began = time.perf_counter()
+            proxy.redact(text, b"")
+            self.assertLess(time.perf_counter() - began, 0.3, text[:10])
+        began = time.perf_counter()
+        verdict = proxy.decide(SCOPE, POLICY, call("list_tags", owner="?" * 6000))
+        self.assertIsInstance(verdict, Refuse)
+        self.assertLess(time.perf_counter() - began, 0.3)
+
+    def test_code_that_looks_like_a_query_is_left_alone(self) -> None:
+        for text in (b"a = session?.token===undefined", b'<a href=\\"/reset?token=${token}\\">',
+                     b"curl https://example.com/hook?token=YOUR_TOKEN"):  # fmt: skip
+            self.assertEqual(proxy.redact(text, b""), text)
 
     def test_structured_content_does_not_go_around_the_check(self) -> None:
         text = {"type": "text", "text": '{"items":[]}'}
@@ -661,6 +809,341 @@ class AnswerTest(unittest.TestCase):
             ([], ""),
         ):
             self.assertEqual(proxy.kind_of(message, forward), kind, message)
+
+
+def issue(repository: str, number: int, kind: str = "issues") -> dict[str, Any]:
+    """An issue with the keys that searches and lists of sub-issues give."""
+    api = f"https://api.github.com/repos/{repository}"
+    user = {"login": "octo", "id": 1, "type": "User", "html_url": "https://github.com/octo",
+            "url": "https://api.github.com/users/octo",
+            "repos_url": "https://api.github.com/users/octo/repos"}  # fmt: skip
+    return {
+        "id": number, "number": number, "state": "open", "title": "t", "body": f"{repository} OR (x)",
+        "user": user, "assignee": user, "assignees": [user], "closed_by": user, "score": 1,
+        "labels": [{"id": 1, "url": f"{api}/labels/bug", "name": "bug"}],
+        "milestone": {"url": f"{api}/milestones/1", "number": 1, "creator": user,
+                      "html_url": f"https://github.com/{repository}/milestone/1"},
+        "url": f"{api}/issues/{number}", "repository_url": api, "comments_url": f"{api}/issues/{number}/comments",
+        "html_url": f"https://github.com/{repository}/{kind}/{number}", "node_id": "I_1",
+        "reactions": {"url": f"{api}/issues/{number}/reactions", "total_count": 0},
+        "performed_via_github_app": {"id": 1, "owner": user, "html_url": "https://github.com/apps/x"},
+        "pull_request": {"url": f"{api}/pulls/{number}", "html_url": f"https://github.com/{repository}/pull/{number}"},
+        "text_matches": [{"object_url": "https://api.github.com/repositories/5/issues/1", "fragment": "t"}],
+        "field_values": [{"field": "Priority", "value": "P1"}],
+    }  # fmt: skip
+
+
+def reference(repository: str, number: int) -> dict[str, Any]:
+    url = f"https://github.com/{repository}/issues/{number}"
+    return {
+        "number": number,
+        "title": repository,
+        "state": "OPEN",
+        "url": url,
+        "repository": repository,
+    }
+
+
+class ShapeTest(unittest.TestCase):
+    """Answers in the shapes that github-mcp-server gives: ours come whole, others not at all."""
+
+    def shown(self, tool: str, data: Any) -> Any:
+        content = [{"type": "text", "text": json.dumps(data)}]
+        return json.loads(
+            proxy.checked_answer(SCOPE, tool, {"content": content})["content"][0]["text"]
+        )
+
+    def test_found_issues_and_pull_requests(self) -> None:
+        for tool, kind in (("search_issues", "issues"), ("search_pull_requests", "pull")):
+            own = [issue("good/r", 1, kind), issue("Good/R", 2, kind)]
+            ours = {"total_count": 2, "incomplete_results": False, "items": own}
+            self.assertEqual(self.shown(tool, ours), ours)
+            mixed = {**ours, "items": [*own, issue("evil/secret", 3, kind)]}
+            self.assertEqual(self.shown(tool, mixed), {"items": own})
+
+    def test_found_issues_with_few_fields(self) -> None:
+        few = ["title", *proxy.IDENTITY["search_issues"]]
+        ours = {key: issue("good/r", 1)[key] for key in few}
+        others = {key: issue("evil/x", 1)[key] for key in few}
+        found = {"total_count": 2, "incomplete_results": False, "items": [ours, others]}
+        self.assertEqual(self.shown("search_issues", found), {"items": [ours]})
+
+    def test_found_code(self) -> None:
+        hit = {"name": "a", "path": "src/a", "sha": SHA, "repository": "good/r", "text_matches": [
+            {"object_url": "https://api.github.com/repositories/5/contents/a?ref=x", "fragment": "n",
+             "object_type": "FileContent", "property": "content", "matches": []}]}  # fmt: skip
+        found = {"total_count": 1, "incomplete_results": False, "items": [hit]}
+        self.assertEqual(self.shown("search_code", found), found)
+        other = {**found, "items": [{**hit, "repository": "good/r2"}, {**hit, "repository": ""}]}
+        self.assertEqual(self.shown("search_code", other), {"items": []})
+
+    def test_found_commits(self) -> None:
+        user = {"login": "o", "id": 1, "profile_url": "https://github.com/o"}
+        hits = [
+            {"sha": SHA, "html_url": f"https://github.com/{name}/commit/{SHA}", "author": user,
+             "committer": user, "commit": {"message": "m", "author": {"name": "o"}},
+             "repository": {"full_name": name, "html_url": f"https://github.com/{name}", "private": True}}
+            for name in ("good/r", "evil/secret")
+        ]  # fmt: skip
+        found = {"total_count": 2, "incomplete_results": False, "items": hits}
+        self.assertEqual(self.shown("search_commits", found), {"items": hits[:1]})
+
+    def test_an_issue_and_its_relatives(self) -> None:
+        data = {
+            "number": 5, "title": "t", "html_url": "https://github.com/good/r/issues/5", "labels": ["bug"],
+            "user": {"login": "o", "profile_url": "https://github.com/o"}, "assignees": [],
+            "has_parent": True, "has_children": True, "parent": reference("good/other", 3),
+            "sub_issues_summary": {"total": 2, "completed": 1, "percent_completed": 50},
+            "closed_by_pull_requests": {
+                "total_count": 2, "references": [reference("good/r", 8), reference("good/other", 9)]},
+        }  # fmt: skip
+        shown = self.shown("issue_read", data)
+        self.assertNotIn("good/other", json.dumps(shown))
+        self.assertEqual(shown["closed_by_pull_requests"]["references"], [reference("good/r", 8)])
+        ours = {**data, "parent": reference("good/r", 3), "closed_by_pull_requests": {
+            "total_count": 1, "references": [reference("good/r", 8)]}}  # fmt: skip
+        self.assertEqual(self.shown("issue_read", ours), ours)
+
+    def test_the_parent(self) -> None:
+        ours = {"parent": reference("good/r", 3)}
+        self.assertEqual(self.shown("issue_read", ours), ours)
+        self.assertEqual(self.shown("issue_read", {"parent": None}), {"parent": None})
+        self.assertNotIn(
+            "other", json.dumps(self.shown("issue_read", {"parent": reference("good/other", 3)}))
+        )
+
+    def test_sub_issues(self) -> None:
+        data = [issue("good/r", 6), issue("good/other", 7), issue("GOOD/R", 8)]
+        self.assertEqual(self.shown("issue_read", data), [data[0], data[2]])
+
+    def test_comments_and_labels(self) -> None:
+        comments = [
+            {"id": n, "body": "b", "html_url": f"https://github.com/{name}/issues/1#issuecomment-{n}",
+             "user": {"login": "o"}, "reactions": {"total_count": 0}}
+            for n, name in enumerate(("good/r", "evil/secret"))
+        ]  # fmt: skip
+        self.assertEqual(self.shown("issue_read", comments), comments[:1])
+        labels = {
+            "labels": [{"id": "L", "name": "bug", "color": "f", "description": ""}],
+            "totalCount": 1,
+        }
+        self.assertEqual(self.shown("issue_read", labels), labels)
+
+    def test_duplicates_and_dependencies(self) -> None:
+        rows: list[Any] = [{"issue": {**reference(name, 1)}, "score": 0.9, "confidence": "high",
+                 "likely_duplicate": True} for name in ("good/r", "good/other")]  # fmt: skip
+        for row in rows:
+            del row["issue"]["repository"]  # left out by the server
+        shown = self.shown("find_duplicate", rows)
+        self.assertEqual(shown[0]["issue"]["title"], "good/r")
+        self.assertNotIn("good/other", json.dumps(shown))
+        blocked = {"issues": [reference("good/r", 1), reference("good/other", 2)],
+                   "pageInfo": {"hasNextPage": False, "nextPage": 0}}  # fmt: skip
+        shown = self.shown("issue_dependency_read", blocked)
+        self.assertEqual(shown, {**blocked, "issues": [reference("good/r", 1)]})
+
+    def test_addresses(self) -> None:
+        for url, name in (
+            ("https://api.github.com/repos/evil/x/issues/1", "evil/x"),
+            ("https://api.github.com/repos/evil/x", "evil/x"),
+            ("https://ghe.example/api/v3/repos/evil/x", "evil/x"),
+            ("https://ghe.example:8443/evil/x/pull/3", "evil/x"),
+            ("https://github.com/evil/x/issues/1?q=/good/r/issues/2", "evil/x"),
+            ("https://github.com/evil/x/issues/1#/repos/good/r", "evil/x"),
+            ("https://github.com/evil/x/discussions/4#discussioncomment-1", "evil/x"),
+            ("https://github.com/evil/x/tree/good/r/issues/1", "evil/x"),
+            ("https://api.github.com/repositories/99/issues/1", "repositories/99"),
+            ("https://api.github.com/repos/Evil/X/pulls/1/files", "evil/x"),
+        ):
+            with self.subTest(url):
+                self.assertEqual(proxy.repository_of({"url": url}), {name})
+                self.assertTrue(proxy.foreign({"html_url": url}, SCOPE))
+        for url in ("https://github.com/octo", "https://github.com/apps/x", "", "issues/1"):
+            self.assertEqual(proxy.repository_of({"url": url}), set())
+
+    def test_errors_pass_as_they_are(self) -> None:
+        failed = {"isError": True, "content": [{"type": "text", "text": "404 Not Found []"}]}
+        for tool in ("search_issues", "issue_read", "list_tags"):
+            self.assertEqual(proxy.checked_answer(SCOPE, tool, failed), failed)
+
+    def test_a_part_that_is_not_text_is_withheld(self) -> None:
+        blocks: list[Any] = [{"type": "resource"}, {"type": "text"}, {"type": "text", "text": 1}]
+        for block in [*blocks, None, [], "x"]:
+            for tool in ("search_issues", "issue_read"):
+                with self.subTest(block), self.assertRaises(proxy.Refusal):
+                    proxy.checked_answer(SCOPE, tool, {"content": [block]})
+
+
+class EveryToolTest(unittest.TestCase):
+    """Each row of the table lets a plain call through, and says exactly that to the upstream."""
+
+    PLAIN: ClassVar[dict[str, Any]] = {
+        "alertNumber": 1, "base": "main", "body": "b", "branch": "fix", "commentId": 1, "comment_id": 1,
+        "content": "+1", "discussionNumber": 1, "draft": False, "event": "COMMENT", "findingNumber": 1,
+        "files": [{"path": "a", "content": "x"}], "head": "fix", "issue_number": 5, "issue_type": "Bug",
+        "labels": ["bug"], "milestone": 1, "name": "bug", "path": "f.txt", "pullNumber": 1, "assignees": ["a"],
+        "resource_id": "ci.yml", "reviewers": ["a"], "sha": SHA, "state": "closed", "tag": "v1", "title": "t",
+    }  # fmt: skip
+
+    def test_what_must_be_given(self) -> None:
+        for name, tool in proxy.TOOLS.items():
+            required = {key: rule for key, rule in tool.rules.items() if rule.required}
+            methods = required["method"].choices if "method" in required else ("",)
+            for method in methods:
+                with self.subTest(name, method=method):
+                    given = {key: self.PLAIN.get(key) for key in required}
+                    given.update({"query": "x"} if "query" in given else {})
+                    given.update({"method": method} if method else {})
+                    expected = {**given, **(OURS if tool.scoped else {})}
+                    expected.update({"query": "repo:good/r x"} if "query" in given else {})
+                    expected.update({k: r.constant[0] for k, r in tool.rules.items() if r.constant})
+                    self.assertEqual(sent(call(name, **given), EVERYTHING), expected)
+                    self.assertEqual(sent(call(name, **OURS, **given), EVERYTHING), expected)
+                    for key in required:
+                        less = {k: v for k, v in given.items() if k != key}
+                        verdict = proxy.decide(SCOPE, EVERYTHING, call(name, **less))
+                        self.assertIsInstance(verdict, Refuse, key)
+
+    def test_no_parameter_takes_what_is_odd(self) -> None:
+        """An object where the table has none, and a list of lists, pass nowhere."""
+        for name, tool in proxy.TOOLS.items():
+            for key in tool.rules:
+                for value in ({"a": {"b": 1}}, [[1]], 10**16, "a\0b"):
+                    with self.subTest(name, key=key, value=value):
+                        verdict = proxy.decide(SCOPE, EVERYTHING, call(name, **{key: value}))
+                        self.assertIsInstance(verdict, Refuse)
+
+    def test_what_writes_is_marked(self) -> None:
+        for name, tool in proxy.TOOLS.items():
+            reads = name.startswith(("get_", "list_", "search_", "find_")) or name.endswith(
+                ("_read", "_list", "_get")
+            )
+            self.assertEqual(tool.write, not reads, name)
+
+
+class RuleTest(unittest.TestCase):
+    """Each kind of rule: what it takes, and what not."""
+
+    def test_kinds(self) -> None:
+        record = proxy.record(a=proxy.must(proxy.NUMBER), b=proxy.LINE)
+        rows: list[tuple[proxy.Rule, list[Any], list[Any]]] = [
+            (proxy.text(3), ["", "abc", "a\nb"], ["abcd", "a\0", 1, None, ["a"]]),
+            (proxy.pattern("x", "[a-z]+"), ["ab"], ["", "A", "a\n", "a b", 1, None, ["a"]]),
+            (proxy.integer(1, 5), [1, 5], [0, 6, 1.0, "1", True, None, [1]]),
+            (proxy.choice("a", "b"), ["a", "b"], ["A", "a ", "", "ab", None, 0, ["a"]]),
+            (proxy.only(True), [True], [1, "true", False, None, 1.0]),
+            (proxy.only(None), [None], ["", 0, False, "null"]),
+            (proxy.list_of(proxy.NUMBER, 2), [[], [1], [1, 2]], [[1, 2, 3], [0], 1, "1", {}, None]),
+            (record, [{"a": 1}, {"a": 1, "b": "x"}], [{}, {"b": "x"}, {"a": 1, "c": 1}, {"A": 1}, []]),
+            (proxy.any_of(proxy.LINE, proxy.NUMBER), ["x", 1], [None, 0, 1.5, [], "a\n"]),
+            (proxy.FLAG, [True, False], [0, 1, "true", None]),
+            (proxy.FRACTION, [0, 1, 0.5], [-0.1, 1.1, True, "0.5", None]),
+            (proxy.LINE, ["", "a b", "é", "x" * 256], ["x" * 257, "a\n", "a\u202e", "\ue000", 1, "\u2028"]),
+            (proxy.COMMITISH, ["main", "a/b", "v1.0", SHA, "refs/pull/1/head", "é"],
+             ["", "@", "a..b", "a.", ".a", "a/.b", "a//b", "a b", "a~1", "a^", "a:b", "a?", "a*", "a[", "a\\b",
+              "a@{1}", "a.lock", "a.lock/b", "-a", "a%2f", "a#b", "a\u200b", 1, None, ["a"], "x" * 256]),
+            (proxy.HEAD, ["fix", "a/b"], ["user:fix", ":fix", "fix:", 1]),
+            (proxy.HEAD_FILTER, ["fix", "user:fix", "user:a/b"], [":fix", "a:b:c", "a/b:c", "user:..", 1, ["a:b"]]),
+            (proxy.PATH, ["", "a", "a/b.c", "a b", ".a", "..a", "é"],
+             ["a//b", "..", "a/..", "./a", "a\\b", "a?b", "a#b", "a%2e", "a\n", 1, None, "..;/a", "a" * 4097]),
+            (proxy.CURSOR, ["", "Y3Vyc29yOnYyOpHOAA==", "a:1"], ["a b", 'a"', "a\n", 1, "x" * 513]),
+            (proxy.DATE, ["2024-01-01", "2024-01-01T10:00:00Z", "2024-01-01T10:00:00+02:00"],
+             ["", "2024", "today", "2024-01-01 OR x", "2024-01-01\n", 20240101]),
+            (proxy.WHO, ["octocat", "a@b.example", "dependabot[bot]"], ["", "a/b", "a b", "a:b", 1]),
+            (proxy.SHA, ["0123abc", SHA], ["main", "012", "g" * 40, SHA + "\n", "0" * 65, 1]),
+            (proxy.SEGMENT, ["ci.yml", "123"], ["", ".", "..", "...", "a/b", "a%2f", 1, "é"]),
+            (proxy.COLOR, ["ff0000", "#FF0000"], ["red", "ff000", "ff00000", 1]),
+            (proxy.REACTION, ["+1", "eyes"], ["1", "EYES"]),
+            (proxy.NO_TEAM, [["octocat"]], [["org/team"], ["a", "b/c"], "octocat"]),
+        ]  # fmt: skip
+        bounds = proxy.Bounds(SCOPE, EVERYTHING)
+        for rule, passing, refused in rows:
+            for value in passing:
+                with self.subTest(rule.what, value=value):
+                    self.assertEqual(rule.check(value, bounds), value)
+            for value in refused:
+                with self.subTest(rule.what, value=value), self.assertRaises(proxy.Refusal):
+                    rule.check(value, bounds)
+
+
+class MessageTest(unittest.TestCase):
+    """What is parsed, and what the other methods say to the upstream."""
+
+    def test_what_is_parsed(self) -> None:
+        for body in (
+            b'{"jsonrpc":"2.0","id":1,"method":"ping"}',
+            b' \r\n{"jsonrpc":"2.0","id":"a","method":"ping","params":{}} \n',
+            b'{"jsonrpc":"2.0","id":0,"method":"ping"}',
+            b'{"jsonrpc":"2.0","id":-9007199254740991,"method":"ping"}',
+            b'{"jsonrpc":"2.0","method":"notifications/initialized"}',
+            b'{"jsonrpc":"2.0","id":1,"result":{}}',
+            b'{"jsonrpc":"2.0","id":1,"error":{"code":1,"message":"x"}}',
+            '{"jsonrpc":"2.0","id":"é😀","method":"x","params":{"a":[1.5,null,true,"\\ud83d\\ude00"]}}'.encode(),
+        ):
+            with self.subTest(body):
+                self.assertEqual(proxy.parse_message(body), json.loads(body))
+                self.assertEqual(proxy.parse_message(bytearray(body)), json.loads(body))
+
+    def test_what_other_methods_send(self) -> None:
+        note = {
+            "jsonrpc": "2.0",
+            "method": "notifications/cancelled",
+            "params": {"requestId": 1, "reason": "x"},
+        }
+        for message in (
+            {"jsonrpc": "2.0", "id": 1, "method": "ping"},
+            {"jsonrpc": "2.0", "id": "a", "method": "tools/list"},
+            request("tools/list", cursor="abc"),
+            request("logging/setLevel", level="debug"),
+            {"jsonrpc": "2.0", "method": "notifications/initialized"},
+            note,
+        ):  # fmt: skip
+            self.assertEqual(proxy.decide(SCOPE, POLICY, message), Forward(message))
+        for message in (
+            request("tools/list", cursor="a b"),
+            request("tools/list", owner="evil"),
+            request("logging/setLevel", level="all"),
+            request("logging/setLevel"),
+            request("initialize", protocolVersion="1", capabilities={}, clientInfo={}),
+            request("initialize"),
+            {**note, "params": {"requestId": {"a": 1}}},
+            {**note, "params": {"requestId": 1, "x": 1}},
+            {**note, "id": 1},
+            request("ping", _meta={"progressToken": [1]}),
+            request("ping", _meta={"io.modelcontextprotocol/protocolVersion": "x\r\nX-Y: z"}),
+        ):
+            with self.subTest(message):
+                self.assertIsInstance(proxy.decide(SCOPE, POLICY, message), Refuse)
+
+    def test_where_a_refusal_is_told(self) -> None:
+        refuse = Refuse("because", proxy.INVALID_PARAMS, "list_tags")
+        status, told = proxy.refusal_message(call("list_tags"), refuse)
+        self.assertEqual((status, told["id"], told["result"]["isError"]), (200, 1, True))
+        status, told = proxy.refusal_message(request("x"), Refuse("because", proxy.NO_METHOD))
+        self.assertEqual((status, told["error"]["code"]), (200, proxy.NO_METHOD))
+        note = {"jsonrpc": "2.0", "method": "x"}
+        status, told = proxy.refusal_message(note, Refuse("because", proxy.NO_METHOD))
+        self.assertEqual((status, told["id"]), (400, None))
+
+    def test_the_default_branch_may_change_while_it_runs(self) -> None:
+        upstream = proxy.Upstream("http://127.0.0.1:9/", proxy.Token("t" * 20), {}, "", 1)
+        for given, refused in (("", "trunk"), ("main", "main")):
+            policy = Policy(default_branch=given)
+            running = proxy.Proxy(SCOPE, policy, upstream, "", proxy.Audit("", False))
+            running.learnt(1, "main")
+            running.learnt(1, "trunk")
+            verdict = proxy.decide(SCOPE, running.policy, call("create_branch", branch=refused))
+            self.assertIsInstance(verdict, Refuse, given)
+        running.learnt(2, "main")
+        self.assertTrue(running.moved)
+
+    def test_instructions_say_what_is_refused(self) -> None:
+        self.assertIn("main cannot be written", proxy.instructions(SCOPE, POLICY))
+        self.assertIn("read-only", proxy.instructions(SCOPE, POLICY._replace(readonly=True)))
+        self.assertIn("agent/*", proxy.instructions(SCOPE, POLICY._replace(branches=("agent/*",))))
+        told = proxy.instructions(SCOPE, EVERYTHING)
+        self.assertNotIn("cannot be merged", told)
+        self.assertNotIn("main cannot", told)
 
 
 class MirrorTest(unittest.TestCase):
