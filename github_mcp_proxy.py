@@ -527,8 +527,9 @@ def check_written_file(value: Json, bounds: Bounds) -> Json:
     refuse_unless(path, "a file's path")
     folded = "/".join(part.rstrip(". ") for part in fold(path).split("/"))
     for glob in bounds.policy.deny_paths:
-        above = fold(glob).startswith(folded + "/")  # a file there would replace the folder
-        denied = above or glob_match(glob, folded)
+        parts = glob.split("/")  # a file in place of a folder above would remove what is denied
+        above = ("/".join(parts[:n]) for n in range(1, len(parts)) if parts[n - 1] != "**")
+        denied = any(glob_match(g, folded) for g in (glob, *above))
         refuse_unless(not denied, f"a path outside {glob} (deny_paths)")
     refuse_unless(folded.split("/")[0] != ".git", "a path outside .git")
     return path
@@ -674,7 +675,8 @@ def query_tokens(scope: Scope, query: str, qualifiers: Container[str]) -> list[s
         if name == "repo":
             refuse_unless(scope.is_named(value), f"only repo:{scope}, which is added anyway")
             continue
-        check_query_text(value.strip('"').casefold())
+        if (name, value.lower()) != ("reason", '"not planned"'):
+            check_query_text(value.strip('"').casefold())
         if name:
             refuse_unless(name in qualifiers, f"without the qualifier {name}:")
             quoted_value = value.startswith('"')
@@ -992,7 +994,7 @@ def tool_arguments(name: str, tool: Tool, arguments: Object, bounds: Bounds) -> 
             checked[key] = rule.constant[0]
         elif rule.required:
             raise Refusal(f"{name}: the parameter {key} is missing: {rule.what}")
-    if tool.answer == "hits" and "fields" in checked:
+    if tool.answer == "hits" and checked.get("fields"):
         checked["fields"] = list(dict.fromkeys([*checked["fields"], *IDENTITY[name]]))
     return checked
 
@@ -1257,10 +1259,9 @@ def mirror_headers(headers: Mapping[str, str], message: Object) -> dict[str, str
 # What GitHub's tokens look like, and URLs that carry their own permission.
 TOKENS = re.compile(rb"g(?:h[pousr]_|hs-|ithub_pat_)[A-Za-z0-9._-]{16,}")
 SIGNED_URL = re.compile(
-    rb"\?(?:[^\s\"\\<>]|\\+u0026)*?(?:token|sig|signature|jwt|x-amz-[a-z-]+)="
-    rb"(?:[^\s\"\\<>]|\\+u0026)*",
+    rb"([?&]|u0026)(?:token|sig|signature|jwt|x-amz-[a-z-]{1,40})=(?:[^\s\"\\<>]|\\+u0026)+",
     re.IGNORECASE,
-)
+)  # from the first such parameter to the end; linear in the text
 
 
 def redact(data: Bytes, token: bytes) -> Bytes:
@@ -1269,8 +1270,8 @@ def redact(data: Bytes, token: bytes) -> Bytes:
         data = data.replace(token, b"[redacted]")
     if TOKENS.search(data):
         data = TOKENS.sub(b"[redacted]", data)
-    if b"?" in data:
-        data = SIGNED_URL.sub(b"?[redacted]", data)
+    if b"=" in data:
+        data = SIGNED_URL.sub(rb"\1[redacted]", data)
     return data
 
 
@@ -1335,8 +1336,10 @@ def own_hits(value: Json, scope: Scope) -> Json:
 def checked_answer(scope: Scope, tool: str, result: Object) -> Object:
     """The result of a tool call, without what belongs to other repositories."""
     kind = TOOLS[tool].answer if tool else ""
-    if not kind or result.get("isError") or not isinstance(result.get("content"), list):
+    if not kind or result.get("isError"):
         return result
+    if not isinstance(result.get("content"), list):
+        raise Refusal("the answer could not be checked")
     content: list[Json] = []
     for block in result["content"]:
         if not isinstance(block, dict) or block.get("type") != "text":
@@ -2219,6 +2222,7 @@ class Proxy:
             b"",
         )  # an answer to tools/list, and what it was narrowed to
         self.repository_id = 0
+        self.branch_is_given = bool(policy.default_branch)
         self.moved = False  # the name now belongs to another repository
         self.asked_at = float("-inf")
 
@@ -2490,7 +2494,7 @@ class Proxy:
     def learnt(self, id: int, default_branch: str) -> None:
         self.moved = bool(self.repository_id and self.repository_id != id)
         self.repository_id = self.repository_id or id
-        if not self.policy.default_branch and is_plain(default_branch, 255):
+        if default_branch and not self.branch_is_given and is_plain(default_branch, 255):
             self.policy = self.policy._replace(default_branch=default_branch)
 
     async def own_call(self, tool: str, arguments: Object) -> Object:

@@ -711,11 +711,6 @@ class AnswerTest(unittest.TestCase):
         self.assertIsInstance(verdict, Refuse)
         self.assertLess(time.perf_counter() - began, 0.3)
 
-    def test_code_that_looks_like_a_query_is_left_alone(self) -> None:
-        for text in (b"a = session?.token===undefined", b'<a href=\\"/reset?token=${token}\\">',
-                     b"curl https://example.com/hook?token=YOUR_TOKEN"):  # fmt: skip
-            self.assertEqual(proxy.redact(text, b""), text)
-
     def test_structured_content_does_not_go_around_the_check(self) -> None:
         text = {"type": "text", "text": '{"items":[]}'}
         result = {
@@ -734,8 +729,8 @@ class AnswerTest(unittest.TestCase):
             self.assertEqual(proxy.redact(b'a "' + secret + b'" b', b""), b'a "[redacted]" b')
         for query in (
             b"token=ABC",
-            b"sv=2020&sig=a%2Fb",
-            b"sv=1\\\\u0026sig=x\\\\u0026se=3",
+            b"sig=a%2Fb&sv=2020",
+            b"sig=x\\\\u0026se=3",
             b"X-Amz-Signature=00",
         ):
             url = b'"https://raw.example/good/r/f' + b"?" + query + b'"'
@@ -1204,6 +1199,21 @@ class PolicyTest(unittest.TestCase):
                      "[policy]\nreadonly = maybe\n", "[policy]\nwrites_per_hour = many\n"):  # fmt: skip
             with self.subTest(text), self.assertRaises(proxy.ProxyError):
                 self.read(text)
+
+    def test_a_denied_folder_is_not_replaced_either(self) -> None:
+        for glob, paths in (
+            ("config/*/secrets/**", ("config", "config/prod", "config/prod/secrets")),
+            ("**/secrets/**", ("secrets", "a/secrets", "a/b/Secrets/")),
+            ("keys/*.pem", ("keys", "keys/a.pem")),
+        ):
+            policy = POLICY._replace(deny_paths=(glob,))
+            for path in paths:
+                with self.subTest(glob, path=path):
+                    message = call("delete_file", branch="b", path=path, message="m")
+                    self.assertIsInstance(proxy.decide(SCOPE, policy, message), Refuse)
+        policy = POLICY._replace(deny_paths=("config/*/secrets/**", "keys/*.pem"))
+        for path in ("config/prod/public", "keys/a.txt", "key", "confi", "src/keys"):
+            sent(call("delete_file", branch="b", path=path, message="m"), policy)
 
     def test_globs(self) -> None:
         for glob, name, expected in (
