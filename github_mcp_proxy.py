@@ -1777,7 +1777,8 @@ def chunk(data: bytes) -> bytes:
 
 
 def log(text: str) -> None:
-    print(f"github_mcp_proxy: {text}", file=sys.stderr, flush=True)
+    shown = "".join(c if c.isprintable() else "?" for c in text)  # the VM chooses some of it
+    print(f"github_mcp_proxy: {shown}", file=sys.stderr, flush=True)
 
 
 # --- shell: the token ---
@@ -2142,9 +2143,17 @@ class Client(Connection):
             await self.proxy.handle(self, request)
         except ProtocolError as error:
             self.proxy.record("", "", "refuse", str(error))
-            self.answer(error.status, error_message(None, error.code, str(error)))
+            if self.streaming:
+                self.transport.abort()
+            else:
+                self.answer(error.status, error_message(None, error.code, str(error)))
+        except Exception as error:
+            log(f"a fault of the proxy: {type(error).__name__}")  # no text: it may hold a value
+            self.transport.abort()
         if self.closed or self.transport.is_closing():
+            self.set_deadline(STALL_SECONDS)
             return
+        await self.drain()  # no next request before the answer to this one is read
         self.task = None
         self.streaming = False
         self.set_deadline(IDLE_SECONDS)
