@@ -46,6 +46,7 @@ class Api(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     seen: list[tuple[str, str, str]] = []  # noqa: RUF012
+    more: list[tuple[str, Any]] = []  # noqa: RUF012 - a test's own: (in the path or query, answer)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -53,8 +54,17 @@ class Api(http.server.BaseHTTPRequestHandler):
     def handle_any(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.seen.append((self.command, urllib.parse.unquote(self.path), body.decode()))
-        answer = json.dumps(self.answer_of(urllib.parse.urlsplit(self.path).path)).encode()
-        self.send_response(201 if self.command == "POST" and "graphql" not in self.path else 200)
+        made = self.answer_of(urllib.parse.urlsplit(self.path).path)
+        for part, more in self.more:
+            if re.search(part, urllib.parse.unquote(self.path) + body.decode()):
+                made = more
+        answer = json.dumps(made).encode()
+        if isinstance(made, dict) and "Location" in made:
+            self.send_response(301 if self.command == "GET" else 307)
+            self.send_header("Location", f"http://{self.headers['Host']}{made['Location']}")
+        else:
+            created = self.command == "POST" and "graphql" not in self.path
+            self.send_response(201 if created else 200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
@@ -80,6 +90,33 @@ class Api(http.server.BaseHTTPRequestHandler):
         return [] if self.command == "GET" else {"id": 1, "number": 1}
 
 
+def repository(name: str) -> dict[str, Any]:
+    return {"id": 1, "full_name": name, "html_url": f"https://github.com/{name}"}
+
+
+def reference(name: str) -> dict[str, Any]:
+    return {"number": 3, "title": name, "state": "OPEN", "url": f"https://github.com/{name}/issues/3",
+            "author": {"login": "a"}, "repository": {"nameWithOwner": name}}  # fmt: skip
+
+
+def issue(name: str, number: int) -> dict[str, Any]:
+    """An issue as GitHub's REST API gives it."""
+    api = f"https://api.github.com/repos/{name}"
+    user = {
+        "login": "octo",
+        "url": "https://api.github.com/users/octo",
+        "html_url": "https://github.com/octo",
+    }
+    return {
+        "number": number, "node_id": f"I_{name}_{number}", "title": f"title of {name}", "state": "open",
+        "url": f"{api}/issues/{number}", "repository_url": api, "user": user, "assignees": [user],
+        "html_url": f"https://github.com/{name}/issues/{number}",
+        "labels": [{"id": 1, "name": "bug", "url": f"{api}/labels/bug"}],
+        "milestone": {"number": 1, "url": f"{api}/milestones/1", "creator": user},
+        "reactions": {"url": f"{api}/issues/{number}/reactions", "total_count": 0},
+    }  # fmt: skip
+
+
 def is_ours(path: str, body: str) -> bool:
     """Whether a request at the API is about good/r."""
     if "/graphql" in path:
@@ -99,6 +136,7 @@ def is_ours(path: str, body: str) -> bool:
 class RealServerTest(unittest.TestCase):
     def setUp(self) -> None:
         Api.seen.clear()
+        Api.more.clear()
         self.api = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Api)
         threading.Thread(target=self.api.serve_forever, daemon=True).start()
         self.addCleanup(self.api.server_close)
@@ -184,6 +222,70 @@ class RealServerTest(unittest.TestCase):
         self.assert_only_ours()
         self.assertEqual(silent, [], "calls that did not reach the API")
         self.assertGreater(len(Api.seen), 80)
+
+    def tool(self, name: str, **arguments: Any) -> str:
+        answer = self.client.ask(request("tools/call", name=name, arguments=arguments))
+        text: str = answer["result"]["content"][0]["text"]
+        return text
+
+    def test_answers_about_this_repository_pass_whole(self) -> None:
+        """The shapes are the server's own; what is of other repositories is not in what is left."""
+        ours, others = issue("good/r", 1), issue("evil/secret", 2)
+        commits = [{"sha": SHA, "html_url": f"https://github.com/{name}/commit/{SHA}", "commit": {
+            "message": name}, "repository": repository(name)} for name in ("good/r", "evil/secret")]  # fmt: skip
+        codes = [{"name": "a", "path": "src/a", "sha": SHA, "repository": repository(name)}
+                 for name in ("good/r", "evil/secret")]  # fmt: skip
+        found = {"total_count": 2, "incomplete_results": False}
+        node = {"id": "I_good/r_1", "issueFieldValues": {"nodes": []}}
+        relatives = {**node, "id": "I_good/r_5", "parent": reference("evil/secret"),
+                     "subIssuesSummary": {"total": 1}, "closedByPullRequestsReferences": {
+                         "totalCount": 2, "nodes": [reference("good/r"), reference("evil/secret")]}}  # fmt: skip
+        parent = {"issue": {"parent": reference("evil/secret")}}
+        Api.more[:] = [
+            ("/search/issues", {**found, "items": [ours, others]}),
+            ("/search/commits", {**found, "items": commits}),
+            ("/search/code", {**found, "items": codes}),
+            ("/issues/5$", issue("good/r", 5)),
+            ("/issues/5/sub_issues", [ours, others]),
+            ("/issues/77", {"Location": "/api/v3/repositories/99/issues/1"}),
+            ("/repositories/99/issues/1", issue("evil/secret", 1)),
+            (r"graphql.*nodes\(ids", {"data": {"nodes": [node]}}),
+            (r"graphql.*\bparent\{", {"data": {"repository": parent}}),
+            (r"graphql.*nodes\(ids.*closedBy", {"data": {"nodes": [relatives]}}),
+        ]
+        for name in ("search_issues", "search_pull_requests", "search_commits", "search_code"):
+            with self.subTest(name):
+                shown = json.loads(self.tool(name, query="crash"))
+                self.assertEqual(len(shown["items"]), 1)
+                self.assertNotIn("total_count", shown)
+                self.assertIn("good/r", json.dumps(shown))
+                self.assertNotIn("secret", json.dumps(shown))
+        few = json.loads(self.tool("search_issues", query="crash", fields=["title"]))
+        self.assertEqual(few["items"][0]["title"], "title of good/r")
+        shown = json.loads(self.tool("issue_read", issue_number=5, method="get"))
+        self.assertEqual((shown["title"], shown["has_parent"]), ("title of good/r", True))
+        self.assertEqual(len(shown["closed_by_pull_requests"]["references"]), 1)
+        self.assertNotIn("secret", json.dumps(shown))
+        subs = json.loads(self.tool("issue_read", issue_number=5, method="get_sub_issues"))
+        self.assertEqual([one["number"] for one in subs], [1])
+        self.assertNotIn("secret", self.tool("issue_read", issue_number=5, method="get_parent"))
+        self.assertIn("another repository", self.tool("issue_read", issue_number=77, method="get"))
+        Api.more[:] = [("/search/", found)]
+        for name in ("search_issues", "search_pull_requests", "search_commits", "search_code"):
+            empty = json.loads(self.tool(name, query="crash"))
+            self.assertEqual((empty["items"], empty["total_count"]), ([], 2))
+
+    def test_queries_reach_the_api_as_they_were_judged(self) -> None:
+        for query, expected in (
+            ('"a phrase" is:open', {"is:issue repo:good/r a phrase is:open",
+                                    'is:issue repo:good/r "a phrase" is:open'}),
+            ('label:"good first issue" crash', {'is:issue repo:good/r label:"good first issue" crash'}),
+            ("is:issue field.x", {"repo:good/r is:issue field.x"}),
+        ):  # fmt: skip
+            self.tool("search_issues", query=query)
+            paths = [path for _, path, _ in Api.seen if "/search/issues" in path]
+            (asked,) = urllib.parse.parse_qs(urllib.parse.urlsplit(paths[-1]).query)["q"]
+            self.assertIn(asked, expected)
 
     def test_what_is_made_up_reaches_no_other_repository(self) -> None:
         sender = fuzz_proxy.Sender(f"http://127.0.0.1:{self.running.port}/mcp", SECRET)
