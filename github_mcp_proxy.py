@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import collections
+import contextlib
 import gc
 import hmac
 import json
@@ -49,6 +50,9 @@ MAX_HEAD = 32 * 1024
 MAX_REQUEST = 5 * 1024 * 1024  # the server's own limit
 MAX_ANSWER = 64 * 1024 * 1024
 MAX_DEPTH = 32
+MAX_STRUCTURE = 128 * 1024  # bytes of a large request outside its strings: they grow 20 times
+MAX_STRINGS = 20_000
+MAX_HELD = 96 * 1024 * 1024  # bytes held of all clients' requests and answers
 MAX_CLIENTS = 1024
 MAX_SESSIONS = 1024
 HIGH_WATER = 1024 * 1024  # bytes held of one connection before its sender is paused
@@ -235,8 +239,19 @@ def check_tree(value: Json, depth: int = 0) -> None:
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+def check_structure(body: Bytes) -> None:
+    """Refuse a large body that is not mostly text: as a tree it would be many times as large."""
+    if len(body) <= MAX_STRUCTURE:
+        return
+    plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    strings = plain.count(b'"') // 2
+    if strings > MAX_STRINGS or sum(map(len, plain.split(b'"')[::2])) > MAX_STRUCTURE:
+        raise ProtocolError("a large request may be large in its texts only", 413)
+
+
 def parse_json(body: Bytes) -> Json:
     """The value of `body`, or ProtocolError. Stricter than json.loads, which guesses encodings."""
+    check_structure(body)
     try:
         value = STRICT.decode(body.decode("utf-8"))
         if b"\\u" in body or body.count(b"{") + body.count(b"[") > MAX_DEPTH:
@@ -294,7 +309,7 @@ def dumps(value: Json) -> bytes:
 def quoted(value: Json) -> str:
     """A value for an error text: JSON, printable, short, and without anything token-like."""
     text = json.dumps(value)
-    text = redact(text.encode("ascii"), b"").decode("ascii")
+    text = redact(text.encode("ascii")).decode("ascii")
     return text if len(text) <= 80 else text[:77] + "…"
 
 
@@ -527,11 +542,13 @@ def check_written_file(value: Json, bounds: Bounds) -> Json:
     refuse_unless(path, "a file's path")
     folded = "/".join(part.rstrip(". ") for part in fold(path).split("/"))
     for glob in bounds.policy.deny_paths:
-        parts = glob.split("/")  # a file in place of a folder above would remove what is denied
+        parts = glob.split("/")
+        # A file in place of a folder above, or a folder in place of the file, removes what is
+        # denied.
         above = ("/".join(parts[:n]) for n in range(1, len(parts)) if parts[n - 1] != "**")
-        denied = any(glob_match(g, folded) for g in (glob, *above))
+        denied = any(glob_match(g, folded) for g in (glob, glob + "/**", *above))
         refuse_unless(not denied, f"a path outside {glob} (deny_paths)")
-    refuse_unless(folded.split("/")[0] != ".git", "a path outside .git")
+    refuse_unless(not {".git", "git~1"} & set(folded.split("/")), "a path outside .git")
     return path
 
 
@@ -584,59 +601,18 @@ NO_TEAM = needs(
 # Which qualifiers a query may have. What names a scope (org:, user:, enterprise:, …), or could tell
 # of other repositories (project:, team:, is:private, …), is absent.
 ISSUE_QUALIFIERS = frozenset(
-    [
-        "is",
-        "type",
-        "state",
-        "reason",
-        "label",
-        "author",
-        "assignee",
-        "mentions",
-        "commenter",
-        "involves",
-        "in",
-        "linked",
-        "milestone",
-        "created",
-        "updated",
-        "closed",
-        "merged",
-        "comments",
-        "interactions",
-        "reactions",
-        "draft",
-        "review",
-        "reviewed-by",
-        "review-requested",
-        "head",
-        "base",
-        "status",
-        "no",
-        "sort",
-        "archived",
-        "sha",
-    ]
+    (
+        "is type state reason label author assignee mentions commenter involves in linked "
+        "milestone created updated closed merged comments interactions reactions draft review "
+        "reviewed-by review-requested head base status no sort archived sha"
+    ).split()
 )
-CODE_QUALIFIERS = frozenset(
-    ["language", "path", "filename", "extension", "in", "size", "symbol", "content"]
-)
+CODE_QUALIFIERS = frozenset("language path filename extension in size symbol content".split())
 COMMIT_QUALIFIERS = frozenset(
-    [
-        "author",
-        "committer",
-        "author-name",
-        "author-email",
-        "committer-name",
-        "committer-email",
-        "author-date",
-        "committer-date",
-        "merge",
-        "hash",
-        "parent",
-        "tree",
-        "sort",
-    ]
+    (
+        "author committer author-name author-email committer-name committer-email author-date "
+        "committer-date merge hash parent tree sort"
+    ).split()
 )
 SCOPES = "repo|repository|org|organization|user|owner|enterprise|saved|team|project"
 SCOPE_IN_TEXT = re.compile(rf"(?:{SCOPES})\s*:")
@@ -644,9 +620,7 @@ QUERY_FORBIDDEN = re.compile(r"[()\\|;{}\[\]`^]")
 QUERY_TOKEN = re.compile(r'(?:([A-Za-z][A-Za-z-]*):)?("[^"]*"|[^\s"]+)(?= |$)')
 QUERY_DATE = re.compile(r"[<>=.*\d:TZ+-]+")
 WIDENING = re.compile(r"(?<!\w)(?<!\w-)(?:or|and|not)(?!\w|-\w)")  # but not do-not-merge
-IS_VALUES = frozenset(
-    ["open", "closed", "issue", "pr", "merged", "unmerged", "draft", "queued", "locked", "unlocked"]
-)
+IS_VALUES = frozenset("open closed issue pr merged unmerged draft queued locked unlocked".split())
 
 
 def narrow_query(scope: Scope, query: Json, qualifiers: Container[str]) -> str:
@@ -989,6 +963,8 @@ def tool_arguments(name: str, tool: Tool, arguments: Object, bounds: Bounds) -> 
     checked: Object = {"owner": scope.owner, "repo": scope.repo} if tool.scoped else {}
     for key, rule in tool.rules.items():
         if key in arguments:
+            if arguments[key] in ([], None) and not bounds.policy.has(rule.needs):
+                continue  # models send assignees: [] and mean nothing by it
             checked[key] = checked_value(name, key, rule, arguments[key], bounds)
         elif rule.constant:
             checked[key] = rule.constant[0]
@@ -1009,8 +985,6 @@ IDENTITY = {
 
 def checked_value(name: str, key: str, rule: Rule, value: Json, bounds: Bounds) -> Json:
     if not bounds.policy.has(rule.needs):
-        if value == [] or value is None:
-            return value
         raise Refusal(f"{name}: {key} needs `allow = {rule.needs}` in the host's policy file")
     try:
         return rule.check(value, bounds)
@@ -1193,6 +1167,15 @@ def rebuilt(message: Object, params: Object) -> Object:
     return made
 
 
+def without_arguments(forward: Forward) -> Forward:
+    """What is needed of a request once it is sent: to know its answer."""
+    kept = {key: value for key, value in forward.message.items() if key != "params"}
+    params = forward.message.get("params") or {}
+    if "_meta" in params:
+        kept["params"] = {"_meta": params["_meta"]}
+    return forward._replace(message=kept)
+
+
 def writes_branch(message: Object, policy: Policy) -> bool:
     """Whether `decide` will have to know the default branch."""
     if policy.default_branch or "default-branch" in policy.allow or policy.readonly:
@@ -1259,15 +1242,17 @@ def mirror_headers(headers: Mapping[str, str], message: Object) -> dict[str, str
 # What GitHub's tokens look like, and URLs that carry their own permission.
 TOKENS = re.compile(rb"g(?:h[pousr]_|hs-|ithub_pat_)[A-Za-z0-9._-]{16,}")
 SIGNED_URL = re.compile(
-    rb"([?&]|u0026)(?:token|sig|signature|jwt|x-amz-[a-z-]{1,40})=(?:[^\s\"\\<>]|\\+u0026)+",
+    rb"([?&]|u0026)(?:token|sig|signature|jwt|x-amz-[a-z-]{1,40})=[A-Za-z0-9%._~+/=-]{20}"
+    rb"(?:[^\s\"\\<>]|\\+u0026)*",
     re.IGNORECASE,
-)  # from the first such parameter to the end; linear in the text
+)  # from the first such parameter to the end; a source's `?token=${t}` stays; linear in the text
 
 
-def redact(data: Bytes, token: bytes) -> Bytes:
-    """`data` without the token itself, token-like strings and the queries of signed URLs."""
-    if len(token) >= 16 and token in data:
-        data = data.replace(token, b"[redacted]")
+def redact(data: Bytes, *tokens: bytes) -> Bytes:
+    """`data` without the tokens given, token-like strings and the queries of signed URLs."""
+    for token in tokens:
+        if len(token) >= 16 and token in data:
+            data = data.replace(token, b"[redacted]")
     if TOKENS.search(data):
         data = TOKENS.sub(b"[redacted]", data)
     if b"=" in data:
@@ -1275,29 +1260,43 @@ def redact(data: Bytes, token: bytes) -> Bytes:
     return data
 
 
-REPO_URL = re.compile(
-    r"https?://[^/]+/(?:.*?/)??(?:repos/([^/]+)/([^/?#]+)(?=[/?#]|$)|([^/]+)/([^/]+)/"
-    r"(?:issues|pull|pulls|discussions|commit|commits|blob|tree|raw)/)"
+HTTP_URL = re.compile(r"https?://([^/?#]*)/(?:api/v3/)?([^?#]*)", re.IGNORECASE).match
+# First segments that are no owners in addresses of GitHub's.
+NOT_OWNERS = frozenset(
+    "apps avatars enterprises features login marketplace notifications orgs search settings "
+    "sponsors teams topics u user-attachments users".split()
 )
+
+
+def repository_in(url: Json) -> str:
+    """The repository ("owner/name", lower case) that an address lies in; "" for none."""
+    match = HTTP_URL(url) if isinstance(url, str) else None
+    if not match:
+        return ""
+    first, *rest = match[2].lower().rstrip("/").split("/")
+    if first == "repos" and len(rest) > 1:  # the API
+        return "/".join(rest[:2])
+    if not rest or first in NOT_OWNERS or match[1].lower().startswith("avatars."):
+        return ""
+    return first + "/" + rest[0]  # of the API too: repositories/ID
 
 
 def repository_of(item: Object) -> set[str]:
     """The repositories ("owner/name", lower case) that an item of an answer says it belongs to."""
-    names = set()
     repository = item.get("repository")
     if isinstance(repository, dict):
-        repository = repository.get("full_name")
+        repository = repository.get("full_name") or repository.get("nameWithOwner")
+    names = {repository_in(item.get(key)) for key in ("repository_url", "html_url", "url")}
     if isinstance(repository, str):
         names.add(repository.lower())
-    for key in ("repository_url", "html_url", "url"):
-        match = REPO_URL.match(str(item.get(key)))
-        if match:
-            names.add("/".join(filter(None, match.groups())).lower())
-    return names
+    return names - {""}
 
 
 def foreign(item: Object, scope: Scope) -> bool:
-    return bool(repository_of(item) - {str(scope).lower()})
+    """Whether it is of another repository, or an issue or a comment that does not say of which."""
+    names = repository_of(item)
+    ours = {str(scope).lower()}
+    return names != ours if {"number", "body"} & item.keys() else bool(names - ours)
 
 
 def without_foreign(value: Json, scope: Scope) -> Json:
@@ -1305,12 +1304,21 @@ def without_foreign(value: Json, scope: Scope) -> Json:
     if isinstance(value, list):
         kept = (without_foreign(item, scope) for item in value)
         return [item for item in kept if item is not FOREIGN]
-    if isinstance(value, dict):
-        if foreign(value, scope):
-            return FOREIGN
-        pairs = ((key, without_foreign(item, scope)) for key, item in value.items())
-        return {key: item for key, item in pairs if item is not FOREIGN}
-    return value
+    if not isinstance(value, dict):
+        return value
+    if foreign(value, scope):
+        return FOREIGN
+    own = {}
+    for key, item in value.items():
+        where = repository_in(item) if key.endswith("_url") else ""
+        if where not in ("", str(scope).lower()) and not where.startswith("repositories/"):
+            continue  # parent_issue_url, say
+        item = without_foreign(item, scope)
+        if item is not FOREIGN:
+            own[key] = item
+    if any(isinstance(item, list) and len(item) < len(value[key]) for key, item in own.items()):
+        own.pop("total_count", None)  # it would count what is left out
+    return own
 
 
 FOREIGN = object()
@@ -1352,7 +1360,7 @@ def checked_answer(scope: Scope, tool: str, result: Object) -> Object:
         if data is FOREIGN:
             raise Refusal(f"the item belongs to another repository than {scope}")
         content.append({"type": "text", "text": json.dumps(data)})
-    kept: Object = {key: result[key] for key in ("resultType", "_meta") if key in result}
+    kept: Object = {key: result[key] for key in ("resultType",) if key in result}
     return {**kept, "content": content}
 
 
@@ -1778,7 +1786,8 @@ def chunk(data: bytes) -> bytes:
 
 def log(text: str) -> None:
     shown = "".join(c if c.isprintable() else "?" for c in text)  # the VM chooses some of it
-    print(f"github_mcp_proxy: {shown}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
+        print(f"github_mcp_proxy: {shown}", file=sys.stderr, flush=True)
 
 
 # --- shell: the token ---
@@ -1789,6 +1798,7 @@ class Token:
 
     def __init__(self, value: str, command: str = "") -> None:
         self.value = check_token(value) if value else ""
+        self.earlier = ""  # the one before: still to be redacted
         self.command = command
         self.expires = float("inf")  # seconds since the epoch
         self.renewing: asyncio.Future[None] | None = None
@@ -1815,7 +1825,9 @@ class Token:
     async def ask(self) -> None:
         loop = asyncio.get_running_loop()
         output = await loop.run_in_executor(None, run_token_command, self.command)
-        self.value, self.expires = parse_token_output(output)
+        value, self.expires = parse_token_output(output)
+        if value != self.value:
+            self.earlier, self.value = self.value, value
 
 
 def check_token(value: str) -> str:
@@ -2068,11 +2080,13 @@ class Upstream:
         while connection.incoming.start is None:
             await connection.more()
 
-    async def whole(self, connection: UpstreamConnection) -> Bytes:
-        """The body of an answer that is not a stream."""
+    async def whole(self, connection: UpstreamConnection, client: Client | None = None) -> Bytes:
+        """The body of an answer that is not a stream; counted as held by the client."""
         while not connection.incoming.complete:
             connection.set_deadline(self.timeout)
             await connection.more()
+            if client:
+                client.hold(len(connection.incoming.body))
         return connection.incoming.take()
 
 
@@ -2098,6 +2112,7 @@ class Client(Connection):
         self.proxy = proxy
         self.incoming = self.next_request()
         self.later = bytearray()  # received while a request was served
+        self.held = 0  # bytes, of MAX_HELD
         self.task: asyncio.Task[None] | None = None
         self.streaming = False
         self.last = False  # close after this answer
@@ -2114,9 +2129,7 @@ class Client(Connection):
 
     def data_received(self, data: bytes) -> None:
         if self.task:
-            self.later += data
-            if len(self.later) > HIGH_WATER:
-                self.transport.pause_reading()
+            self.keep_for_later(data)
             return
         if not self.incoming.rest and not self.incoming.start:
             self.set_deadline(REQUEST_SECONDS)
@@ -2124,14 +2137,14 @@ class Client(Connection):
         known = incoming.start
         try:
             incoming.feed(data)
+            self.hold(incoming.size)
             if incoming.start and not known:
                 check_request(incoming, self.proxy.hosts, self.proxy.secret)
                 if not incoming.complete and incoming.headers.get("expect"):
                     self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         except ProtocolError as error:
-            self.proxy.record("", "", "refuse", str(error))
             self.last = True
-            self.answer(error.status, error_message(None, error.code, str(error)))
+            self.refuse(error)
             return
         if incoming.complete:
             self.deadline = float("inf")
@@ -2142,31 +2155,55 @@ class Client(Connection):
         try:
             await self.proxy.handle(self, request)
         except ProtocolError as error:
-            self.proxy.record("", "", "refuse", str(error))
-            if self.streaming:
-                self.transport.abort()
-            else:
-                self.answer(error.status, error_message(None, error.code, str(error)))
+            self.refuse(error)
         except Exception as error:
             log(f"a fault of the proxy: {type(error).__name__}")  # no text: it may hold a value
             self.transport.abort()
         if self.closed or self.transport.is_closing():
-            self.set_deadline(STALL_SECONDS)
             return
         await self.drain()  # no next request before the answer to this one is read
+        self.hold(0)
         self.task = None
         self.streaming = False
         self.set_deadline(IDLE_SECONDS)
         self.incoming = self.next_request()
         later, self.later = bytes(request.rest + self.later), bytearray()
-        self.transport.resume_reading()
         if later:
             self.data_received(later)
+        if not self.task or len(self.incoming.rest) <= MAX_HEAD:
+            self.transport.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self.hold(0)
         if self.task:
             self.task.cancel()
+
+    def keep_for_later(self, data: bytes) -> None:
+        """A request sent before the last one is answered waits; only so much is read of it."""
+        self.later += data
+        if len(self.later) > MAX_HEAD:
+            self.transport.pause_reading()
+        try:
+            self.hold(self.held + len(data))
+        except ProtocolError:
+            self.transport.abort()
+
+    def hold(self, size: int) -> None:
+        """Count the bytes held of a request and its answer; ProtocolError when all are too many."""
+        self.proxy.held += size - self.held
+        self.held = size
+        if size and self.proxy.held > MAX_HELD:
+            raise ProtocolError("too much is under way at once: try again", 503, UPSTREAM_FAILED)
+
+    def refuse(self, error: ProtocolError) -> None:
+        """Say what is wrong with what came."""
+        self.proxy.record("", "", "refuse", str(error))
+        if self.streaming:
+            self.transport.abort()
+            return
+        allow = ("Allow: POST, GET, DELETE",) if error.status == 405 else ()
+        self.answer(error.status, error_message(None, error.code, str(error)), *allow)
 
     def write(self, data: Bytes) -> None:
         if not self.closed:
@@ -2184,8 +2221,7 @@ class Client(Connection):
             self.write(body)
         else:
             self.write(head + body)
-        if self.last:
-            self.transport.close()
+        self.end()
 
     def start_stream(self, *headers: str) -> None:
         if not self.streaming:
@@ -2194,7 +2230,11 @@ class Client(Connection):
 
     def end_stream(self) -> None:
         self.write(b"0\r\n\r\n")
+        self.end()
+
+    def end(self) -> None:
         if self.last:
+            self.set_deadline(STALL_SECONDS)  # to read what was written
             self.transport.close()
 
     async def drain(self) -> None:
@@ -2206,6 +2246,15 @@ class Client(Connection):
 
 
 # --- shell: the proxy ---
+
+
+class Session:
+    """What the proxy knows of a client's session."""
+
+    def __init__(self) -> None:
+        self.asked: set[Json] = set()  # ids of the upstream's questions that wait for an answer
+        # Requests whose stream may be resumed: by id, what was asked (`without_arguments`).
+        self.pending: dict[Json, Forward] = {}
 
 
 class Proxy:
@@ -2221,9 +2270,10 @@ class Proxy:
         self.audit = audit
         self.hosts: set[str] = set(LOOPBACK)
         self.clients: set[Connection] = set()
-        # Mcp-Session-Id -> ids of the questions that it has not answered. "" is no session.
-        self.sessions: collections.OrderedDict[str, set[Json]] = collections.OrderedDict(
-            {"": set()}
+        self.held = 0  # bytes, by all clients
+        # By Mcp-Session-Id; "" is no session.
+        self.sessions: collections.OrderedDict[str, Session] = collections.OrderedDict(
+            {"": Session()}
         )
         self.writes: collections.deque[float] = collections.deque()
         self.listed: tuple[Bytes, Bytes] = (
@@ -2238,11 +2288,7 @@ class Proxy:
     async def handle(self, client: Client, request: Incoming) -> None:
         method = (request.start or ("",))[0]
         session = request.headers.get("mcp-session-id", "")
-        if session not in self.sessions:
-            gone = error_message(
-                None, SESSION_GONE, "the session is not known here: initialize anew"
-            )
-            return client.answer(404, gone)
+        self.session(session)
         try:
             if method == "POST":
                 await self.post(client, request, session)
@@ -2256,6 +2302,13 @@ class Proxy:
             else:
                 client.answer(502, error_message(None, UPSTREAM_FAILED, reason))
 
+    def session(self, name: str) -> Session:
+        session = self.sessions.get(name)
+        if session is None:
+            reason = "the session is not known here: initialize anew"
+            raise ProtocolError(reason, 404, SESSION_GONE)
+        return session
+
     async def post(self, client: Client, request: Incoming, session: str) -> None:
         message = parse_message(request.take())
         modern = is_modern(message)
@@ -2263,19 +2316,20 @@ class Proxy:
             check_mirrored(request.headers, message)
         verdict = await self.judge(message, session)
         if isinstance(verdict, Refuse):
-            status, body = refusal_message(message, verdict)
-            return client.answer(status, body)
+            return client.answer(*refusal_message(message, verdict))
         headers = {**self.upstream.headers, "Accept": BOTH, "Mcp-Session-Id": session}
         if modern:
             headers.update(mirror_headers(request.headers, verdict.message))
         else:
             headers["MCP-Protocol-Version"] = legacy_version(request.headers)
+        body = dumps(verdict.message)
+        message, verdict = {}, without_arguments(verdict)  # megabytes, maybe: not held any longer
         try:
-            await self.forward(client, verdict, headers, session)
+            await self.forward(client, verdict, body, headers, session)
         except UpstreamError as error:
-            if "id" not in message or "method" not in message:
+            if "id" not in verdict.message or "method" not in verdict.message:
                 raise
-            self.record(message["method"], verdict.tool, "failed", str(error))
+            self.record(verdict.message["method"], verdict.tool, "failed", str(error))
             self.fail(client, verdict, f"GitHub's MCP server cannot be used: {error}")
 
     def fail(self, client: Client, forward: Forward, reason: str) -> None:
@@ -2299,32 +2353,34 @@ class Proxy:
         now = time.monotonic()
         while self.writes and self.writes[0] < now - 3600:
             self.writes.popleft()
-        seen = Seen(len(self.writes), self.sessions[session])
-        verdict = decide(self.scope, self.policy, message, seen)
+        asked = self.session(session).asked  # it may have ended meanwhile
+        verdict = decide(self.scope, self.policy, message, Seen(len(self.writes), asked))
         if isinstance(verdict, Forward):
             if verdict.write:
                 self.writes.append(now)
             if "method" not in message:
-                self.sessions[session].discard(message["id"])
+                asked.discard(message["id"])
         return self.recorded(message, verdict)
 
     def recorded(self, message: Object, verdict: Verdict) -> Verdict:
+        """The verdict, once it is in the audit: what cannot be recorded does not pass."""
         method = str(message.get("method", "answer"))
         if isinstance(verdict, Refuse):
             self.record(method, verdict.tool, "refuse", verdict.reason)
-        else:
-            self.record(method, verdict.tool, "forward", "", verdict.message)
+        elif not self.record(method, verdict.tool, "forward", "", verdict.message):
+            reason = "the proxy cannot write its audit file: the host's user has to look at it"
+            return Refuse(reason, UPSTREAM_FAILED, verdict.tool)
         return verdict
 
     def record(
         self, method: str, tool: str, verdict: str, reason: str, message: Object | None = None
-    ) -> None:
-        self.audit.write(method[:64], tool[:64], verdict, reason, message)
+    ) -> bool:
+        return self.audit.write(method[:64], tool[:64], verdict, reason, message)
 
     async def forward(
-        self, client: Client, forward: Forward, headers: Mapping[str, str], session: str
-    ) -> None:
-        body = dumps(forward.message)
+        self, client: Client, forward: Forward, body: bytes, headers: Mapping[str, str],
+        session: str,
+    ) -> None:  # fmt: skip
         connection = await self.exchange("POST", body, headers, again=not forward.write)
         answered = False
         try:
@@ -2372,7 +2428,7 @@ class Proxy:
         headers = self.session_headers(forward, incoming)
         if status == 200 and "text/event-stream" in incoming.headers.get("content-type", ""):
             return await self.relay_events(client, connection, forward, session, headers)
-        body = await self.upstream.whole(connection)
+        body = await self.upstream.whole(connection, client)
         request = forward is not None and "id" in forward.message and "method" in forward.message
         if status == 200 and forward and request:
             out, final = self.convert(body, forward, session)
@@ -2391,7 +2447,7 @@ class Proxy:
         session = safe_header(incoming.headers.get("mcp-session-id", ""))
         if not session or not forward or forward.message.get("method") != "initialize":
             return ()
-        self.sessions[session] = set()
+        self.sessions[session] = Session()
         while len(self.sessions) > MAX_SESSIONS:
             oldest = next(name for name in self.sessions if name)
             del self.sessions[oldest]
@@ -2411,7 +2467,9 @@ class Proxy:
         while True:
             for event in events.feed(incoming.take()):
                 data: Bytes = event_data(event)
-                resumable = resumable or event.startswith(b"id:") or b"\nid:" in event
+                if not resumable and (event.startswith(b"id:") or b"\nid:" in event):
+                    resumable = True
+                    self.expect_again(forward, session)
                 out, final = self.convert(data, forward, session) if data else (b"", False)
                 if final and not client.streaming:
                     client.answer_bytes(200, out, *headers)
@@ -2424,6 +2482,7 @@ class Proxy:
                 if final:
                     client.end_stream()
                     return True
+            client.hold(len(events.buffer))
             await client.drain()
             if incoming.complete:
                 break
@@ -2434,6 +2493,14 @@ class Proxy:
         client.start_stream(*headers)
         client.end_stream()
         return True
+
+    def expect_again(self, forward: Forward | None, session: str) -> None:
+        """Remember a request whose answer may come on another stream (Last-Event-ID)."""
+        if forward and session and "id" in forward.message:
+            pending = self.session(session).pending
+            pending[forward.message["id"]] = forward
+            while len(pending) > 100:
+                del pending[next(iter(pending))]
 
     def convert(self, data: Bytes, forward: Forward | None, session: str) -> tuple[Bytes, bool]:
         """(what the client gets for one message of the upstream, whether that is the answer).
@@ -2452,19 +2519,18 @@ class Proxy:
             message = json.loads(data)
         except (ValueError, RecursionError):
             raise UpstreamError("its answer is not JSON") from None
+        known = self.session(session)
+        resumed = forward is None
+        if resumed and isinstance(message, dict) and is_id(message.get("id")):
+            forward = known.pending.get(message["id"])
         kind = kind_of(message, forward)
         if kind == "question":
-            asked = self.sessions[session]
-            if len(asked) >= 100:
+            if len(known.asked) >= 100:
                 return b"", False
-            asked.add(message["id"])
+            known.asked.add(message["id"])
         elif kind == "answer" and forward:
-            try:
-                checked = answer(self.scope, self.policy, forward, message)
-            except Refusal as refusal:
-                refuse = Refuse(str(refusal), UPSTREAM_FAILED, forward.tool)
-                self.record(forward.message["method"], forward.tool, "withheld", str(refusal))
-                checked = refusal_message(forward.message, refuse)[1]
+            known.pending.pop(message["id"], None)
+            checked = self.checked(forward, message)
             if key:
                 narrowed = {"jsonrpc": "2.0", "id": 0, "result": checked.get("result")}
                 if "result" in checked:
@@ -2473,10 +2539,20 @@ class Proxy:
                 data = dumps(checked)
         elif not kind:
             return b"", False
-        return self.redact(data), kind == "answer"
+        return self.redact(data), kind == "answer" and not resumed
+
+    def checked(self, forward: Forward, message: Object) -> Object:
+        """The upstream's answer as the VM gets it; whatever is wrong with it, it is not shown."""
+        try:
+            return answer(self.scope, self.policy, forward, message)
+        except Exception as error:
+            reason = str(error) if isinstance(error, Refusal) else "the answer is malformed"
+        self.record(forward.message["method"], forward.tool, "withheld", reason)
+        return refusal_message(forward.message, Refuse(reason, UPSTREAM_FAILED, forward.tool))[1]
 
     def redact(self, data: Bytes) -> Bytes:
-        return redact(data, self.upstream.token.value.encode())
+        token = self.upstream.token
+        return redact(data, token.value.encode(), token.earlier.encode())
 
     async def know_repository(self, *, wait: bool) -> None:
         """Learn the repository's id and default branch, anew every ten minutes."""
@@ -2496,7 +2572,7 @@ class Proxy:
                     self.learnt(int(item["id"]), item.get("default_branch") or "")
         except (UpstreamError, ProtocolError) as error:
             log(f"{self.upstream.host}: {error}")
-        except (ValueError, KeyError, TypeError, IndexError):
+        except Exception:  # whatever the upstream made of its answer: then it is not known
             if self.audit.debug:
                 log(f"the upstream did not say which repository {self.scope} is")
 
@@ -2587,24 +2663,10 @@ def legacy_version(headers: Mapping[str, str]) -> str:
 
 # --- shell: the audit ---
 
-TARGETS = [
-    "method",
-    "issue_number",
-    "pullNumber",
-    "discussionNumber",
-    "commentId",
-    "comment_id",
-    "branch",
-    "from_branch",
-    "path",
-    "ref",
-    "sha",
-    "tag",
-    "head",
-    "base",
-    "name",
-    "state",
-]
+TARGETS = (
+    "method issue_number pullNumber discussionNumber commentId comment_id branch from_branch path "
+    "ref sha tag head base name state"
+).split()
 
 
 def target_of(message: Object) -> Object:
@@ -2632,19 +2694,25 @@ class Audit:
 
     def write(
         self, method: str, tool: str, verdict: str, reason: str, message: Object | None
-    ) -> None:
+    ) -> bool:
+        """False when the file cannot take it: a disk is full, say."""
         if self.debug or verdict != "forward":
             what = " ".join(filter(None, [method, tool, verdict]))
             log(f"{what}: {reason}" if reason else what)
         if self.fd < 0:
-            return
+            return True
         now = time.time()
         stamp = (
             time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
         )
         line = {"time": stamp, "method": method, "tool": tool, "verdict": verdict,
                 "reason": reason, "target": target_of(message or {})}  # fmt: skip
-        os.write(self.fd, redact(dumps(line), b"") + b"\n")
+        data = redact(dumps(line)) + b"\n"
+        try:
+            return os.write(self.fd, data) == len(data)
+        except OSError as error:
+            log(f"cannot write the audit file: {error.strerror}")
+            return False
 
 
 # --- commands ---

@@ -669,6 +669,34 @@ class AnswerTest(unittest.TestCase):
         with self.assertRaises(proxy.Refusal):
             self.shown("issue_read", issue)
 
+    def test_an_item_that_does_not_say_where_it_is_from_is_withheld(self) -> None:
+        for item in (
+            {"number": 1, "title": "s"},
+            {"id": 1, "body": "s"},
+            {"number": 1, "url": "x"},
+        ):
+            with self.subTest(item):
+                with self.assertRaises(proxy.Refusal):
+                    self.shown("issue_read", item)
+                self.assertEqual(self.shown("issue_read", [item]), [])
+                self.assertEqual(self.shown("issue_read", {"parent": item}), {})
+
+    def test_no_address_and_no_count_tells_of_other_repositories(self) -> None:
+        api = "https://api.github.com/repos"
+        ours = {"number": 1, "html_url": "https://github.com/good/r/issues/1",
+                "comments_url": f"{api}/good/r/issues/1/comments"}  # fmt: skip
+        issue = {**ours, "parent_issue_url": f"{api}/evil/secret/issues/7"}
+        self.assertEqual(self.shown("issue_read", issue), ours)
+        found = {"total_count": 1, "incomplete_results": False, "items": [issue]}
+        self.assertEqual(self.shown("search_issues", found), {**found, "items": [ours]})
+        other = reference("evil/secret", 2)
+        closed_by = {"total_count": 2, "references": [reference("good/r", 1), other]}
+        shown = self.shown("issue_read", {**ours, "closed_by_pull_requests": closed_by})
+        self.assertNotIn("total_count", shown["closed_by_pull_requests"])
+        result = {"content": [{"type": "text", "text": "[]"}], "_meta": {"found": ["secret"]}}
+        self.assertNotIn("_meta", proxy.checked_answer(SCOPE, "search_issues", {**result, "content": [
+            {"type": "text", "text": "{}"}]}))  # fmt: skip
+
     def test_relatives_in_other_repositories_are_dropped(self) -> None:
         other = {"number": 9, "title": "s", "repository": "good/other", "url": "x"}
         issue = {"number": 1, "html_url": "https://ghe.example/good/r/issues/1", "parent": other,
@@ -728,10 +756,10 @@ class AnswerTest(unittest.TestCase):
         ):  # fmt: skip
             self.assertEqual(proxy.redact(b'a "' + secret + b'" b', b""), b'a "[redacted]" b')
         for query in (
-            b"token=ABC",
-            b"sig=a%2Fb&sv=2020",
-            b"sig=x\\\\u0026se=3",
-            b"X-Amz-Signature=00",
+            b"token=" + b"ABC" * 8,
+            b"sig=" + b"a%2Fb" * 5 + b"&sv=2020",
+            b"sig=" + b"x" * 20 + b"\\\\u0026se=3",
+            b"X-Amz-Signature=" + b"00" * 32,
         ):
             url = b'"https://raw.example/good/r/f' + b"?" + query + b'"'
             self.assertEqual(proxy.redact(url, b""), b'"https://raw.example/good/r/f?[redacted]"')
@@ -739,8 +767,15 @@ class AnswerTest(unittest.TestCase):
             proxy.redact(b"is my-own-token-0123 here?", b"my-own-token-0123"),
             b"is [redacted] here?",
         )
-        plain = b'what? "https://x/y?page=2" github_pat ghp_short a?b:c'
-        self.assertEqual(proxy.redact(plain, b""), plain)
+        # Files are read, changed and written back: what only looks like a URL with a token stays.
+        plain = (
+            b'what? "https://x/y?page=2" github_pat ghp_short a?b:c `/api?token=${t}` ?token=TOKEN'
+        )
+        self.assertEqual(proxy.redact(plain), plain)
+        tokens = (b"the-token-before-01", b"the-token-of-now-02")
+        self.assertEqual(
+            proxy.redact(b" ".join(tokens), *reversed(tokens)), b"[redacted] [redacted]"
+        )
 
     def offered(self, name: str, **properties: Any) -> dict[str, Any]:
         own = {key: {"type": "string", "x-mcp-header": key} for key in OURS}
@@ -949,12 +984,20 @@ class ShapeTest(unittest.TestCase):
             ("https://github.com/evil/x/tree/good/r/issues/1", "evil/x"),
             ("https://api.github.com/repositories/99/issues/1", "repositories/99"),
             ("https://api.github.com/repos/Evil/X/pulls/1/files", "evil/x"),
+            ("https://github.com/evil/x/releases/tag/repos/good/r", "evil/x"),
+            ("https://github.com/evil/x/security/advisories/1", "evil/x"),
+            ("HTTPS://GITHUB.COM/evil/x/wiki", "evil/x"),
+            ("https://raw.githubusercontent.com/evil/x/main/a", "evil/x"),
+            ("https://ghe.example/api/v3/repos/evil/x/repos/good/r", "evil/x"),
+            ("https://github.com/evil/x", "evil/x"),
         ):
             with self.subTest(url):
                 self.assertEqual(proxy.repository_of({"url": url}), {name})
                 self.assertTrue(proxy.foreign({"html_url": url}, SCOPE))
-        for url in ("https://github.com/octo", "https://github.com/apps/x", "", "issues/1"):
-            self.assertEqual(proxy.repository_of({"url": url}), set())
+        for none in ("https://github.com/octo", "https://github.com/apps/x", "", "issues/1", None, 7,
+                    "https://api.github.com/users/octo/repos", "https://github.com/octo/",
+                    "https://avatars.githubusercontent.com/u/1?v=4", "https://ghe.example/avatars/u/1"):  # fmt: skip
+            self.assertEqual(proxy.repository_of({"url": none}), set())
 
     def test_errors_pass_as_they_are(self) -> None:
         failed = {"isError": True, "content": [{"type": "text", "text": "404 Not Found []"}]}
@@ -1078,6 +1121,24 @@ class MessageTest(unittest.TestCase):
             with self.subTest(body):
                 self.assertEqual(proxy.parse_message(body), json.loads(body))
                 self.assertEqual(proxy.parse_message(bytearray(body)), json.loads(body))
+
+    def test_a_large_request_is_large_in_its_texts(self) -> None:
+        def size(value: Any) -> None:
+            proxy.parse_message(json.dumps(request("x", a=value)).encode())
+
+        source = 'if (a["x"]) { return [1, 2, "\\", \'"\'] }\n' * 20_000
+        size([{"path": str(n), "content": source if not n else "x"} for n in range(100)])
+        size([1] * 20_000)
+        many: list[Any] = [
+            [{}] * 100_000,
+            [1] * 100_000,
+            ["a"] * 50_000,
+            ["x" * 10**6, [[]] * 70_000],
+        ]
+        for value in many:
+            with self.subTest(str(value)[-20:]), self.assertRaises(proxy.ProtocolError) as caught:
+                size(value)
+            self.assertEqual(caught.exception.status, 413)
 
     def test_what_other_methods_send(self) -> None:
         note = {
@@ -1214,6 +1275,23 @@ class PolicyTest(unittest.TestCase):
         policy = POLICY._replace(deny_paths=("config/*/secrets/**", "keys/*.pem"))
         for path in ("config/prod/public", "keys/a.txt", "key", "confi", "src/keys"):
             sent(call("delete_file", branch="b", path=path, message="m"), policy)
+
+    def test_a_denied_file_does_not_become_a_folder(self) -> None:
+        for path in ("CODEOWNERS/x", ".gitmodules/a/b", "docs/codeowners/x", "a/.git/config",
+                     "a/.GIT. /hooks/x", "vendor/GIT~1/config"):  # fmt: skip
+            with self.subTest(path):
+                message = call("delete_file", branch="b", path=path, message="m")
+                self.assertIsInstance(proxy.decide(SCOPE, POLICY, message), Refuse)
+        for path in ("a/CODEOWNERS/x", "CODEOWNERS.md", ".gitignore", "a/.github/x"):
+            sent(call("delete_file", branch="b", path=path, message="m"))
+
+    def test_nobody_is_assigned_or_taken_off_unless_people_is_allowed(self) -> None:
+        values: list[Any] = [[], None]
+        for value in values:
+            message = call("issue_write", method="update", issue_number=1, assignees=value)
+            self.assertNotIn("assignees", sent(message))
+        message = call("issue_write", method="update", issue_number=1, assignees=[])
+        self.assertEqual(sent(message, EVERYTHING)["assignees"], [])
 
     def test_globs(self) -> None:
         for glob, name, expected in (

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
 from pathlib import Path
@@ -337,7 +338,10 @@ class GateTest(LiveTest):
             (400, good.replace(b'"ping"', b'"pi\xffg"')),
         ):
             with self.subTest(data[:200]):
-                self.assertEqual(self.status(data), status)
+                got, headers, _ = self.connect().raw(data)
+                self.assertEqual(got, status)
+                if status == 405:
+                    self.assertEqual(headers["allow"], "POST, GET, DELETE")
         self.assertEqual(self.upstream.calls(), [])
 
     def test_names_that_are_its_own(self) -> None:
@@ -490,7 +494,8 @@ class UpstreamTest(LiveTest):
         self.assertEqual(text_of(self.client.ask(call())), "second")
 
     def test_secrets_in_answers_are_redacted(self) -> None:
-        self.upstream.on("README.md", fake.text(f"{TOKEN} https://x/y?token=A&b=c ghs_{'s' * 40}"))
+        signed = "https://x/y?token=" + "A" * 29 + "&b=c"
+        self.upstream.on("README.md", fake.text(f"{TOKEN} {signed} ghs_{'s' * 40}"))
         shown = text_of(self.client.ask(call()))
         self.assertEqual(shown, "[redacted] https://x/y?[redacted] [redacted]")
 
@@ -639,6 +644,193 @@ class AuditTest(LiveTest):
         everything = self.audit.read_text() + self.proxy.stderr()
         for word in (TOKEN, SECRET, "wrong-secret", "words of the agent"):
             self.assertNotIn(word, everything)
+
+
+class FaultTest(unittest.TestCase):
+    """What would fill its memory or confuse it: it is refused, and the next client is served."""
+
+    def start(self, *argv: str, setup: str = "") -> Proxy:
+        """A proxy of the test's own; `setup` is run before its main()."""
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        script = Path(folder.name, "prepared.py")
+        script.write_text(
+            f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+            f"import github_mcp_proxy as p\n{setup}\nsys.exit(p.main())\n"
+        )
+        running = Proxy(self.upstream.url, *argv, script=script)
+        self.addCleanup(running.stop)
+        return running
+
+    def setUp(self) -> None:
+        self.upstream = fake.Upstream()
+        self.upstream.__enter__()
+        self.addCleanup(self.upstream.__exit__)
+
+    def connect(self, running: Proxy) -> Client:
+        client = Client(running.port)
+        self.addCleanup(client.close)
+        return client
+
+    def peak(self, running: Proxy) -> int:
+        """The most that it ever had resident, in MB."""
+        try:
+            status = Path(f"/proc/{running.process.pid}/status").read_text()
+        except FileNotFoundError:
+            self.skipTest("no /proc")
+        return int(status.partition("VmHWM:")[2].split()[0]) // 1024
+
+    def served(self, running: Proxy) -> None:
+        self.assertEqual(text_of(self.connect(running).ask(call())), "ok get_file_contents")
+        self.assertNotIn("Traceback", running.stderr())
+
+    def test_a_client_that_asks_on_and_on_and_does_not_read(self) -> None:
+        running = self.start()
+        self.upstream.on("README.md", fake.text("x" * 100_000))
+        client = self.connect(running)
+        client.socket.setblocking(False)
+        body = json.dumps(call()).encode()
+        one = client.head(length=len(body)) + body
+        refused = 0
+        while refused < 20:  # its buffers are full, and stay so
+            try:
+                client.socket.send(one * 50)
+                refused = 0
+            except BlockingIOError:
+                refused += 1
+                time.sleep(0.05)
+        self.assertLess(self.peak(running), 60)
+        self.upstream.reset()
+        self.served(running)
+
+    def test_large_requests_that_are_never_finished(self) -> None:
+        running = self.start()
+        size = 5 * 1024 * 1024
+        statuses = []
+        clients = [self.connect(running) for _ in range(30)]
+        for client in clients:
+            client.socket.sendall(client.head(length=size))
+            client.socket.settimeout(0.2)
+            try:
+                client.socket.sendall(b"x" * (size - 1))
+                statuses.append(client.read()[0])
+            except socket.timeout:
+                statuses.append(0)  # it waits for the last byte
+            except ConnectionError:
+                statuses.append(503)  # refused before all was sent
+        self.assertEqual(set(statuses), {0, 503})
+        self.assertLess(self.peak(running), 180)
+        for client in clients:
+            client.close()
+        self.served(running)
+
+    def test_a_session_that_ends_while_a_call_waits(self) -> None:
+        self.upstream.stateful = True
+        told = threading.Event()
+
+        def wait(x: fake.Exchange) -> None:
+            told.wait(TIMEOUT)
+            x.fail(500, -32603, "not now")
+
+        self.upstream.on("own", wait)  # which branch is the default one: asked before a write
+        running = self.start()
+        client, other = self.connect(running), self.connect(running)
+        client.send(request("initialize", **INITIALIZE))
+        session = f"Mcp-Session-Id: {client.read()[1]['mcp-session-id']}"
+        client.send(call("", name="create_branch", branch="b"), session)
+        self.assertEqual(other.raw(other.head("DELETE", "/mcp", session))[0], 204)
+        told.set()
+        status, _, body = client.read()
+        self.assertEqual((status, json.loads(body)["error"]["code"]), (404, proxy.SESSION_GONE))
+        self.served(running)
+
+    def test_what_an_upstream_can_make_of_an_answer(self) -> None:
+        running = self.start()
+        deep = "[" * 3000 + "]" * 3000
+        null = {"name": "get_tag", "inputSchema": {"properties": {"tag": 1}, "required": None}}
+        self.upstream.on("search_issues", fake.text(deep))
+        self.upstream.on("issue_read", fake.text('{"number":1,"html_url":[],"repository":7}'))
+        self.upstream.on("tools/list", lambda x: x.answer(x.result({"tools": [null]})))
+        info = {"serverInfo": "github", "capabilities": []}
+        self.upstream.on("initialize", lambda x: x.answer(x.result(info)))
+        self.upstream.on("own", lambda x: x.answer(x.text('{"items":[{"full_name":null}]}')))
+        for message in (
+            call("", name="search_issues", query="x"),
+            call("", name="issue_read", method="get", issue_number=1),
+            request("tools/list"),
+            request("initialize", **INITIALIZE),
+            call("", name="create_branch", branch="b"),
+        ):
+            with self.subTest(message):
+                answer = self.connect(running).ask(message)
+                self.assertEqual(answer["id"], 1)
+                self.assertTrue("error" in answer or answer["result"]["isError"], answer)
+        self.assertNotIn("a fault of the proxy", running.stderr())
+        self.served(running)
+
+    def test_a_log_line_stays_a_line(self) -> None:
+        running = self.start()
+        forged = "x\ngithub_mcp_proxy: listening\x1b[2J\x85\u2028"
+        self.connect(running).ask(request(forged))
+        self.connect(running).ask(call("", name=forged))
+        lines = running.stderr().splitlines()
+        self.assertEqual(len(lines), 2, lines)
+        self.assertTrue(all(line.isprintable() and " refuse: " in line for line in lines), lines)
+
+    def test_what_cannot_be_recorded_does_not_pass(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            audit = Path(folder, "audit.jsonl")
+            limit = (
+                "import resource, signal\n"
+                "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+                "resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))"
+            )
+            running = self.start("--audit", str(audit), setup=limit)
+            client = self.connect(running)
+            answers = [text_of(client.ask(call(id=n))) for n in range(9)]
+            passed = answers.index(answers[-1])
+            self.assertIn("audit", answers[-1])
+            self.assertEqual(len(self.upstream.calls()), passed)
+            self.assertEqual(audit.read_text().count("\n"), passed)
+
+    def test_an_answer_on_a_resumed_stream(self) -> None:
+        """A search whose stream broke off is answered on the next one, and checked all the same."""
+        self.upstream.stateful = True
+        running = self.start()
+        client = self.connect(running)
+        client.send(request("initialize", **INITIALIZE))
+        session = f"Mcp-Session-Id: {client.read()[1]['mcp-session-id']}"
+
+        def broken(x: fake.Exchange) -> None:
+            x.stream()
+            x.send(fake.chunk(b"id: 1\ndata: \n\n"))
+            x.close()
+
+        hits = [
+            {"html_url": f"https://github.com/{name}/issues/1"} for name in ("good/r", "evil/s")
+        ]
+        found = fake.dumps({"total_count": 2, "items": hits}).decode()
+        result = {"content": [{"type": "text", "text": found}]}
+        answers = [{"jsonrpc": "2.0", "id": id, "result": result} for id in ("a", "b")]
+
+        def resumed(x: fake.Exchange) -> None:
+            x.stream()
+            for answer in answers:
+                x.event(answer)
+            x.end()
+
+        self.upstream.on("search_issues", broken)
+        self.upstream.on("GET", resumed)
+        client.send(call("", "a", "search_issues", query="crash"), session)
+        client.read()
+        stream = self.connect(running)
+        stream.socket.sendall(
+            stream.head("GET", "/mcp", session, "Accept: text/event-stream", "Last-Event-ID: 1")
+        )
+        _, _, body = stream.read()
+        events = [json.loads(line[6:]) for line in body.split(b"\n") if line.startswith(b"data: ")]
+        self.assertEqual([event["id"] for event in events], ["a"], "of what was asked")
+        self.assertEqual(json.loads(text_of(events[0])), {"items": hits[:1]})
 
 
 class LimitsTest(unittest.TestCase):

@@ -295,13 +295,15 @@ class Upstream:
 
     def keys(self, x: Exchange) -> list[str]:
         """What a handler may be put on, the most precise first."""
+        if x.own:
+            return ["own"]  # the proxy's question which repository this is
         if not x.message:
             return [x.method]
         method = x.message.get("method", "answer")
         return [str(x.arguments.get("path", "")), str(x.params.get("name", "")), method]
 
     def dispatch(self, x: Exchange) -> None:
-        handlers = [] if x.own else [self.handlers[k] for k in self.keys(x) if k in self.handlers]
+        handlers = [self.handlers[key] for key in self.keys(x) if key in self.handlers]
         if handlers:
             return handlers[0](x)
         if self.tokens is not None and x.headers.get("authorization") not in self.accepted_lines():
