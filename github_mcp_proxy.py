@@ -1358,7 +1358,7 @@ def checked_answer(scope: Scope, tool: str, result: Object) -> Object:
             raise Refusal("the answer could not be checked") from None
         data = own_hits(data, scope) if kind == "hits" else without_foreign(data, scope)
         if data is FOREIGN:
-            raise Refusal(f"the item belongs to another repository than {scope}")
+            raise Refusal(f"the item is not of {scope}, or does not say of which repository")
         content.append({"type": "text", "text": json.dumps(data)})
     kept: Object = {key: result[key] for key in ("resultType",) if key in result}
     return {**kept, "content": content}

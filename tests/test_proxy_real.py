@@ -82,7 +82,7 @@ class Api(http.server.BaseHTTPRequestHandler):
             (r"/git/trees.*", {"sha": SHA, "truncated": False, "tree": []}),
             (r"/git/commits.*", {"sha": SHA, "tree": {"sha": SHA}}),
             (r"/search/.*", {"total_count": 0, "incomplete_results": False, "items": []}),
-            (r"/(issues|pulls)/\d+", {"number": 1, "title": "t", "node_id": "I_1", "head": {"sha": SHA}}),
+            (r"/(issues|pulls)/\d+", {**issue("good/r", 1), "head": {"sha": SHA}}),
             (r"/(releases|commits|contents|tags)/.*", {"sha": SHA, "id": 1}),
         ):  # fmt: skip
             if re.search(end + "$", path):
@@ -269,7 +269,7 @@ class RealServerTest(unittest.TestCase):
         subs = json.loads(self.tool("issue_read", issue_number=5, method="get_sub_issues"))
         self.assertEqual([one["number"] for one in subs], [1])
         self.assertNotIn("secret", self.tool("issue_read", issue_number=5, method="get_parent"))
-        self.assertIn("another repository", self.tool("issue_read", issue_number=77, method="get"))
+        self.assertIn("is not of good/r", self.tool("issue_read", issue_number=77, method="get"))
         Api.more[:] = [("/search/", found)]
         for name in ("search_issues", "search_pull_requests", "search_commits", "search_code"):
             empty = json.loads(self.tool(name, query="crash"))
