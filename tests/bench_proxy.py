@@ -179,9 +179,9 @@ NGINX = """
 daemon off; worker_processes 1; pid {dir}/pid; error_log /dev/null;
 events {{ worker_connections 1024; }}
 http {{
-  access_log off; client_body_temp_path {dir}/b; proxy_temp_path {dir}/p;
+  access_log off; keepalive_requests 1000000; client_body_temp_path {dir}/b; proxy_temp_path {dir}/p;
   fastcgi_temp_path {dir}/f; uwsgi_temp_path {dir}/u; scgi_temp_path {dir}/s;
-  upstream up {{ server 127.0.0.1:{upstream}; keepalive 64; }}
+  upstream up {{ server 127.0.0.1:{upstream}; keepalive 64; keepalive_requests 1000000; }}
   server {{ listen 127.0.0.1:{port} backlog=512; client_max_body_size 8m;
     location / {{ proxy_pass http://up; proxy_http_version 1.1; proxy_buffering off;
       proxy_set_header Connection ""; proxy_read_timeout 1h; }} }}
