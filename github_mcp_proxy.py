@@ -2250,15 +2250,6 @@ class Client(Connection):
 # --- shell: the proxy ---
 
 
-class Session:
-    """What the proxy knows of a client's session."""
-
-    def __init__(self) -> None:
-        self.asked: set[Json] = set()  # ids of the upstream's questions that wait for an answer
-        # Requests whose stream may be resumed: by id, what was asked (`without_arguments`).
-        self.pending: dict[Json, Forward] = {}
-
-
 class Proxy:
     """Joins the parts: what a client sends is judged, sent on, and its answer checked."""
 
@@ -2273,9 +2264,9 @@ class Proxy:
         self.hosts: set[str] = set(LOOPBACK)
         self.clients: set[Connection] = set()
         self.held = 0  # bytes, by all clients
-        # By Mcp-Session-Id; "" is no session.
-        self.sessions: collections.OrderedDict[str, Session] = collections.OrderedDict(
-            {"": Session()}
+        # Mcp-Session-Id -> ids of the upstream's questions that it has to answer. "" is no session.
+        self.sessions: collections.OrderedDict[str, set[Json]] = collections.OrderedDict(
+            {"": set()}
         )
         self.writes: collections.deque[float] = collections.deque()
         self.listed: tuple[Bytes, Bytes] = (
@@ -2290,7 +2281,7 @@ class Proxy:
     async def handle(self, client: Client, request: Incoming) -> None:
         method = (request.start or ("",))[0]
         session = request.headers.get("mcp-session-id", "")
-        self.session(session)
+        self.asked(session)
         try:
             if method == "POST":
                 await self.post(client, request, session)
@@ -2304,12 +2295,12 @@ class Proxy:
             else:
                 client.answer(502, error_message(None, UPSTREAM_FAILED, reason))
 
-    def session(self, name: str) -> Session:
-        session = self.sessions.get(name)
-        if session is None:
+    def asked(self, session: str) -> set[Json]:
+        """What a session has been asked and not answered; ProtocolError when it is no session."""
+        if session not in self.sessions:
             reason = "the session is not known here: initialize anew"
             raise ProtocolError(reason, 404, SESSION_GONE)
-        return session
+        return self.sessions[session]
 
     async def post(self, client: Client, request: Incoming, session: str) -> None:
         message = parse_message(request.take())
@@ -2355,7 +2346,7 @@ class Proxy:
         now = time.monotonic()
         while self.writes and self.writes[0] < now - 3600:
             self.writes.popleft()
-        asked = self.session(session).asked  # it may have ended meanwhile
+        asked = self.asked(session)  # it may have ended meanwhile
         verdict = decide(self.scope, self.policy, message, Seen(len(self.writes), asked))
         if isinstance(verdict, Forward):
             if verdict.write:
@@ -2449,7 +2440,7 @@ class Proxy:
         session = safe_header(incoming.headers.get("mcp-session-id", ""))
         if not session or not forward or forward.message.get("method") != "initialize":
             return ()
-        self.sessions[session] = Session()
+        self.sessions[session] = set()
         while len(self.sessions) > MAX_SESSIONS:
             oldest = next(name for name in self.sessions if name)
             del self.sessions[oldest]
@@ -2464,14 +2455,12 @@ class Proxy:
         incoming = connection.incoming
         events = Events()
         resumable = False  # the client may come back for the rest of a stream with event ids
-        if forward is None:
+        if forward is None:  # of a GET: no answer passes, since what it answers is not known here
             client.start_stream(*headers)
         while True:
             for event in events.feed(incoming.take()):
                 data: Bytes = event_data(event)
-                if not resumable and (event.startswith(b"id:") or b"\nid:" in event):
-                    resumable = True
-                    self.expect_again(forward, session)
+                resumable = resumable or event.startswith(b"id:") or b"\nid:" in event
                 out, final = self.convert(data, forward, session) if data else (b"", False)
                 if final and not client.streaming:
                     client.answer_bytes(200, out, *headers)
@@ -2496,14 +2485,6 @@ class Proxy:
         client.end_stream()
         return True
 
-    def expect_again(self, forward: Forward | None, session: str) -> None:
-        """Remember a request whose answer may come on another stream (Last-Event-ID)."""
-        if forward and session and "id" in forward.message:
-            pending = self.session(session).pending
-            pending[forward.message["id"]] = forward
-            while len(pending) > 100:
-                del pending[next(iter(pending))]
-
     def convert(self, data: Bytes, forward: Forward | None, session: str) -> tuple[Bytes, bool]:
         """(what the client gets for one message of the upstream, whether that is the answer).
 
@@ -2521,17 +2502,13 @@ class Proxy:
             message = json.loads(data)
         except (ValueError, RecursionError):
             raise UpstreamError("its answer is not JSON") from None
-        known = self.session(session)
-        resumed = forward is None
-        if resumed and isinstance(message, dict) and is_id(message.get("id")):
-            forward = known.pending.get(message["id"])
         kind = kind_of(message, forward)
         if kind == "question":
-            if len(known.asked) >= 100:
+            asked = self.asked(session)
+            if len(asked) >= 100:
                 return b"", False
-            known.asked.add(message["id"])
+            asked.add(message["id"])
         elif kind == "answer" and forward:
-            known.pending.pop(message["id"], None)
             checked = self.checked(forward, message)
             if key:
                 narrowed = {"jsonrpc": "2.0", "id": 0, "result": checked.get("result")}
@@ -2541,7 +2518,7 @@ class Proxy:
                 data = dumps(checked)
         elif not kind:
             return b"", False
-        return self.redact(data), kind == "answer" and not resumed
+        return self.redact(data), kind == "answer"
 
     def checked(self, forward: Forward, message: Object) -> Object:
         """The upstream's answer as the VM gets it; whatever is wrong with it, it is not shown."""

@@ -793,44 +793,25 @@ class FaultTest(unittest.TestCase):
             self.assertEqual(len(self.upstream.calls()), passed)
             self.assertEqual(audit.read_text().count("\n"), passed)
 
-    def test_an_answer_on_a_resumed_stream(self) -> None:
-        """A search whose stream broke off is answered on the next one, and checked all the same."""
+    def test_no_answer_passes_on_a_stream_without_its_question(self) -> None:
+        """What a search found, replayed for Last-Event-ID, could not be judged as a search."""
         self.upstream.stateful = True
         running = self.start()
         client = self.connect(running)
         client.send(request("initialize", **INITIALIZE))
         session = f"Mcp-Session-Id: {client.read()[1]['mcp-session-id']}"
 
-        def broken(x: fake.Exchange) -> None:
+        def replay(x: fake.Exchange) -> None:
             x.stream()
-            x.send(fake.chunk(b"id: 1\ndata: \n\n"))
-            x.close()
-
-        hits = [
-            {"html_url": f"https://github.com/{name}/issues/1"} for name in ("good/r", "evil/s")
-        ]
-        found = fake.dumps({"total_count": 2, "items": hits}).decode()
-        result = {"content": [{"type": "text", "text": found}]}
-        answers = [{"jsonrpc": "2.0", "id": id, "result": result} for id in ("a", "b")]
-
-        def resumed(x: fake.Exchange) -> None:
-            x.stream()
-            for answer in answers:
-                x.event(answer)
+            x.event({"jsonrpc": "2.0", "id": 1, "result": {"content": []}})
+            x.event({"jsonrpc": "2.0", "method": "notifications/tools/list_changed"})
             x.end()
 
-        self.upstream.on("search_issues", broken)
-        self.upstream.on("GET", resumed)
-        client.send(call("", "a", "search_issues", query="crash"), session)
-        client.read()
-        stream = self.connect(running)
-        stream.socket.sendall(
-            stream.head("GET", "/mcp", session, "Accept: text/event-stream", "Last-Event-ID: 1")
-        )
-        _, _, body = stream.read()
-        events = [json.loads(line[6:]) for line in body.split(b"\n") if line.startswith(b"data: ")]
-        self.assertEqual([event["id"] for event in events], ["a"], "of what was asked")
-        self.assertEqual(json.loads(text_of(events[0])), {"items": hits[:1]})
+        self.upstream.on("GET", replay)
+        lines = (session, "Accept: text/event-stream", "Last-Event-ID: 1")
+        _, _, body = client.raw(client.head("GET", "/mcp", *lines))
+        self.assertIn(b"list_changed", body)
+        self.assertNotIn(b"result", body)
 
 
 class LimitsTest(unittest.TestCase):
