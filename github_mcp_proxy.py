@@ -53,6 +53,7 @@ MAX_DEPTH = 32
 MAX_STRUCTURE = 128 * 1024  # bytes of a large request outside its strings: they grow 20 times
 MAX_STRINGS = 20_000
 MAX_HELD = 96 * 1024 * 1024  # bytes held of all clients' requests and answers
+MAX_TOKEN = 4096
 MAX_CLIENTS = 1024
 MAX_SESSIONS = 1024
 HIGH_WATER = 1024 * 1024  # bytes held of one connection before its sender is paused
@@ -1774,15 +1775,15 @@ def answer_head(status: int, length: int, *headers: str) -> bytes:
     return response_head(status, *headers, *kind, f"Content-Length: {length}")
 
 
+EVENT_STREAM = "text/event-stream"
 STREAM_HEAD = (
-    "Content-Type: text/event-stream",
     "Cache-Control: no-cache, no-transform",
     "X-Accel-Buffering: no",
     "Transfer-Encoding: chunked",
 )
 
 
-def chunk(data: bytes) -> bytes:
+def chunk(data: Bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
@@ -1833,7 +1834,7 @@ class Token:
 
 
 def check_token(value: str) -> str:
-    if not re.fullmatch(r"[!-~]{1,4096}", value):
+    if not re.fullmatch(r"[!-~]+", value) or len(value) > MAX_TOKEN:
         raise ProxyError(
             "the GitHub token has characters that no token has (its value is not shown)"
         )
@@ -2082,14 +2083,16 @@ class Upstream:
         while connection.incoming.start is None:
             await connection.more()
 
-    async def whole(self, connection: UpstreamConnection, client: Client | None = None) -> Bytes:
-        """The body of an answer that is not a stream; counted as held by the client."""
-        while not connection.incoming.complete:
+    async def receive(
+        self, connection: UpstreamConnection, client: Client | None, enough: int = MAX_ANSWER
+    ) -> None:
+        """Wait for the body of an answer, or `enough` of it; counted as held by the client."""
+        incoming = connection.incoming
+        while not incoming.complete and len(incoming.body) <= enough:
             connection.set_deadline(self.timeout)
             await connection.more()
             if client:
-                client.hold(len(connection.incoming.body))
-        return connection.incoming.take()
+                client.hold(len(incoming.body))
 
 
 def parse_upstream(url: str) -> tuple[bool, str, int, str]:
@@ -2225,10 +2228,10 @@ class Client(Connection):
             self.write(head + body)
         self.end()
 
-    def start_stream(self, *headers: str) -> None:
+    def start_stream(self, *headers: str, kind: str = EVENT_STREAM) -> None:
         if not self.streaming:
             self.streaming = True
-            self.write(response_head(200, *STREAM_HEAD, *headers))
+            self.write(response_head(200, f"Content-Type: {kind}", *STREAM_HEAD, *headers))
 
     def end_stream(self) -> None:
         self.write(b"0\r\n\r\n")
@@ -2421,7 +2424,12 @@ class Proxy:
         headers = self.session_headers(forward, incoming)
         if status == 200 and "text/event-stream" in incoming.headers.get("content-type", ""):
             return await self.relay_events(client, connection, forward, session, headers)
-        body = await self.upstream.whole(connection, client)
+        await self.upstream.receive(connection, client, enough=HIGH_WATER)
+        if status == 200 and not incoming.complete and is_plain_answer(incoming.body, forward):
+            await self.relay_large(client, connection)
+            return True
+        await self.upstream.receive(connection, client)
+        body = incoming.take()
         request = forward is not None and "id" in forward.message and "method" in forward.message
         if status == 200 and forward and request:
             out, final = self.convert(body, forward, session)
@@ -2434,6 +2442,34 @@ class Proxy:
             allow = ("Allow: POST",) if status == 405 else ()
             client.answer(status, relayed_error(body, forward, self.redact), *allow)
         return True
+
+    async def relay_large(self, client: Client, connection: UpstreamConnection) -> None:
+        """Pass on megabytes that nothing needs to be taken from, as they come.
+
+        What a secret could begin in waits for more; where one is seen, all waits for the end.
+        """
+        incoming = connection.incoming
+        client.start_stream(kind="application/json")
+        held = bytearray()
+        clean = True
+        while True:
+            held += incoming.take()
+            if incoming.complete:
+                break
+            clean = clean and self.redact(held) == held
+            if clean and len(held) > MAX_TOKEN:
+                client.write(chunk(held[:-MAX_TOKEN]))
+                del held[:-MAX_TOKEN]
+            client.hold(len(held))
+            await client.drain()
+            connection.set_deadline(self.upstream.timeout)
+            try:
+                await connection.more()
+            except UpstreamError as error:
+                self.record("", "", "failed", str(error))
+                return client.transport.abort()  # half an answer is none
+        client.write(chunk(self.redact(held)))
+        return client.end_stream()
 
     def session_headers(self, forward: Forward | None, incoming: Incoming) -> tuple[str, ...]:
         """The header for a session that the upstream has begun; the session is remembered."""
@@ -2579,7 +2615,8 @@ class Proxy:
         connection = await self.exchange("POST", dumps(message), headers, again=True)
         try:
             check_status(status_of(connection), Forward(message))
-            body = await self.upstream.whole(connection)
+            await self.upstream.receive(connection, None)
+            body = connection.incoming.take()
             session = safe_header(connection.incoming.headers.get("mcp-session-id", ""))
         finally:
             connection.release()

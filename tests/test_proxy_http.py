@@ -559,6 +559,31 @@ class StreamTest(LiveTest):
             self.assertEqual((status, headers["content-type"]), (200, "application/json"))
             self.assertGreaterEqual(len(text_of(json.loads(body))), 10_000_000)
 
+    def test_secrets_in_large_answers_are_redacted_wherever_they_are(self) -> None:
+        signed = "https://x/y?token=" + "A" * 29
+        for place in (0, 262_144 - 70, 1_500_000, 2_999_990):
+            with self.subTest(place):
+                text = "x " * (place // 2) + f"{TOKEN} {signed}" + " x" * ((3_000_000 - place) // 2)
+                self.upstream.on("README.md", fake.text(text))
+                self.client.send(call())
+                status, _, body = self.client.read()
+                self.assertEqual(status, 200)
+                expected = text.replace(TOKEN, "[redacted]").replace(signed[12:], "[redacted]")
+                self.assertEqual(text_of(json.loads(body)), expected)
+
+    def test_half_of_a_large_answer_is_none(self) -> None:
+        def cut(x: fake.Exchange) -> None:
+            body = fake.dumps(x.text("x" * 5_000_000))
+            x.send(x.head_of(200, "Content-Type: application/json", f"Content-Length: {len(body)}"))
+            x.send(body[:3_000_000])
+            x.close()
+
+        self.upstream.on("README.md", cut)
+        self.client.send(call())
+        self.client.read_head()
+        with self.assertRaises((ValueError, ConnectionError)):
+            list(iter(self.client.chunk, b""))
+
     def test_a_client_that_goes_away_ends_the_upstreams_stream(self) -> None:
         self.upstream.on("README.md", fake.hang_in_stream)
         clients = [self.connect() for _ in range(50)]
