@@ -24,6 +24,7 @@ import hmac
 import json
 import os
 import re
+import select
 import signal
 import sys
 import time
@@ -165,6 +166,7 @@ class Forward(NamedTuple):
     message: Object
     tool: str = ""
     write: bool = False
+    check: str = ""  # how the answer is checked: Tool.answer
 
 
 class Refuse(NamedTuple):
@@ -267,9 +269,13 @@ def parse_json(body: Bytes) -> Json:
 
 
 def is_id(value: Json) -> bool:
+    """A number, or a string that every JSON writer spells alike."""
     if isinstance(value, str):
-        return len(value) <= 256
+        return bool(ID_STRING(value))
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+ID_STRING = re.compile(r"""[ !#-%'-;=?-\[\]-~]{0,256}""").fullmatch
 
 
 ENVELOPES: tuple[tuple[set[str], set[str]], ...] = (
@@ -292,7 +298,7 @@ def parse_message(body: Bytes) -> Object:
     if message["jsonrpc"] != "2.0":
         raise ProtocolError('jsonrpc must be "2.0"')
     if "id" in message and not is_id(message["id"]):
-        raise ProtocolError("id must be a string or an integer")
+        raise ProtocolError("id must be an integer or a string of plain ASCII")
     if not isinstance(message.get("method", ""), str):
         raise ProtocolError("method must be a string")
     if not isinstance(message.get("params", {}), dict):
@@ -704,15 +710,17 @@ class Tool(NamedTuple):
     needs: str = ""  # a word of Policy.allow
     scoped: bool = True  # has owner and repo; else the query is the only scope
     answer: str = ""  # "hits": what is not known to be ours is dropped; "items": what is not ours
+    answer_of: str = ""  # the one method whose answer is checked; else all
 
 
 Rules = Mapping[str, Rule]
 
 
 def read(
-    *groups: Rules, needs: str = "", answer: str = "", scoped: bool = True, **rules: Rule
-) -> Tool:
-    return Tool(merged(*groups, rules), False, needs, scoped, answer)
+    *groups: Rules, needs: str = "", answer: str = "", answer_of: str = "", scoped: bool = True,
+    **rules: Rule,
+) -> Tool:  # fmt: skip
+    return Tool(merged(*groups, rules), False, needs, scoped, answer, answer_of)
 
 
 def write(*groups: Rules, needs: str = "", **rules: Rule) -> Tool:
@@ -804,7 +812,7 @@ TOOLS: dict[str, Tool] = {
     # issues
     "issue_read": read(
         ISSUE, PAGES, answer="items", method=must(choice("get", "get_comments",
-        "get_sub_issues", "get_parent", "get_labels")),
+        "get_sub_issues", "get_parent")),  # get_labels does not say of which issue
     ),
     "list_issues": read(
         CURSORS, direction=ORDER_CAPS, fields=FIELDS, labels=list_of(LINE), since=DATE,
@@ -847,10 +855,11 @@ TOOLS: dict[str, Tool] = {
         color=COLOR, description=LINE,
     ),
     # pull requests
+    # get_comments asks for those of an issue, which may have been transferred
     "pull_request_read": read(
-        PULL, PAGES, method=must(choice("get", "get_diff", "get_status", "get_files",
-        "get_commits", "get_review_comments", "get_reviews", "get_comments",
-        "get_check_runs")), after=CURSOR,
+        PULL, PAGES, answer="items", answer_of="get_comments", method=must(choice("get",
+        "get_diff", "get_status", "get_files", "get_commits", "get_review_comments",
+        "get_reviews", "get_comments", "get_check_runs")), after=CURSOR,
     ),
     "list_pull_requests": read(
         PAGES, base=COMMITISH, head=HEAD_FILTER, direction=ORDER, fields=FIELDS,
@@ -1123,8 +1132,9 @@ def decide_call(message: Object, bounds: Bounds, seen: Seen) -> Verdict:
         limit = policy.writes_per_hour
         return Refuse(f"{name}: {limit} writes in the last hour, the policy's limit", tool=name)
     refuse_unless(isinstance(arguments, dict), f"{name}: arguments must be an object")
-    outer["arguments"] = tool_arguments(name, tool, arguments, bounds)
-    return Forward(rebuilt(message, outer), name, tool.write)
+    outer["arguments"] = arguments = tool_arguments(name, tool, arguments, bounds)
+    is_checked = not tool.answer_of or arguments.get("method") == tool.answer_of
+    return Forward(rebuilt(message, outer), name, tool.write, tool.answer if is_checked else "")
 
 
 def answer_to_upstream(message: Object, bounds: Bounds, seen: Seen) -> Object:
@@ -1240,26 +1250,37 @@ def mirror_headers(headers: Mapping[str, str], message: Object) -> dict[str, str
 
 # --- pure core: answers ---
 
-# What GitHub's tokens look like, and URLs that carry their own permission.
-# Of those all from the first such parameter on (6 ends \u0026); a source's `?token=${t}` stays.
-# Both take time in proportion to the text.
-TOKENS = re.compile(rb"g(?:h[pousr]_|hs-|ithub_pat_)[A-Za-z0-9._-]{16,}")
+# What GitHub's tokens look like, and the parameters of URLs that carry their own permission, from
+# the first one on (6 ends \u0026). Both searches take time in proportion to the text.
+TOKENS = re.compile(rb"g(?:h[pousr]_|hs-|ithub_pat_)[A-Za-z0-9._-]{30,}")
 SIGNED_URL = re.compile(
     rb"([?&6])(?:token|sig|signature|jwt|x-amz-[a-z-]{1,40})=[A-Za-z0-9%._~+/=-]{20}"
-    rb"(?:[^\s\"\\<>]|\\+u0026)*",
+    rb"(?:[^\s\"\\<>')]|\\+u0026)*",
     re.IGNORECASE,
 )
+# Files are read, changed and written back: what only looks like a secret has to stay as it is.
+IN_A_WORD = re.compile(rb"[A-Za-z0-9](?<!\\[nrtbf])(?<!\\u[0-9a-fA-F]{4})$")
+IN_A_URL = re.compile(rb"://(?:[^\s\"\\<>']|\\+u0026)*$")
 
 
 def redact(data: Bytes, *tokens: bytes) -> Bytes:
     """`data` without the tokens given, token-like strings and the queries of signed URLs."""
+
+    def token_like(match: re.Match[bytes]) -> bytes:
+        before = match.string[max(0, match.start() - 6) : match.start()]
+        return match[0] if IN_A_WORD.search(before) else b"[redacted]"
+
+    def signed(match: re.Match[bytes]) -> bytes:
+        before = match.string[max(0, match.start() - 1024) : match.start()]
+        return match[1] + b"[redacted]" if IN_A_URL.search(before) else match[0]
+
     for token in tokens:
         if len(token) >= 16 and token in data:
             data = data.replace(token, b"[redacted]")
     if TOKENS.search(data):
-        data = TOKENS.sub(b"[redacted]", data)
+        data = TOKENS.sub(token_like, data)
     if b"=" in data:
-        data = SIGNED_URL.sub(rb"\1[redacted]", data)
+        data = SIGNED_URL.sub(signed, data)
     return data
 
 
@@ -1338,15 +1359,15 @@ def own_hits(value: Json, scope: Scope) -> Json:
         if isinstance(item, dict) and repository_of(item) == {str(scope).lower()}
     ]
     kept: Object = {"items": [without_foreign(item, scope) for item in own]}
-    if len(own) == len(items):  # else the total would count hits of other repositories
+    if len(own) == len(items) and (items or not value.get("total_count")):
+        # Else the total would count hits of other repositories.
         kept["total_count"] = value.get("total_count")
         kept["incomplete_results"] = value.get("incomplete_results")
     return kept
 
 
-def checked_answer(scope: Scope, tool: str, result: Object) -> Object:
+def checked_answer(scope: Scope, kind: str, result: Object) -> Object:
     """The result of a tool call, without what belongs to other repositories."""
-    kind = TOOLS[tool].answer if tool else ""
     if not kind or result.get("isError"):
         return result
     if not isinstance(result.get("content"), list):
@@ -1463,7 +1484,7 @@ def answer(scope: Scope, policy: Policy, forward: Forward, message: Object) -> O
         if "cacheScope" in result:
             changed["cacheScope"] = "private"
     elif method == "tools/call":
-        checked = checked_answer(scope, forward.tool, result)
+        checked = checked_answer(scope, forward.check, result)
         return message if checked is result else {**message, "result": checked}
     else:
         return message
@@ -1497,7 +1518,7 @@ def kind_of(message: Json, forward: Forward | None) -> str:
 
 def is_plain_answer(data: Bytes, forward: Forward | None) -> bool:
     """Whether the bytes begin as the answer to a tool call that nothing needs to be taken from."""
-    if forward is None or not forward.tool or TOOLS[forward.tool].answer:
+    if forward is None or not forward.tool or forward.check:
         return False
     return data.startswith(b'{"jsonrpc":"2.0","id":' + dumps(forward.message["id"]) + b",")
 
@@ -1784,13 +1805,17 @@ STREAM_HEAD = (
 
 
 def chunk(data: Bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)
+    return b"%x\r\n%b\r\n" % (len(data), bytes(data))
 
 
 def log(text: str) -> None:
-    shown = "".join(c if c.isprintable() else "?" for c in text)  # the VM chooses some of it
-    with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
-        print(f"github_mcp_proxy: {shown}", file=sys.stderr, flush=True)
+    """A line on stderr; dropped rather than to wait for a reader: the VM chooses when it comes."""
+    shown = "".join(
+        c if c.isprintable() else "?" for c in text[:1000]
+    )  # it chooses some of it, too
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        if select.select([], [sys.stderr], [], 0)[1]:
+            print(f"github_mcp_proxy: {shown}", file=sys.stderr, flush=True)
 
 
 # --- shell: the token ---
@@ -2117,7 +2142,7 @@ class Client(Connection):
         self.proxy = proxy
         self.incoming = self.next_request()
         self.later = bytearray()  # received while a request was served
-        self.held = 0  # bytes, of MAX_HELD
+        self.size = self.held = 0  # bytes, of MAX_HELD
         self.task: asyncio.Task[None] | None = None
         self.streaming = False
         self.last = False  # close after this answer
@@ -2167,39 +2192,48 @@ class Client(Connection):
         if self.closed or self.transport.is_closing():
             return
         await self.drain()  # no next request before the answer to this one is read
-        self.hold(0)
         self.task = None
         self.streaming = False
         self.set_deadline(IDLE_SECONDS)
         self.incoming = self.next_request()
         later, self.later = bytes(request.rest + self.later), bytearray()
+        self.hold(0)
         if later:
             self.data_received(later)
-        if not self.task or len(self.incoming.rest) <= MAX_HEAD:
-            self.transport.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self.hold(0)
+        self.proxy.held -= self.held
+        self.held = 0
         if self.task:
             self.task.cancel()
 
+    def hold(self, size: int) -> None:
+        """Count what is held for this client: of a request or an answer, and what came after it.
+
+        ProtocolError when all clients together have too much.
+        """
+        if self.closed:
+            return
+        self.size = size
+        held = size + len(self.incoming.rest) + len(self.later)
+        self.proxy.held += held - self.held
+        self.held = held
+        if held and self.proxy.held > MAX_HELD:
+            raise ProtocolError("too much is under way at once: try again", 503, UPSTREAM_FAILED)
+
     def keep_for_later(self, data: bytes) -> None:
-        """A request sent before the last one is answered waits; only so much is read of it."""
+        """A request sent before the last one is answered waits, but not megabytes of them.
+
+        Reading goes on all the same: nothing else tells that the client has gone.
+        """
         self.later += data
-        if len(self.later) > MAX_HEAD:
-            self.transport.pause_reading()
         try:
-            self.hold(self.held + len(data))
+            self.hold(self.size)
         except ProtocolError:
             self.transport.abort()
-
-    def hold(self, size: int) -> None:
-        """Count the bytes held of a request and its answer; ProtocolError when all are too many."""
-        self.proxy.held += size - self.held
-        self.held = size
-        if size and self.proxy.held > MAX_HELD:
-            raise ProtocolError("too much is under way at once: try again", 503, UPSTREAM_FAILED)
+        if len(self.later) > HIGH_WATER:
+            self.transport.abort()
 
     def refuse(self, error: ProtocolError) -> None:
         """Say what is wrong with what came."""
@@ -2294,7 +2328,8 @@ class Proxy:
             self.record(method, "", "failed", str(error))
             reason = f"GitHub's MCP server cannot be used: {error}"
             if client.streaming:
-                client.transport.close()
+                client.last = True
+                client.end_stream()
             else:
                 client.answer(502, error_message(None, UPSTREAM_FAILED, reason))
 
@@ -2306,11 +2341,19 @@ class Proxy:
         return self.sessions[session]
 
     async def post(self, client: Client, request: Incoming, session: str) -> None:
-        message = parse_message(request.take())
+        data = request.take()
+        message = parse_message(data)
+        if message.get("method") == "tools/call":
+            await self.know_repository(wait=False)
+            if writes_branch(message, self.policy):
+                message = {}  # as a tree it is many times as large: it is not held while waiting
+                await self.know_repository(wait=True)
+                message = parse_message(data)
+        del data
         modern = is_modern(message)
         if modern:
             check_mirrored(request.headers, message)
-        verdict = await self.judge(message, session)
+        verdict = self.judge(message, session)
         if isinstance(verdict, Refuse):
             return client.answer(*refusal_message(message, verdict))
         headers = {**self.upstream.headers, "Accept": BOTH, "Mcp-Session-Id": session}
@@ -2319,6 +2362,7 @@ class Proxy:
         else:
             headers["MCP-Protocol-Version"] = legacy_version(request.headers)
         body = dumps(verdict.message)
+        client.hold(len(body))  # \u0080 is three times as long as it came
         message, verdict = {}, without_arguments(verdict)  # megabytes, maybe: not held any longer
         try:
             await self.forward(client, verdict, body, headers, session)
@@ -2337,15 +2381,11 @@ class Proxy:
         else:
             client.answer(200, error)
 
-    async def judge(self, message: Object, session: str) -> Verdict:
+    def judge(self, message: Object, session: str) -> Verdict:
         """`decide` with what it must know, its verdict recorded and counted."""
-        if message.get("method") == "tools/call":
-            await self.know_repository(wait=writes_branch(message, self.policy))
-            if self.moved:
-                reason = (
-                    f"the name {self.scope} has come to mean another repository: nothing passes"
-                )
-                return self.recorded(message, Refuse(reason, tool="any"))
+        if self.moved and message.get("method") == "tools/call":
+            reason = f"the name {self.scope} has come to mean another repository: nothing passes"
+            return self.recorded(message, Refuse(reason, tool="any"))
         now = time.monotonic()
         while self.writes and self.writes[0] < now - 3600:
             self.writes.popleft()
@@ -2405,6 +2445,8 @@ class Proxy:
             "MCP-Protocol-Version": legacy_version(request.headers),
             "Last-Event-ID": safe_header(request.headers.get("last-event-id", "")),
         }
+        if not self.record(method, "", "forward", ""):
+            raise ProtocolError("the proxy cannot write its audit file", 503, UPSTREAM_FAILED)
         connection = await self.exchange(method, b"", headers, again=True)
         answered = False
         try:
@@ -2700,6 +2742,7 @@ class Audit:
     def __init__(self, path: str, debug: bool) -> None:
         self.debug = debug
         self.fd = -1
+        self.torn = False  # the last line is there in part
         if path:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             try:
@@ -2723,12 +2766,14 @@ class Audit:
         )
         line = {"time": stamp, "method": method, "tool": tool, "verdict": verdict,
                 "reason": reason, "target": target_of(message or {})}  # fmt: skip
-        data = redact(dumps(line)) + b"\n"
+        data = b"\n" * self.torn + redact(dumps(line)) + b"\n"
         try:
-            return os.write(self.fd, data) == len(data)
+            written = os.write(self.fd, data)
         except OSError as error:
             log(f"cannot write the audit file: {error.strerror}")
             return False
+        self.torn = written < len(data)  # then the next line has one of its own
+        return not self.torn
 
 
 # --- commands ---

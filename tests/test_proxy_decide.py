@@ -628,7 +628,7 @@ class AnswerTest(unittest.TestCase):
 
     def shown(self, tool: str, data: Any) -> Any:
         text = {"type": "text", "text": data if isinstance(data, str) else json.dumps(data)}
-        result = proxy.checked_answer(SCOPE, tool, {"content": [text]})
+        result = proxy.checked_answer(SCOPE, proxy.TOOLS[tool].answer, {"content": [text]})
         return json.loads(result["content"][0]["text"])
 
     def test_hits_of_other_repositories_are_dropped_and_the_total_with_them(self) -> None:
@@ -643,6 +643,8 @@ class AnswerTest(unittest.TestCase):
         ]
         found = {"total_count": 7, "incomplete_results": False, "items": [ours, *others]}
         self.assertEqual(self.shown("search_issues", found), {"items": [ours]})
+        beyond = {"total_count": 4711, "incomplete_results": False, "items": []}
+        self.assertEqual(self.shown("search_issues", beyond), {"items": []})
         none = {"total_count": 0, "incomplete_results": False}
         self.assertEqual(self.shown("search_issues", none), {**none, "items": []})
         only_ours = {"total_count": 1, "incomplete_results": False, "items": [ours]}
@@ -662,7 +664,7 @@ class AnswerTest(unittest.TestCase):
             with self.subTest(data), self.assertRaises(proxy.Refusal):
                 self.shown("search_code", data)
         with self.assertRaises(proxy.Refusal):
-            proxy.checked_answer(SCOPE, "search_code", {"content": [{"type": "image"}]})
+            proxy.checked_answer(SCOPE, "hits", {"content": [{"type": "image"}]})
 
     def test_a_transferred_issue_is_withheld(self) -> None:
         issue = {"number": 1, "html_url": "https://github.com/evil/secret/issues/1", "body": "s"}
@@ -694,7 +696,7 @@ class AnswerTest(unittest.TestCase):
         shown = self.shown("issue_read", {**ours, "closed_by_pull_requests": closed_by})
         self.assertNotIn("total_count", shown["closed_by_pull_requests"])
         result = {"content": [{"type": "text", "text": "[]"}], "_meta": {"found": ["secret"]}}
-        self.assertNotIn("_meta", proxy.checked_answer(SCOPE, "search_issues", {**result, "content": [
+        self.assertNotIn("_meta", proxy.checked_answer(SCOPE, "hits", {**result, "content": [
             {"type": "text", "text": "{}"}]}))  # fmt: skip
 
     def test_relatives_in_other_repositories_are_dropped(self) -> None:
@@ -717,7 +719,9 @@ class AnswerTest(unittest.TestCase):
             for result in results:
                 with self.subTest(tool, result=result):
                     try:
-                        shown = json.dumps(proxy.checked_answer(SCOPE, tool, result))
+                        shown = json.dumps(
+                            proxy.checked_answer(SCOPE, proxy.TOOLS[tool].answer, result)
+                        )
                     except proxy.Refusal:
                         continue
                     self.assertNotIn("secret", shown)
@@ -746,7 +750,7 @@ class AnswerTest(unittest.TestCase):
             "structuredContent": {"items": ["secret"]},
             "resultType": "complete",
         }
-        checked = proxy.checked_answer(SCOPE, "search_code", result)
+        checked = proxy.checked_answer(SCOPE, "hits", result)
         self.assertEqual(set(checked), {"content", "resultType"})
 
     def test_tokens_and_signed_urls_are_redacted(self) -> None:
@@ -768,6 +772,12 @@ class AnswerTest(unittest.TestCase):
             b"is [redacted] here?",
         )
         # Files are read, changed and written back: what only looks like a URL with a token stays.
+        for name in (b"weighs_at_least_as_much_as_the_other_one", b"highp_precision_value_of_the_shader_x",
+                     b"f(x&sig=another_variable_name_here);y=2", b"if a?token=a_long_default_value:b"):  # fmt: skip
+            self.assertEqual(proxy.redact(name), name)
+        token = b"ghp_" + b"a" * 36
+        for before in (b"\\n", b"\\t", b"\\u003c", b"=", b"(", b"x-"):
+            self.assertEqual(proxy.redact(before + token), before + b"[redacted]")
         plain = (
             b'what? "https://x/y?page=2" github_pat ghp_short a?b:c `/api?token=${t}` ?token=TOKEN'
         )
@@ -823,6 +833,27 @@ class AnswerTest(unittest.TestCase):
         result["serverInfo"] = {"name": "github-mcp-server", "version": "v0.31.0"}
         with self.assertRaises(proxy.Refusal):
             proxy.answer(SCOPE, POLICY, forward, {"id": 1, "result": result})
+
+    def test_which_answers_are_checked(self) -> None:
+        """get_comments is asked of the issue of that number, and that may have been transferred."""
+        for message, check in (
+            (call("search_code", query="x"), "hits"),
+            (call("issue_read", method="get", issue_number=1), "items"),
+            (call("pull_request_read", method="get_comments", pullNumber=1), "items"),
+            (call("pull_request_read", method="get_diff", pullNumber=1), ""),
+            (call("list_tags"), ""),
+        ):
+            verdict = proxy.decide(SCOPE, POLICY, message)
+            assert isinstance(verdict, Forward)
+            self.assertEqual(verdict.check, check, message)
+            self.assertEqual(proxy.without_arguments(verdict).check, check)
+        labels = call("issue_read", method="get_labels", issue_number=1)
+        self.assertIsInstance(proxy.decide(SCOPE, POLICY, labels), Refuse)
+
+    def test_ids_that_have_more_than_one_spelling_are_refused(self) -> None:
+        for id in ("<", "&", "é", '"', "\\", "a\n", "x" * 257, 1.5, True, None):
+            with self.subTest(id), self.assertRaises(proxy.ProtocolError):
+                proxy.parse_message(json.dumps({**request("ping"), "id": id}).encode())
 
     def test_what_an_upstream_may_send(self) -> None:
         forward = Forward(call("list_tags"))
@@ -880,7 +911,9 @@ class ShapeTest(unittest.TestCase):
     def shown(self, tool: str, data: Any) -> Any:
         content = [{"type": "text", "text": json.dumps(data)}]
         return json.loads(
-            proxy.checked_answer(SCOPE, tool, {"content": content})["content"][0]["text"]
+            proxy.checked_answer(SCOPE, proxy.TOOLS[tool].answer, {"content": content})["content"][
+                0
+            ]["text"]
         )
 
     def test_found_issues_and_pull_requests(self) -> None:
@@ -1002,14 +1035,14 @@ class ShapeTest(unittest.TestCase):
     def test_errors_pass_as_they_are(self) -> None:
         failed = {"isError": True, "content": [{"type": "text", "text": "404 Not Found []"}]}
         for tool in ("search_issues", "issue_read", "list_tags"):
-            self.assertEqual(proxy.checked_answer(SCOPE, tool, failed), failed)
+            self.assertEqual(proxy.checked_answer(SCOPE, proxy.TOOLS[tool].answer, failed), failed)
 
     def test_a_part_that_is_not_text_is_withheld(self) -> None:
         blocks: list[Any] = [{"type": "resource"}, {"type": "text"}, {"type": "text", "text": 1}]
         for block in [*blocks, None, [], "x"]:
             for tool in ("search_issues", "issue_read"):
                 with self.subTest(block), self.assertRaises(proxy.Refusal):
-                    proxy.checked_answer(SCOPE, tool, {"content": [block]})
+                    proxy.checked_answer(SCOPE, proxy.TOOLS[tool].answer, {"content": [block]})
 
 
 class EveryToolTest(unittest.TestCase):
@@ -1116,7 +1149,7 @@ class MessageTest(unittest.TestCase):
             b'{"jsonrpc":"2.0","method":"notifications/initialized"}',
             b'{"jsonrpc":"2.0","id":1,"result":{}}',
             b'{"jsonrpc":"2.0","id":1,"error":{"code":1,"message":"x"}}',
-            '{"jsonrpc":"2.0","id":"é😀","method":"x","params":{"a":[1.5,null,true,"\\ud83d\\ude00"]}}'.encode(),
+            b'{"jsonrpc":"2.0","id":"a b-1/2:3","method":"x","params":{"a":[1.5,null,true,"\\ud83d\\ude00"]}}',
         ):
             with self.subTest(body):
                 self.assertEqual(proxy.parse_message(body), json.loads(body))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -38,8 +39,9 @@ class Proxy:
     """A running proxy; `lines` are those of its stdout that have been waited for."""
 
     def __init__(
-        self, upstream: str, *argv: str, script: Path = SCRIPT, lines: int = 1, **env: str
-    ) -> None:
+        self, upstream: str, *argv: str, script: Path = SCRIPT, lines: int = 1,
+        pass_fds: tuple[int, ...] = (), **env: str,
+    ) -> None:  # fmt: skip
         environment = {
             **BARE,
             "GITHUB_MCP_TOKEN": TOKEN,
@@ -56,6 +58,7 @@ class Proxy:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
+            pass_fds=pass_fds,
             text=True,
         )
         assert self.process.stdout
@@ -674,7 +677,7 @@ class AuditTest(LiveTest):
 class FaultTest(unittest.TestCase):
     """What would fill its memory or confuse it: it is refused, and the next client is served."""
 
-    def start(self, *argv: str, setup: str = "") -> Proxy:
+    def start(self, *argv: str, setup: str = "", pass_fds: tuple[int, ...] = ()) -> Proxy:
         """A proxy of the test's own; `setup` is run before its main()."""
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
@@ -683,7 +686,7 @@ class FaultTest(unittest.TestCase):
             f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
             f"import github_mcp_proxy as p\n{setup}\nsys.exit(p.main())\n"
         )
-        running = Proxy(self.upstream.url, *argv, script=script)
+        running = Proxy(self.upstream.url, *argv, script=script, pass_fds=pass_fds)
         self.addCleanup(running.stop)
         return running
 
@@ -724,9 +727,58 @@ class FaultTest(unittest.TestCase):
             except BlockingIOError:
                 refused += 1
                 time.sleep(0.05)
+            except ConnectionError:
+                break  # more than a megabyte waits for its turn
         self.assertLess(self.peak(running), 60)
         self.upstream.reset()
         self.served(running)
+
+    def test_small_requests_that_are_large_as_trees(self) -> None:
+        """Hundreds of them, while all wait to be told which branch is the default one."""
+        told = threading.Event()
+
+        def wait(x: fake.Exchange) -> None:
+            told.wait(TIMEOUT)
+            x.fail(500, -32603, "not now")
+
+        self.upstream.on("own", wait)
+        running = self.start()
+        message = call("", name="push_files", branch="b", files=[{"": 0}] * 15_000)
+        clients = [self.connect(running) for _ in range(150)]
+        for client in clients:
+            client.send(message)
+        time.sleep(0.5)
+        peak = self.peak(running)
+        told.set()
+        self.assertEqual({client.read()[0] for client in clients}, {200})
+        self.assertLess(peak, 90)
+        self.served(running)
+
+    def test_a_client_that_sends_on_and_leaves_is_noticed(self) -> None:
+        self.upstream.on("README.md", fake.hang_in_stream)
+        running = self.start()
+        before = running.descriptors()
+        clients = [self.connect(running) for _ in range(10)]
+        for client in clients:
+            client.send(call())
+            client.read_head()
+            client.socket.sendall(client.head(length=500_000) + b"x" * 200_000)
+            client.close()
+        self.upstream.wait_until_free()
+        deadline = time.monotonic() + TIMEOUT
+        while running.descriptors() > before and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self.assertLessEqual(running.descriptors(), before + 2)
+
+    def test_a_stderr_that_nobody_reads_stops_nothing(self) -> None:
+        read_end, write_end = os.pipe()
+        self.addCleanup(os.close, read_end)
+        running = self.start(setup=f"import os; os.dup2({write_end}, 2)", pass_fds=(write_end,))
+        os.close(write_end)
+        client = self.connect(running)
+        for number in range(700):
+            self.assertIn("Refused", text_of(client.ask(call("../" + "x" * 200, number))))
+        self.assertEqual(text_of(client.ask(call())), "ok get_file_contents")
 
     def test_large_requests_that_are_never_finished(self) -> None:
         running = self.start()
@@ -803,12 +855,14 @@ class FaultTest(unittest.TestCase):
         self.assertTrue(all(line.isprintable() and " refuse: " in line for line in lines), lines)
 
     def test_what_cannot_be_recorded_does_not_pass(self) -> None:
+        if not sys.platform.startswith("linux"):
+            self.skipTest("no prlimit")
         with tempfile.TemporaryDirectory() as folder:
             audit = Path(folder, "audit.jsonl")
             limit = (
                 "import resource, signal\n"
                 "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-                "resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))"
+                "resource.setrlimit(resource.RLIMIT_FSIZE, (400, resource.RLIM_INFINITY))"
             )
             running = self.start("--audit", str(audit), setup=limit)
             client = self.connect(running)
@@ -817,6 +871,13 @@ class FaultTest(unittest.TestCase):
             self.assertIn("audit", answers[-1])
             self.assertEqual(len(self.upstream.calls()), passed)
             self.assertEqual(audit.read_text().count("\n"), passed)
+            status, _, _ = client.raw(client.head("DELETE"))
+            self.assertEqual(status, 503)
+            resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, (10**6, 10**6))
+            self.assertEqual(text_of(client.ask(call("last"))), "ok get_file_contents")
+            self.assertEqual(
+                json.loads(audit.read_text().splitlines()[-1])["target"]["path"], "last"
+            )
 
     def test_no_answer_passes_on_a_stream_without_its_question(self) -> None:
         """What a search found, replayed for Last-Event-ID, could not be judged as a search."""

@@ -247,8 +247,19 @@ class RealServerTest(unittest.TestCase):
             ("/search/code", {**found, "items": codes}),
             ("/issues/5$", issue("good/r", 5)),
             ("/issues/5/sub_issues", [ours, others]),
-            ("/issues/77", {"Location": "/api/v3/repositories/99/issues/1"}),
-            ("/repositories/99/issues/1", issue("evil/secret", 1)),
+            ("/issues/77/comments", {"Location": "/api/v3/repositories/99/issues/1/comments"}),
+            (
+                "/repositories/99/issues/1/comments",
+                [
+                    {
+                        "id": 1,
+                        "body": "secret",
+                        "html_url": "https://github.com/evil/secret/issues/1#issuecomment-1",
+                    }
+                ],
+            ),
+            ("/issues/77$", {"Location": "/api/v3/repositories/99/issues/1"}),
+            ("/repositories/99/issues/1$", issue("evil/secret", 1)),
             (r"graphql.*nodes\(ids", {"data": {"nodes": [node]}}),
             (r"graphql.*\bparent\{", {"data": {"repository": parent}}),
             (r"graphql.*nodes\(ids.*closedBy", {"data": {"nodes": [relatives]}}),
@@ -270,10 +281,14 @@ class RealServerTest(unittest.TestCase):
         self.assertEqual([one["number"] for one in subs], [1])
         self.assertNotIn("secret", self.tool("issue_read", issue_number=5, method="get_parent"))
         self.assertIn("is not of good/r", self.tool("issue_read", issue_number=77, method="get"))
+        for name, number in (("issue_read", "issue_number"), ("pull_request_read", "pullNumber")):
+            moved = self.tool(name, **{"method": "get_comments", number: 77})
+            self.assertEqual(json.loads(moved), [], name)
+        asked = [path.partition("?")[0] for _, path, _ in Api.seen]
+        self.assertIn("/api/v3/repositories/99/issues/1/comments", asked)
         Api.more[:] = [("/search/", found)]
         for name in ("search_issues", "search_pull_requests", "search_commits", "search_code"):
-            empty = json.loads(self.tool(name, query="crash"))
-            self.assertEqual((empty["items"], empty["total_count"]), ([], 2))
+            self.assertEqual(json.loads(self.tool(name, query="crash")), {"items": []})
 
     def test_queries_reach_the_api_as_they_were_judged(self) -> None:
         for query, expected in (
