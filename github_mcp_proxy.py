@@ -1263,20 +1263,24 @@ IN_A_WORD = re.compile(rb"[A-Za-z0-9](?<!\\[nrtbf])(?<!\\u[0-9a-fA-F]{4})$")
 IN_A_URL = re.compile(rb"://(?:[^\s\"\\<>']|\\+u0026)*$")
 
 
+def blank(size: int) -> bytes:
+    return b"[redacted]".ljust(size, b"*")
+
+
 def redact(data: Bytes, *tokens: bytes) -> Bytes:
-    """`data` without the tokens given, token-like strings and the queries of signed URLs."""
+    """`data`, as long as it was, without the tokens given, what looks like one, and signed URLs."""
 
     def token_like(match: re.Match[bytes]) -> bytes:
         before = match.string[max(0, match.start() - 6) : match.start()]
-        return match[0] if IN_A_WORD.search(before) else b"[redacted]"
+        return match[0] if IN_A_WORD.search(before) else blank(len(match[0]))
 
     def signed(match: re.Match[bytes]) -> bytes:
         before = match.string[max(0, match.start() - 1024) : match.start()]
-        return match[1] + b"[redacted]" if IN_A_URL.search(before) else match[0]
+        return match[1] + blank(len(match[0]) - 1) if IN_A_URL.search(before) else match[0]
 
     for token in tokens:
         if len(token) >= 16 and token in data:
-            data = data.replace(token, b"[redacted]")
+            data = data.replace(token, blank(len(token)))
     if TOKENS.search(data):
         data = TOKENS.sub(token_like, data)
     if b"=" in data:
@@ -2491,7 +2495,12 @@ class Proxy:
         What a secret could begin in waits for more; where one is seen, all waits for the end.
         """
         incoming = connection.incoming
-        client.start_stream(kind="application/json")
+        sized = "content-length" in incoming.headers  # it stays so long: see redact
+        if sized:
+            client.streaming = True
+            client.write(answer_head(200, incoming.size))
+        else:
+            client.start_stream(kind="application/json")
         held = bytearray()
         clean = True
         while True:
@@ -2500,7 +2509,7 @@ class Proxy:
                 break
             clean = clean and self.redact(held) == held
             if clean and len(held) > MAX_TOKEN:
-                client.write(chunk(held[:-MAX_TOKEN]))
+                client.write(held[:-MAX_TOKEN] if sized else chunk(held[:-MAX_TOKEN]))
                 del held[:-MAX_TOKEN]
             client.hold(len(held))
             await client.drain()
@@ -2510,8 +2519,9 @@ class Proxy:
             except UpstreamError as error:
                 self.record("", "", "failed", str(error))
                 return client.transport.abort()  # half an answer is none
-        client.write(chunk(self.redact(held)))
-        return client.end_stream()
+        held = bytearray(self.redact(held))
+        client.write(held if sized else chunk(held))
+        return client.end() if sized else client.end_stream()
 
     def session_headers(self, forward: Forward | None, incoming: Incoming) -> tuple[str, ...]:
         """The header for a session that the upstream has begun; the session is remembered."""
