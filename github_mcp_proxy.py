@@ -2504,8 +2504,9 @@ class Proxy:
         held = bytearray()
         clean = True
         while True:
+            over = incoming.complete
             held += incoming.take()
-            if incoming.complete:
+            if over:
                 break
             clean = clean and self.redact(held) == held
             if clean and len(held) > MAX_TOKEN:
@@ -2513,6 +2514,8 @@ class Proxy:
                 del held[:-MAX_TOKEN]
             client.hold(len(held))
             await client.drain()
+            if incoming.body or incoming.complete:
+                continue  # it came while the client read
             connection.set_deadline(self.upstream.timeout)
             try:
                 await connection.more()
@@ -2545,7 +2548,9 @@ class Proxy:
         resumable = False  # the client may come back for the rest of a stream with event ids
         if forward is None:  # of a GET: no answer passes, since what it answers is not known here
             client.start_stream(*headers)
-        while True:
+        over = False
+        while not over:
+            over = incoming.complete
             for event in events.feed(incoming.take()):
                 data: Bytes = event_data(event)
                 resumable = resumable or event.startswith(b"id:") or b"\nid:" in event
@@ -2563,10 +2568,9 @@ class Proxy:
                     return True
             client.hold(len(events.buffer))
             await client.drain()
-            if incoming.complete:
-                break
-            connection.set_deadline(self.upstream.timeout if forward else float("inf"))
-            await connection.more()
+            if not over and not incoming.body and not incoming.complete:
+                connection.set_deadline(self.upstream.timeout if forward else float("inf"))
+                await connection.more()
         if forward and not resumable:
             raise UpstreamError("it ended the stream without an answer")
         client.start_stream(*headers)

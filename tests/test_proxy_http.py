@@ -789,6 +789,28 @@ class FaultTest(unittest.TestCase):
             self.assertIn("Refused", text_of(client.ask(call("../" + "x" * 200, number))))
         self.assertEqual(text_of(client.ask(call())), "ok get_file_contents")
 
+    def test_what_comes_while_the_client_does_not_read_is_not_lost(self) -> None:
+        def burst(x: fake.Exchange) -> None:
+            x.stream()
+            for number in range(100):
+                x.event({**fake.note(number), "x": "y" * 50_000})
+            x.hang()
+
+        running = self.start()
+        for _ in range(5):
+            self.upstream.on("README.md", fake.big(10_000_000, sse=False))
+            client = self.connect(running)
+            client.send(call())
+            time.sleep(0.2)
+            self.assertEqual(len(text_of(json.loads(client.read()[2]))), 10_000_000)
+            self.upstream.on("README.md", burst)
+            client = self.connect(running)
+            client.send(call())
+            time.sleep(0.2)
+            client.read_head()
+            for number in range(100):
+                self.assertIn(f'"progress":{number}}}'.encode(), client.chunk()[:200])
+
     def test_large_requests_that_are_never_finished(self) -> None:
         running = self.start()
         size = 5 * 1024 * 1024
