@@ -20,6 +20,7 @@ import asyncio
 import collections
 import contextlib
 import gc
+import hashlib
 import hmac
 import json
 import os
@@ -1856,7 +1857,8 @@ class Token:
 
     async def ask(self) -> None:
         loop = asyncio.get_running_loop()
-        output = await loop.run_in_executor(None, run_token_command, self.command)
+        refused = hashlib.sha256(self.value.encode()).hexdigest() if self.value else ""
+        output = await loop.run_in_executor(None, run_token_command, self.command, refused)
         value, self.expires = parse_token_output(output)
         if value != self.value:
             self.earlier, self.value = self.value, value
@@ -1884,13 +1886,19 @@ def parse_token_output(output: bytes) -> tuple[str, float]:
         raise UpstreamError("the host's token command gave no usable token") from None
 
 
-def run_token_command(command: str) -> bytes:
+def run_token_command(command: str, refused: str) -> bytes:
+    """Its output; `refused` is the SHA-256 of the last token, which its cache may still have."""
     import shlex
     import subprocess
 
+    env = {**os.environ, "GITHUB_TOKEN_REFUSED": refused}
     try:
         done = subprocess.run(
-            shlex.split(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=120
+            shlex.split(command),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            timeout=120,
+            env=env,
         )
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         log(f"token command: {type(error).__name__}")
