@@ -64,7 +64,7 @@ class GitHub(ThreadingHTTPServer):
         self.pending = 0  # polls before the code is entered
         self.count = 0
         self.changed = threading.Lock()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def __exit__(self, *_: object) -> None:
         self.shutdown()
