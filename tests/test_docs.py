@@ -8,6 +8,7 @@ import tempfile
 import unittest
 
 import agent_vm
+import github_app_token
 import github_mcp_proxy
 from tests.support import ROOT
 
@@ -74,11 +75,27 @@ class ReadmeTest(unittest.TestCase):
         self.assertEqual(policy.branches, ("agent/*", "fix/**"))
         self.assertEqual(policy.default_branch, "main")
 
-    def test_the_proxys_lines_are_counted(self) -> None:
-        row = re.search(r"`github_mcp_proxy\.py` \| ([\d,]+)", self.text)
-        assert row
-        lines = (ROOT / "github_mcp_proxy.py").read_text().count("\n")
-        self.assertAlmostEqual(int(row[1].replace(",", "")), lines, delta=150)
+    def test_lines_are_counted(self) -> None:
+        for name in ("github_mcp_proxy", "github_app_token"):
+            row = re.search(rf"`{name}\.py` \| ([\d,]+)", self.text)
+            assert row
+            lines = (ROOT / f"{name}.py").read_text().count("\n")
+            self.assertAlmostEqual(int(row[1].replace(",", "")), lines, delta=60)
+
+    def test_the_token_scripts_verbs_options_and_profile_stand_in_it(self) -> None:
+        parser = github_app_token.build_parser()
+        verbs = next(
+            a for a in parser._actions if isinstance(a, argparse._SubParsersAction)
+        ).choices
+        words = {f"`{verb}`" for verb in verbs}
+        for verb in verbs.values():
+            options = [o for action in verb._actions for o in action.option_strings]
+            words |= {option for option in options if option.startswith("--")}
+        self.assertEqual({word for word in words if word not in self.text}, set())
+        block = re.search(r"\[widgets\]\n(.*?)```", self.text, re.DOTALL)
+        assert block
+        keys = {line.split("=")[0].strip() for line in block[1].splitlines() if "=" in line}
+        self.assertLess(keys, set(github_app_token.SETTINGS))
 
 
 class HelpTest(unittest.TestCase):
