@@ -914,6 +914,30 @@ class CommandTest(Case):
         self.assertEqual(done.returncode, 128)
         self.assertIn(b"suspended", done.stderr)
 
+    def test_a_clone(self) -> None:
+        """401, get, 200; with a token that has died meanwhile: 401, erase, and get again."""
+        if not shutil.which("git"):
+            self.skipTest("git is not on PATH")
+        bare = self.home / "served/octo/widgets.git"
+        env = {**self.env, "GIT_TERMINAL_PROMPT": "0", "GIT_CONFIG_NOSYSTEM": "1"}
+
+        def git(*argv: str) -> subprocess.CompletedProcess[bytes]:
+            return subprocess.run(["git", *argv], env=env, capture_output=True, timeout=TIMEOUT)
+
+        git("init", "-q", "--bare", str(bare))
+        self.github.git_root = str(self.home / "served")
+        url = f"{self.github.url}/octo/widgets.git"
+        helper = f"!{sys.executable} {SCRIPT} git-credential --key {self.key} --permissions dev"
+        git("config", "--global", f"credential.{self.github.url}.useHttpPath", "true")
+        git("config", "--global", f"credential.{url}.helper", helper)
+        done = git("clone", url, str(self.home / "one"))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.github.tokens.clear()
+        self.assertEqual(git("clone", url, str(self.home / "two")).returncode, 128)
+        done = git("clone", url, str(self.home / "two"))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(len(self.github.paths("POST")), 2, "two tokens")
+
     def test_profiles(self) -> None:
         folder = self.home / ".config"
         folder.mkdir()

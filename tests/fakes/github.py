@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
+import subprocess
 import threading
 import time
 import urllib.parse
@@ -61,6 +63,7 @@ class GitHub(ThreadingHTTPServer):
         self.tokens: dict[str, float] = {}  # live ones, and until when
         self.refresh_tokens: set[str] = set()
         self.device_scope = {11}
+        self.git_root = ""  # bare repositories, served at OWNER/NAME.git
         self.pending = 0  # polls before the code is entered
         self.count = 0
         self.changed = threading.Lock()
@@ -203,7 +206,36 @@ class Handler(BaseHTTPRequestHandler):
     def date_time_string(self, timestamp: float | None = None) -> str:
         return formatdate(self.server.now(), usegmt=True)
 
+    def git(self) -> None:
+        """git's own server for a repository, to who has a live token."""
+        _, _, encoded = self.headers.get("Authorization", "").partition(" ")
+        password = base64.b64decode(encoded).decode().partition(":")[2]
+        self.server.seen.append(Seen(self.command, self.path, password, None))
+        if self.server.tokens.get(password, 0) < self.server.now():
+            self.send_response(401)
+            self.send_header("WWW-Authenticate", 'Basic realm="GitHub"')
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        path, _, query = self.path.partition("?")
+        env = {**os.environ, "GIT_PROJECT_ROOT": self.server.git_root, "GIT_HTTP_EXPORT_ALL": "1",
+               "PATH_INFO": path, "QUERY_STRING": query, "REQUEST_METHOD": self.command, "REMOTE_USER": "x",
+               "CONTENT_TYPE": self.headers.get("Content-Type", "")}  # fmt: skip
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        done = subprocess.run(
+            ["git", "http-backend"], env=env, input=body, capture_output=True, check=True
+        )
+        head, _, data = done.stdout.partition(b"\r\n\r\n")
+        self.send_response(200)
+        for line in head.decode().split("\r\n"):
+            self.send_header(*line.split(": ", 1))
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+        return None
+
     def handle_any(self) -> None:
+        if self.server.git_root and ".git/" in self.path:
+            return self.git()
         raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         kind = self.headers.get("Content-Type", "")
         body: Any = (
@@ -226,5 +258,6 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+        return None
 
     do_GET = do_POST = do_DELETE = handle_any
