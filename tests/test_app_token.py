@@ -36,6 +36,8 @@ KEYS: dict[str, bytes] = {}
 
 
 def openssl(*argv: str, data: bytes = b"") -> bytes:
+    if argv[:2] == ("rsa", "-traditional") and b"OpenSSL 3" not in openssl("version"):
+        argv = ("rsa", *argv[2:])  # others know no other form
     return subprocess.run(["openssl", *argv], input=data, capture_output=True, check=True).stdout
 
 
