@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import pty
+import shlex
 import shutil
 import signal
 import stat
@@ -468,18 +469,21 @@ class KeyTest(Case):
     def fake_openssl(self, text: str) -> str:
         folder = self.home / "bin"
         folder.mkdir(exist_ok=True)
-        self.write("bin/openssl", f"#!{sys.executable}\n{text}".encode(), 0o700)
+        self.write("fake.py", text.encode())
+        libraries = f"LD_LIBRARY_PATH={shlex.quote(BARE.get('LD_LIBRARY_PATH', ''))}"
+        command = f'{libraries} exec {shlex.quote(sys.executable)} {self.home}/fake.py "$@"'
+        self.write("bin/openssl", f"#!/bin/sh\n{command}\n".encode(), 0o700)
         return f"{folder}:{self.env['PATH']}"
 
     def test_an_openssl_that_does_not_do_its_work(self) -> None:
-        for text in (
-            "print('x' * 256, end='')",
-            "import sys; sys.exit(1)",
-            "import time; time.sleep(60)",
+        for word, text in (
+            ("not one of this key", "print('x' * 256, end='')"),
+            ("status 1", "import sys; sys.exit(1)"),
+            ("did not end", "import time; time.sleep(60)"),
         ):
-            with self.subTest(text):
+            with self.subTest(word):
                 done = self.token(setup="g.CHILD_SECONDS = 1", PATH=self.fake_openssl(text))
-                self.fails(done, g.SIGNER)
+                self.fails(done, g.SIGNER, word)
         (self.home / "empty").mkdir()
         self.fails(self.token(PATH=str(self.home / "empty")), g.SIGNER, "openssl is not on PATH")
 
