@@ -491,10 +491,8 @@ def read_secret(source: str, what: str) -> bytes:
         return run_child(split_command(rest), KEY)[:MAX_KEY]
     try:
         with time_limit(CHILD_SECONDS):
-            if source == "-":
-                return sys.stdin.buffer.read(MAX_KEY)
-            if colon and kind == "fd" and rest.isdecimal():
-                with open(int(rest), "rb", closefd=False) as file:
+            if source == "-" or (colon and kind == "fd" and rest.isdecimal()):
+                with open(int(rest or 0), "rb", closefd=False) as file:
                     return file.read(MAX_KEY)
             if colon and kind == "env":
                 return os.environb.pop(os.fsencode(rest), b"")  # children do not inherit it
@@ -858,10 +856,11 @@ def retry_after(reply: Reply) -> float:
     if reply.status not in (403, 429):
         return 0
     with contextlib.suppress(KeyError, ValueError):
-        return max(1.0, float(reply.headers["retry-after"]))
+        return min(max(1.0, float(reply.headers["retry-after"])), 86400)
     if reply.headers.get("x-ratelimit-remaining") == "0":
         with contextlib.suppress(KeyError, ValueError):
-            return max(1.0, float(reply.headers["x-ratelimit-reset"]) - time.time())
+            left = float(reply.headers["x-ratelimit-reset"]) - time.time()
+            return min(max(1.0, left), 86400)
     limited = reply.status == 429 or "rate limit" in reply.message().lower()
     return 60 if limited else 0
 
@@ -930,7 +929,7 @@ class Cache:
                 return None
             try:
                 value = json.loads(file.read(MAX_REPLY))
-            except ValueError:
+            except (ValueError, RecursionError):
                 warn(f"ignoring {path}: it is damaged")
                 return None
         return value if isinstance(value, dict) else None
@@ -943,7 +942,8 @@ class Cache:
             token = Token(**data)
             check_token(token.token)
             token.left() + token.refresh_expires_at  # numbers, or TypeError
-        except (TypeError, ValueError):
+            described(token)
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
             warn(f"ignoring {path}: it is damaged")
             return None
         return token
@@ -1090,6 +1090,17 @@ def checked(reply: Reply, what: str) -> Reply:
     raise Failure(1, f"GitHub answered HTTP {reply.status} to {what}: {said}")
 
 
+@contextlib.contextmanager
+def well_formed() -> Iterator[None]:
+    """Failure when an answer of GitHub's has not the documented form: a null for a number, say."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        what = type(error).__name__
+        raise Failure(1, f"GitHub's answer has not the documented form ({what})") from None
+
+
+@well_formed()
 def mint(config: Config, cache: Cache) -> Token:
     """A new installation token for exactly the repositories and permissions asked for."""
     if config.permissions is None:
@@ -1185,6 +1196,7 @@ def warned() -> Iterator[None]:
 DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"
 
 
+@well_formed()
 def device_login(config: Config, cache: Cache) -> Token:
     """RFC 8628: show a code, wait until it is entered in a browser, and check what came of it."""
     github = GitHub(config)
@@ -1303,6 +1315,7 @@ def repository_id(config: Config, cache: Cache, github: GitHub) -> int:
     return id
 
 
+@well_formed()
 def refreshed(config: Config, cache: Cache, path: str, token: Token) -> Token:
     """A new token for an old one; the refresh token works once, and ends the old access token.
 
@@ -1562,7 +1575,8 @@ def findings_of(config: Config, cache: Cache) -> Iterator[Finding]:
             f"{token.type} {described(token)}, clock offset {token.clock_offset:.0f} s",
         )
     try:
-        yield from key_findings(config) if config.key else login_findings(config, cache)
+        with well_formed():
+            yield from key_findings(config) if config.key else login_findings(config, cache)
     except Failure as failure:
         yield failed("GitHub", failure)
 
@@ -1756,6 +1770,8 @@ def build_config(options: argparse.Namespace) -> Config:
 
 
 def main(argv: list[str] | None = None) -> int:
+    if not (sys.stdin and sys.stdout and sys.stderr):
+        return USAGE  # closed: what is opened next would take their places
     options = build_parser().parse_args(argv)
     os.umask(0o077)
     try:
@@ -1771,6 +1787,9 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except OSError as error:
+        print(f"github_app_token: error: {redact(str(error))}", file=sys.stderr)
         return 1
 
 

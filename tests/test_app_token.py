@@ -382,6 +382,51 @@ class InstallationTest(Case):
         self.fails(self.token(GITHUB_APP_API_URL="http://github.com"), g.USAGE, "https")
         self.fails(self.token("--ca-file", "/nonexistent"), g.USAGE, "/nonexistent")
 
+    def test_answers_of_another_form(self) -> None:
+        """Whatever GitHub, or what stands in its place, makes of them: a line, and no traceback."""
+        installation = {"id": 7, "permissions": {}, "html_url": "x"}
+        grant = {
+            "token": "ghs_" + "x" * 36,
+            "expires_at": "2099-01-01T00:00:00Z",
+            "permissions": {},
+            "repositories": [],
+        }
+        odd: list[Any] = [None, [], {}, "x", 7, {"id": None}, {"id": "x"}, {**installation, "suspended_at": 1},
+                          {**installation, "id": 1e400}, [[]] * 1000]  # fmt: skip
+        for value in odd:
+            with self.subTest(installation=str(value)[:50]):
+                self.github.on("/api/v3/repos/.*", Reply(200, value))
+                self.assertNotEqual(self.token().returncode, 0)
+                self.assertNotEqual(
+                    self.run_it(
+                        "status", "--key", str(self.key), "--permissions", "dev"
+                    ).returncode,
+                    0,
+                )
+        self.github.replies.clear()
+        for change in ({"expires_at": 7}, {"expires_at": "soon"}, {"permissions": None}, {"repositories": 7},
+                       {"repositories": [{"id": 11}]}, {"repositories": [7]}, {"token": None}):  # fmt: skip
+            with self.subTest(change):
+                self.github.on("/api/v3/app/.*", Reply(201, {**grant, **change}))
+                self.assertNotEqual(self.token().returncode, 0)
+        for header in ("inf", "nan", "-5", "soon", "1e400"):
+            self.github.on("/api/v3/app/.*", error(429, "slow", Retry_After=header))
+            self.fails(self.token(setup="g.time.sleep = lambda s: None"), g.RATE)
+
+    def test_closed_streams(self) -> None:
+        for closed in ("<&-", ">&-", "2>&-"):
+            command = shlex.join(
+                self.command("token", "--key", str(self.key), "--permissions", "dev")
+            )
+            done = subprocess.run(
+                ["sh", "-c", f"{command} {closed}"],
+                env=self.env,
+                capture_output=True,
+                timeout=TIMEOUT,
+            )
+            self.assertEqual((done.returncode, done.stdout, done.stderr), (2, b"", b""), closed)
+        self.assertEqual(self.github.seen, [])
+
     def test_a_proxy_password_is_not_shown(self) -> None:
         done = self.token(setup="g.time.sleep = lambda s: None", GITHUB_APP_API_URL="ghe.invalid",
                           HTTPS_PROXY="http://user:pr0xy-secret@127.0.0.1:9")  # fmt: skip
@@ -708,6 +753,18 @@ class LoginTest(Case):
             self.assertEqual(done.returncode, status, done.stderr)
             self.assertEqual(self.github.seen[-1].path, "/api/v3/credentials/revoke")
             self.assertEqual(self.github.tokens, {})
+        for code in (
+            {"interval": -1},
+            {"interval": "x"},
+            {"expires_in": None},
+            {"expires_in": "nan"},
+        ):
+            self.github.device_scope = {11}
+            data = {**self.github.login("/login/device/code", {}).value, **code}
+            self.github.on("/login/device/code", Reply(200, data))
+            self.assertNotIn("Traceback", self.login().stderr)
+            shutil.rmtree(self.cache)
+        self.github.replies.clear()
         for grant in ({"access_token": "gho_" + "x" * 36, "expires_in": 1, "refresh_token": "ghr_" + "x" * 36},
                       {"access_token": "ghu_" + "x" * 36}):  # fmt: skip
             self.github.on(self.poll, Reply(200, grant))
