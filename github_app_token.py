@@ -1633,6 +1633,7 @@ environment:
   GITHUB_APP_REPO, GITHUB_APP_ID, GITHUB_APP_PERMISSIONS, GITHUB_APP_KEY, GITHUB_APP_PASSPHRASE,
   GITHUB_APP_API_URL, GITHUB_APP_CA_FILE, GITHUB_APP_MIN_TTL, GITHUB_APP_REPO_ID   as the flags
   GITHUB_APP_PROFILE   as --profile
+  GITHUB_TOKEN_REFUSED   SHA-256 (hex) of a token that is dead, whatever the cache says of it
   HTTPS_PROXY, NO_PROXY   the way out
 
 files:

@@ -9,6 +9,7 @@ import pty
 import shlex
 import shutil
 import signal
+import ssl
 import stat
 import subprocess
 import sys
@@ -366,7 +367,7 @@ class InstallationTest(Case):
         with GitHub() as elsewhere:
             target = f"{elsewhere.url}/api/v3/x"
             self.github.on("/api/v3/repos/.*", Reply(301, {}, (("Location", target),)))
-            self.fails(self.token(), g.NETWORK, f"127.0.0.1:{elsewhere.server_port}")
+            self.fails(self.token(), g.NETWORK, f"localhost:{elsewhere.server_port}")
             self.assertEqual(elsewhere.seen, [])
 
     def test_no_network(self) -> None:
@@ -426,6 +427,49 @@ class InstallationTest(Case):
             )
             self.assertEqual((done.returncode, done.stdout, done.stderr), (2, b"", b""), closed)
         self.assertEqual(self.github.seen, [])
+
+    def test_answers_that_do_not_end_well(self) -> None:
+        quick = "g.time.sleep = lambda s: None\ng.REPLY_SECONDS = 1"
+        where = "/api/v3/repos/octo/widgets/installation"
+        for status, word, reply in (
+            (g.NETWORK, "too slow", Reply(200, {"id": 7}, (), "slow")),
+            (g.NETWORK, "sent no JSON", Reply(200, {"id": 7}, (), "cut")),
+            (1, "more than", Reply(200, {"id": "x" * 3_000_000})),
+        ):
+            with self.subTest(word):
+                self.github.on(where, reply)
+                self.fails(self.token(setup=quick), status, word)
+
+    def test_tls(self) -> None:
+        certificate = self.home / "cert.pem"
+        openssl("req", "-x509", "-new", "-key", str(self.key), "-days", "2", "-out", str(certificate),
+                "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost")  # fmt: skip
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, self.key)
+        with GitHub(context) as secure:
+            quick = "g.time.sleep = lambda s: None"
+            done = self.token(setup=quick, GITHUB_APP_API_URL=secure.url)
+            self.fails(done, g.NETWORK, "--ca-file")
+            self.assertEqual(secure.seen, [])
+            self.passes(
+                self.token(
+                    "--ca-file",
+                    str(certificate),
+                    GITHUB_APP_API_URL=secure.url,
+                    HTTPS_PROXY="http://127.0.0.1:9",
+                    NO_PROXY="localhost",
+                )
+            )
+            done = self.token(
+                "--ca-file",
+                str(certificate),
+                "--min-ttl",
+                "61m",
+                setup=quick,
+                GITHUB_APP_API_URL=secure.url,
+                HTTPS_PROXY="http://127.0.0.1:9",
+            )
+            self.fails(done, g.NETWORK)
 
     def test_a_proxy_password_is_not_shown(self) -> None:
         done = self.token(setup="g.time.sleep = lambda s: None", GITHUB_APP_API_URL="ghe.invalid",
@@ -793,7 +837,7 @@ class LoginTest(Case):
 
     def test_nothing_but_login_starts_a_device_flow(self) -> None:
         self.fails(self.run_it("token"), g.LOGIN, "login --repo octo/widgets")
-        asked = f"protocol=http\nhost=127.0.0.1:{self.github.server_port}\npath=octo/widgets\n\n"
+        asked = f"protocol=http\nhost=localhost:{self.github.server_port}\npath=octo/widgets\n\n"
         done = self.run_it("git-credential", "get", data=asked.encode())
         self.assertEqual((done.returncode, done.stdout), (g.LOGIN, "quit=1\n"))
         self.assertEqual(self.run_it("status").returncode, g.LOGIN)
@@ -912,7 +956,7 @@ class CommandTest(Case):
         self.assertIn("FAIL", done.stdout)
 
     def test_git_asks_and_gets(self) -> None:
-        host = f"127.0.0.1:{self.github.server_port}"
+        host = f"localhost:{self.github.server_port}"
         ours = f"protocol=http\nhost={host}\npath=octo/widgets"
         key = ("--key", str(self.key), "--permissions", "dev")
 

@@ -11,6 +11,7 @@ import base64
 import json
 import os
 import re
+import ssl
 import subprocess
 import threading
 import time
@@ -28,6 +29,7 @@ class Reply(NamedTuple):
     status: int
     value: Any = None
     headers: tuple[tuple[str, str], ...] = ()
+    then: str = ""  # after the head: "slow" (a byte at a time) or "cut"
 
 
 class Seen(NamedTuple):
@@ -47,9 +49,11 @@ class GitHub(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        if tls:
+            self.socket = tls.wrap_socket(self.socket, server_side=True)
+        self.url = f"http{'s' if tls else ''}://localhost:{self.server_port}"
         self.repos = {"octo/widgets": 11, "octo/other": 12}
         self.selected = {11}
         self.permissions = {"contents": "write", "issues": "write", "pull_requests": "write",
@@ -68,6 +72,9 @@ class GitHub(ThreadingHTTPServer):
         self.count = 0
         self.changed = threading.Lock()
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def handle_error(self, *_: object) -> None:
+        """A client that has gone is no error here."""
 
     def __exit__(self, *_: object) -> None:
         self.shutdown()
@@ -257,7 +264,13 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
+        if reply.then == "cut":
+            self.close_connection = True
+            data = data[:5]
+        for byte in data if reply.then == "slow" else b"":
+            self.wfile.write(bytes([byte]))
+            time.sleep(0.3)
+        self.wfile.write(b"" if reply.then == "slow" else data)
         return None
 
     do_GET = do_POST = do_DELETE = handle_any
