@@ -103,7 +103,7 @@ class Token(NamedTuple):
     login: str = ""  # whose it is: the App's slug, or the user
     refresh_token: str = ""
     refresh_expires_at: float = 0
-    refreshing: bool = False  # a refresh has begun; if it is still set, its end was lost
+    refreshing: bool = False  # a refresh has begun, and is not over until the scope is checked
 
     def __repr__(self) -> str:
         return f"<token {masked(self.token)}>"
@@ -1125,7 +1125,7 @@ def mint(config: Config, cache: Cache) -> Token:
     try:
         token = parse_installation_token(reply, config, ids, github.now())
         check_names(config, token, github)
-    except Failure:
+    except BaseException:  # whatever it was: a token that is not given out does not live on
         with contextlib.suppress(Failure, KeyError, ValueError):
             github.delete("/installation/token", check_token(reply.object()["token"]))
         raise
@@ -1223,10 +1223,10 @@ def device_login(config: Config, cache: Cache) -> Token:
     token = user_token(grant, config, github)
     try:
         check_user_scope(token, id, config.repos[0], github)
-    except Failure:
+        who = checked(github.get("/user", token.token), "the user's name").object()
+    except BaseException:
         revoke_user_tokens(github, [token.token, token.refresh_token])
         raise
-    who = checked(github.get("/user", token.token), "the user's name").object()
     repository = {"id": id, "full_name": config.repos[0]}
     return token._replace(login=str(who.get("login", "")), repositories=[repository])
 
@@ -1346,7 +1346,7 @@ def refreshed(config: Config, cache: Cache, path: str, token: Token) -> Token:
             raise login_needed(config, f"GitHub does not know the login any more{lost}")
         new = user_token(grant, config, github)
         new = new._replace(login=token.login, repositories=token.repositories)
-        cache.write(path, new._asdict())
+        cache.write(path, new._replace(refreshing=True)._asdict())
     try:
         check_user_scope(new, new.repositories[0]["id"], config.repos[0], github)
     except Failure as failure:
@@ -1354,6 +1354,7 @@ def refreshed(config: Config, cache: Cache, path: str, token: Token) -> Token:
             revoke_user_tokens(github, [new.token, new.refresh_token])
             cache.remove(path)
         raise
+    cache.write(path, new._asdict())  # from now on it is given out
     return new
 
 

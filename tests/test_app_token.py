@@ -888,8 +888,38 @@ class LoginTest(Case):
         self.store(expires_at=time.time() - 1)
         setup = "old = g.user_token\ndef slow(*a):\n    g.os.kill(g.os.getpid(), 2)\n    return old(*a)\ng.user_token = slow"
         self.assertEqual(self.run_it("token", setup=setup).returncode, 130)
-        self.assertFalse(self.stored()["refreshing"])
         self.assertIn(self.stored()["token"], self.github.tokens)
+        self.passes(self.run_it("token"))
+        self.assertFalse(self.stored()["refreshing"])
+
+    def test_a_refreshed_token_is_not_given_out_before_its_scope_is_checked(self) -> None:
+        self.login()
+        self.store(expires_at=time.time() - 1)
+        self.github.on("/api/v3/user/installations", error(404, "Not Found"))
+        self.assertEqual(self.run_it("token").returncode, 1)
+        self.assertEqual(self.run_it("token").returncode, 1)
+        self.github.replies.clear()
+        self.assertIn(self.passes(self.run_it("token")), self.github.tokens)
+        self.github.device_scope = {11, 12}
+        self.store(expires_at=time.time() - 1)
+        self.fails(self.run_it("token"), g.TOO_WIDE)
+        self.assertEqual(self.github.tokens, {})
+
+    def test_a_login_that_cannot_be_checked_does_not_live_on(self) -> None:
+        for path in ("/api/v3/user/installations", "/api/v3/user"):
+            for reply in (
+                Reply(200, {"installations": [7], "login": 7}),
+                error(500, ""),
+                Reply(200, b"<html>"),
+            ):
+                self.github.replies.clear()
+                self.github.tokens.clear()
+                shutil.rmtree(self.cache, ignore_errors=True)
+                self.github.on(path, reply)
+                done = self.login()
+                if done.returncode:
+                    self.assertEqual(self.github.tokens, {}, (path, done.stderr))
+                    self.assertEqual(list(self.cache.glob("user-*.json")), [])
 
     def test_without_a_place_to_store_it_no_refresh_is_begun(self) -> None:
         self.login()
