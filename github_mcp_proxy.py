@@ -56,6 +56,8 @@ MAX_STRUCTURE = 128 * 1024  # bytes of a large request outside its strings: they
 MAX_STRINGS = 20_000
 MAX_HELD = 96 * 1024 * 1024  # bytes held of all clients' requests and answers
 MAX_TOKEN = 4096
+MAX_PACK = 4 * 1024**3  # GitHub refuses more than 2 GiB
+MAX_COMMANDS = 256 * 1024  # bytes of what a push says before its pack
 MAX_CLIENTS = 1024
 MAX_SESSIONS = 1024
 HIGH_WATER = 1024 * 1024  # bytes held of one connection before its sender is paused
@@ -1196,6 +1198,119 @@ def writes_branch(message: Object, policy: Policy) -> bool:
     return bool(tool and any(rule.branch for rule in tool.rules.values()))
 
 
+# --- pure core: git over HTTP (gitprotocol-http, gitprotocol-pack) ---
+
+GIT = "/git/"
+GIT_SERVICE = re.compile(
+    r"/git/([^/?]+)/([^/?]+?)(?:\.git)?/"
+    r"(?:info/refs\?service=(git-upload-pack|git-receive-pack)|(git-upload-pack|git-receive-pack))"
+)
+NO_OBJECT = re.compile("0+").fullmatch
+OBJECT = re.compile("[0-9a-f]{40}|[0-9a-f]{64}").fullmatch
+GIT_PROTOCOL = re.compile("version=[0-2]").fullmatch
+
+
+class GitRefusal(Exception):
+    """Why a request of git's is not served; git prints the text."""
+
+
+class Command(NamedTuple):
+    """One line of a push: what a ref is to become."""
+
+    old: str
+    new: str
+    ref: str
+
+
+def git_service(scope: Scope, policy: Policy, method: str, target: str) -> str:
+    """The service that a request asks for, of this repository; GitRefusal for all others."""
+    match = GIT_SERVICE.fullmatch(target)
+    if not match:
+        what = "LFS" if "/info/lfs" in target else "this request (git's smart HTTP is)"
+        raise GitRefusal(f"{what} is not served here")
+    owner, repo, advertised, service = match.groups()
+    if repo.lower().endswith(".wiki"):
+        raise GitRefusal("the wiki is not served here")
+    if not scope.is_named(f"{owner}/{repo}"):
+        raise GitRefusal(f"only {scope} is served here")
+    service = service or advertised
+    if method != ("GET" if advertised else "POST"):
+        raise GitRefusal(f"{method} is not served here")
+    if service == "git-receive-pack" and policy.readonly:
+        raise GitRefusal("the policy is read-only: nothing is pushed")
+    return service
+
+
+def parse_commands(data: Bytes) -> tuple[list[Command], str, int] | None:
+    """(commands, capabilities, where the pack or the push options begin); None: more is to come.
+
+    Raises GitRefusal for what is no push: signed ones too, whose commands are wrapped.
+    """
+    commands: list[Command] = []
+    capabilities, at = "", 0
+    while len(data) >= at + 4:
+        digits = bytes(data[at : at + 4])
+        if not re.fullmatch(b"[0-9a-f]{4}", digits) or int(digits, 16) in (1, 2, 3, 4):
+            break
+        size = int(digits, 16)
+        if not size:
+            return commands, capabilities, at + 4
+        if len(data) < at + size:
+            return None
+        line, nul, rest = bytes(data[at + 4 : at + size]).partition(b"\0")
+        line = line[:-1] if line.endswith(b"\n") else line
+        try:
+            words = line.decode().split(" ", 2)
+        except UnicodeDecodeError:
+            break
+        capabilities = rest.decode("ascii", "replace") if nul else capabilities
+        at += size
+        if words[0] == "shallow":
+            continue
+        if len(words) != 3 or not OBJECT(words[0]) or not OBJECT(words[1]):
+            break
+        commands.append(Command(*words))
+    else:
+        return None
+    raise GitRefusal("this is not a push that can be checked (signed pushes are not)")
+
+
+def judge_push(scope: Scope, policy: Policy, commands: list[Command]) -> dict[str, str]:
+    """Why refs may not be pushed, by ref: the same policy as for the tools. Empty: all may."""
+    return {c.ref: why for c in commands for why in [push_refusal(scope, policy, c)] if why}
+
+
+def push_refusal(scope: Scope, policy: Policy, command: Command) -> str:
+    kind, _, branch = command.ref.partition("refs/heads/")
+    if kind or not branch:
+        return "only branches are pushed here"
+    if NO_OBJECT(command.new):
+        return "branches are not deleted here"
+    try:
+        check_branch(branch, Bounds(scope, policy))
+    except Refusal as refusal:
+        return f"must be {refusal}"
+    return ""
+
+
+def pkt(data: bytes) -> bytes:
+    return b"%04x%b" % (len(data) + 4, data)
+
+
+def push_report(commands: list[Command], refusals: Mapping[str, str], capabilities: str) -> bytes:
+    """The answer to a push that is refused: git shows why, at each ref and as `remote:` lines."""
+    whole = "not pushed, because another ref of this push is refused"
+    rows = [(c.ref, refusals.get(c.ref, whole)) for c in commands]
+    status = pkt(b"unpack ok\n")
+    for ref, why in rows:
+        status += pkt(f"ng {ref} refused: {why}\n".encode()[:1000])
+    status += b"0000"
+    if "side-band-64k" not in capabilities:
+        return status
+    remarks = "".join(f"refused: {ref}: {why}\n" for ref, why in rows if ref in refusals)
+    return pkt(b"\x02" + remarks.encode()[:60_000]) + pkt(b"\x01" + status[:60_000]) + b"0000"
+
+
 # --- pure core: mirrored headers (2026-07-28) ---
 
 
@@ -1612,6 +1727,8 @@ class Incoming:
         if len(start) != 3 or not VALUE(first):
             raise ProtocolError("not an HTTP request" if self.request else "not an HTTP answer")
         self.headers = self.parse_headers(block)
+        if self.request and start[1].startswith(GIT):
+            self.max_body = MAX_PACK  # it is passed on as it comes
         if not self.request and start[1].startswith("1") and start[1] != "101":
             return True  # 100 Continue, 103 Early Hints: the answer follows
         self.start = (start[0], start[1], start[2])
@@ -1729,7 +1846,8 @@ def check_request(request: Incoming, hosts: Container[str], secret: bytes) -> No
         scheme, _, authority = origin.partition("://")
         if scheme not in ("http", "https") or host_name(authority) not in hosts:
             raise ProtocolError("requests from other origins are refused", 403)
-    if target not in PATHS:
+    is_git = target.startswith(GIT)
+    if target not in PATHS and not is_git:
         raise ProtocolError("the endpoint is /mcp", 404)
     if secret:
         # Bytes of any value: compare_digest takes no non-ASCII str.
@@ -1739,7 +1857,7 @@ def check_request(request: Incoming, hosts: Container[str], secret: bytes) -> No
     if method not in ("POST", "GET", "DELETE"):
         raise ProtocolError(f"the method {quoted(method)} is not served", 405)
     content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if method == "POST" and content_type != "application/json":
+    if method == "POST" and not is_git and content_type != "application/json":
         raise ProtocolError("Content-Type must be application/json", 415)
     session = headers.get("mcp-session-id", "")
     if not VISIBLE(session):
@@ -1796,9 +1914,12 @@ def response_head(status: int, *headers: str) -> bytes:
     return "\r\n".join(lines).encode("latin-1")
 
 
-def answer_head(status: int, length: int, *headers: str) -> bytes:
-    kind = ("Content-Type: application/json",) if length else ()
-    return response_head(status, *headers, *kind, f"Content-Length: {length}")
+JSON_TYPE = "application/json"
+
+
+def answer_head(status: int, length: int, *headers: str, kind: str = JSON_TYPE) -> bytes:
+    kinds = (f"Content-Type: {kind}",) if length else ()
+    return response_head(status, *headers, *kinds, f"Content-Length: {length}")
 
 
 EVENT_STREAM = "text/event-stream"
@@ -2106,6 +2227,21 @@ class Upstream:
                 connection.transport.abort()
                 raise
 
+    async def begin(self, method: str, path: str, headers: Mapping[str, str]) -> UpstreamConnection:
+        """A connection of its own with the head of a request sent; the body is for the caller."""
+        import base64
+
+        connection = await self.connect()
+        connection.incoming.max_body = MAX_PACK
+        user = f"x-access-token:{await self.token.fresh()}"
+        basic = base64.b64encode(user.encode()).decode()
+        lines = [f"{method} {self.path.rstrip('/')}{path} HTTP/1.1", *self.fixed]
+        lines += [f"{name}: {value}" for name, value in headers.items() if value]
+        lines += [f"Authorization: Basic {basic}", "Connection: close"]
+        connection.set_deadline(self.timeout)
+        connection.transport.write("\r\n".join([*lines, "", ""]).encode("latin-1"))
+        return connection
+
     async def send(
         self, connection: UpstreamConnection, method: str, body: bytes, headers: Mapping[str, str]
     ) -> None:
@@ -2156,6 +2292,7 @@ class Client(Connection):
         self.later = bytearray()  # received while a request was served
         self.size = self.held = 0  # bytes, of MAX_HELD
         self.task: asyncio.Task[None] | None = None
+        self.waiter: asyncio.Future[None] | None = None
         self.streaming = False
         self.last = False  # close after this answer
 
@@ -2170,7 +2307,7 @@ class Client(Connection):
             self.answer(503, error_message(None, INVALID_REQUEST, "too many clients"))
 
     def data_received(self, data: bytes) -> None:
-        if self.task:
+        if self.task and self.incoming.complete:
             self.keep_for_later(data)
             return
         if not self.incoming.rest and not self.incoming.start:
@@ -2179,7 +2316,8 @@ class Client(Connection):
         known = incoming.start
         try:
             incoming.feed(data)
-            self.hold(incoming.size)
+            is_git = bool(incoming.start and incoming.start[1].startswith(GIT))
+            self.hold(len(incoming.body) if is_git else incoming.size)
             if incoming.start and not known:
                 check_request(incoming, self.proxy.hosts, self.proxy.secret)
                 if not incoming.complete and incoming.headers.get("expect"):
@@ -2188,7 +2326,11 @@ class Client(Connection):
             self.last = True
             self.refuse(error)
             return
-        if incoming.complete:
+        if self.task:  # which takes the body as it comes
+            self.set_deadline(STALL_SECONDS)
+            if not self.wake() and len(incoming.body) > HIGH_WATER:
+                self.transport.pause_reading()
+        elif incoming.complete or is_git:
             self.deadline = float("inf")
             self.last = incoming.headers.get("connection", "").lower() == "close"
             self.task = asyncio.ensure_future(self.serve(incoming))
@@ -2212,6 +2354,20 @@ class Client(Connection):
         self.hold(0)
         if later:
             self.data_received(later)
+
+    def wake(self) -> bool:
+        if self.waiter and not self.waiter.done():
+            self.waiter.set_result(None)
+            return True
+        return False
+
+    async def more(self) -> None:
+        """Wait for more of a body that is passed on as it comes."""
+        self.transport.resume_reading()
+        self.set_deadline(STALL_SECONDS)
+        self.waiter = asyncio.get_running_loop().create_future()
+        await self.waiter
+        self.deadline = float("inf")
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -2263,10 +2419,10 @@ class Client(Connection):
     def answer(self, status: int, message: Object, *headers: str) -> None:
         self.answer_bytes(status, dumps(message), *headers)
 
-    def answer_bytes(self, status: int, body: Bytes, *headers: str) -> None:
+    def answer_bytes(self, status: int, body: Bytes, *headers: str, kind: str = JSON_TYPE) -> None:
         if self.last:
             headers = (*headers, "Connection: close")
-        head = answer_head(status, len(body), *headers)
+        head = answer_head(status, len(body), *headers, kind=kind)
         if len(body) > HIGH_WATER:
             self.write(head)  # rather than to copy the body once more
             self.write(body)
@@ -2277,7 +2433,9 @@ class Client(Connection):
     def start_stream(self, *headers: str, kind: str = EVENT_STREAM) -> None:
         if not self.streaming:
             self.streaming = True
-            self.write(response_head(200, f"Content-Type: {kind}", *STREAM_HEAD, *headers))
+            closing = ("Connection: close",) if self.last else ()
+            kinds = (f"Content-Type: {kind}", *STREAM_HEAD, *closing)
+            self.write(response_head(200, *kinds, *headers))
 
     def end_stream(self) -> None:
         self.write(b"0\r\n\r\n")
@@ -2303,8 +2461,10 @@ class Proxy:
     """Joins the parts: what a client sends is judged, sent on, and its answer checked."""
 
     def __init__(
-        self, scope: Scope, policy: Policy, upstream: Upstream, secret: str, audit: Audit
-    ) -> None:
+        self, scope: Scope, policy: Policy, upstream: Upstream, secret: str, audit: Audit,
+        git: Upstream | None = None,
+    ) -> None:  # fmt: skip
+        self.git = git
         self.scope = scope
         self.policy = policy
         self.upstream = upstream
@@ -2327,8 +2487,14 @@ class Proxy:
         self.moved = False  # the name now belongs to another repository
         self.asked_at = float("-inf")
 
+    def connections(self) -> list[Connection]:
+        git = self.git.connections if self.git else ()
+        return [*self.clients, *self.upstream.connections, *git]
+
     async def handle(self, client: Client, request: Incoming) -> None:
-        method = (request.start or ("",))[0]
+        method, target, _ = request.start or ("", "", "")
+        if target.startswith(GIT):
+            return await self.serve_git(client, request, method, target)
         session = request.headers.get("mcp-session-id", "")
         self.asked(session)
         try:
@@ -2398,17 +2564,20 @@ class Proxy:
         if self.moved and message.get("method") == "tools/call":
             reason = f"the name {self.scope} has come to mean another repository: nothing passes"
             return self.recorded(message, Refuse(reason, tool="any"))
-        now = time.monotonic()
-        while self.writes and self.writes[0] < now - 3600:
-            self.writes.popleft()
         asked = self.asked(session)  # it may have ended meanwhile
-        verdict = decide(self.scope, self.policy, message, Seen(len(self.writes), asked))
+        verdict = decide(self.scope, self.policy, message, Seen(self.recent_writes(), asked))
         if isinstance(verdict, Forward):
             if verdict.write:
-                self.writes.append(now)
+                self.writes.append(time.monotonic())
             if "method" not in message:
                 asked.discard(message["id"])
         return self.recorded(message, verdict)
+
+    def recent_writes(self) -> int:
+        """How many there were in the last hour."""
+        while self.writes and self.writes[0] < time.monotonic() - 3600:
+            self.writes.popleft()
+        return len(self.writes)
 
     def recorded(self, message: Object, verdict: Verdict) -> Verdict:
         """The verdict, once it is in the audit: what cannot be recorded does not pass."""
@@ -2416,8 +2585,7 @@ class Proxy:
         if isinstance(verdict, Refuse):
             self.record(method, verdict.tool, "refuse", verdict.reason)
         elif not self.record(method, verdict.tool, "forward", "", verdict.message):
-            reason = "the proxy cannot write its audit file: the host's user has to look at it"
-            return Refuse(reason, UPSTREAM_FAILED, verdict.tool)
+            return Refuse(UNRECORDED, UPSTREAM_FAILED, verdict.tool)
         return verdict
 
     def record(
@@ -2458,7 +2626,7 @@ class Proxy:
             "Last-Event-ID": safe_header(request.headers.get("last-event-id", "")),
         }
         if not self.record(method, "", "forward", ""):
-            raise ProtocolError("the proxy cannot write its audit file", 503, UPSTREAM_FAILED)
+            raise ProtocolError(UNRECORDED, 503, UPSTREAM_FAILED)
         connection = await self.exchange(method, b"", headers, again=True)
         answered = False
         try:
@@ -2508,7 +2676,7 @@ class Proxy:
             client.streaming = True
             client.write(answer_head(200, incoming.size))
         else:
-            client.start_stream(kind="application/json")
+            client.start_stream(kind=JSON_TYPE)
         held = bytearray()
         clean = True
         while True:
@@ -2533,6 +2701,146 @@ class Proxy:
         held = bytearray(self.redact(held))
         client.write(held if sized else chunk(held))
         return client.end() if sized else client.end_stream()
+
+    async def serve_git(self, client: Client, request: Incoming, method: str, target: str) -> None:
+        """A fetch, or a push that is within the policy, passed on both ways as it comes."""
+        client.last = True  # the rest of a body that is not wanted is not read
+        try:
+            if self.git is None:
+                raise GitRefusal("git is not served here (--git)")
+            await self.know_repository(wait=False)
+            if self.moved:
+                raise GitRefusal(f"the name {self.scope} has come to mean another repository")
+            service = git_service(self.scope, self.policy, method, target)
+            begun = b""
+            if service == "git-receive-pack" and method == "POST":
+                begun, refused = await self.read_push(client, request)
+                if refused is not None:
+                    return client.answer_bytes(200, refused, kind=f"application/x-{service}-result")
+            elif not self.record("git", service, "forward", ""):
+                raise GitRefusal(UNRECORDED)
+            await self.relay_git(client, request, service, begun)
+        except (GitRefusal, UpstreamError) as error:
+            kind = "refuse" if isinstance(error, GitRefusal) else "failed"
+            self.record("git", target[:64], kind, str(error))
+            if client.streaming:
+                return client.transport.abort()
+            text = ("refused: " if kind == "refuse" else "GitHub: ") + str(error) + "\n"
+            status = 403 if kind == "refuse" else 502
+            client.answer_bytes(status, text.encode(), kind="text/plain")
+        return None
+
+    async def read_push(self, client: Client, request: Incoming) -> tuple[bytes, bytes | None]:
+        """(what has been read, the answer of a refusal); a refused push is read to its end."""
+        if "content-encoding" in request.headers:
+            raise GitRefusal("a push must not be compressed as a whole")
+        begun = bytearray()
+        parsed = None
+        while parsed is None:
+            begun += request.take()
+            parsed = parse_commands(begun)
+            if parsed is None and (request.complete or len(begun) > MAX_COMMANDS):
+                raise GitRefusal("this push has no end of its commands")
+            if parsed is None:
+                await client.more()
+        commands, capabilities, _ = parsed
+        if not commands:
+            return bytes(begun), None
+        await self.know_repository(wait=not self.policy.default_branch)
+        refusals = judge_push(self.scope, self.policy, commands)
+        if self.recent_writes() + len(commands) > self.policy.writes_per_hour:
+            refusals = {c.ref: "too many writes in the last hour" for c in commands}
+        refs = {"params": {"arguments": {"ref": " ".join(c.ref for c in commands)[:1000]}}}
+        verdict = "refuse" if refusals else "forward"
+        why = "; ".join(f"{ref}: {why}" for ref, why in refusals.items())[:1000]
+        if not self.record("git", "git-receive-pack", verdict, why, refs):
+            raise GitRefusal(UNRECORDED)
+        if not refusals:
+            self.writes.extend([time.monotonic()] * len(commands))
+            return bytes(begun), None
+        while not request.complete:
+            request.take()
+            await client.more()
+        request.take()
+        return b"", push_report(commands, refusals, capabilities)
+
+    async def relay_git(
+        self, client: Client, request: Incoming, service: str, begun: bytes
+    ) -> None:
+        assert self.git
+        sent = request.headers
+        length = sent.get("content-length", "")
+        method = (request.start or ("",))[0]
+        protocol = sent.get("git-protocol", "")
+        headers = {
+            "Accept": "*/*",
+            "Git-Protocol": protocol if GIT_PROTOCOL(protocol) else "",
+            "Content-Type": f"application/x-{service}-request" if method == "POST" else "",
+            "Content-Encoding": "gzip" if sent.get("content-encoding") == "gzip" else "",
+            "Content-Length": length if method == "POST" else "",
+            "Transfer-Encoding": "chunked" if method == "POST" and not length else "",
+        }
+        asked = f"info/refs?service={service}" if method == "GET" else service
+        connection = await self.git.begin(method, f"/{self.scope}.git/{asked}", headers)
+        if method == "GET" and self.git.token.command:
+            while connection.incoming.start is None:
+                await connection.more()
+            if status_of(connection) == 401:  # each fetch and push begins with a GET
+                connection.transport.abort()
+                await asyncio.shield(self.git.token.renew())
+                connection = await self.git.begin(method, f"/{self.scope}.git/{asked}", headers)
+        try:
+            await self.send_body(client, request, connection, begun, chunked=not length)
+            await self.answer_git(client, connection, service)
+        finally:
+            connection.transport.abort()
+
+    async def send_body(
+        self, client: Client, request: Incoming, connection: UpstreamConnection, begun: bytes,
+        *, chunked: bool,
+    ) -> None:  # fmt: skip
+        """Pass on a request's body, until it ends or the upstream has answered."""
+        chunked = chunked and (request.start or ("",))[0] == "POST"
+        while not connection.incoming.start and not connection.closed:
+            over = request.complete
+            data, begun = begun + request.take(), b""
+            if data:
+                connection.transport.write(chunk(data) if chunked else data)
+            if over:
+                connection.transport.write(b"0\r\n\r\n" if chunked else b"")
+                return
+            client.hold(0)
+            connection.set_deadline(self.git.timeout if self.git else 0)
+            if connection.room:
+                await connection.room
+            if not request.body and not request.complete:
+                await client.more()
+
+    async def answer_git(
+        self, client: Client, connection: UpstreamConnection, service: str
+    ) -> None:
+        incoming = connection.incoming
+        while incoming.start is None:
+            await connection.more()
+        status = status_of(connection)
+        check_status(status, None)
+        if status != 200:
+            raise UpstreamError(f"HTTP {status}" + (", is it there?" if status == 404 else ""))
+        kind = incoming.headers.get("content-type", "")
+        if not kind.startswith(f"application/x-{service}-"):
+            raise UpstreamError("its answer is not git's")
+        client.start_stream(kind=kind.partition(";")[0])
+        while True:
+            over = incoming.complete
+            data = incoming.take()
+            if data:
+                client.write(chunk(data))
+            if over:
+                return client.end_stream()
+            await client.drain()
+            connection.set_deadline(self.upstream.timeout)
+            if not incoming.body and not incoming.complete:
+                await connection.more()
 
     def session_headers(self, forward: Forward | None, incoming: Incoming) -> tuple[str, ...]:
         """The header for a session that the upstream has begun; the session is remembered."""
@@ -2692,6 +3000,7 @@ class Proxy:
 
 
 BOTH = "application/json, text/event-stream"
+UNRECORDED = "the proxy cannot write its audit file: the host's user has to look at it"
 OWN_VERSION = "2025-06-18"
 OWN_INITIALIZE: Object = {
     "protocolVersion": OWN_VERSION,
@@ -2829,7 +3138,7 @@ async def serve(proxy: Proxy, options: argparse.Namespace) -> int:
     finally:
         sweeper.cancel()
         server.close()
-        for connection in [*proxy.clients, *proxy.upstream.connections]:
+        for connection in proxy.connections():
             connection.transport.abort()
 
 
@@ -2862,7 +3171,7 @@ async def sweep(proxy: Proxy) -> None:
     while True:
         await asyncio.sleep(1)
         now = time.monotonic()
-        for connection in [*proxy.clients, *proxy.upstream.connections]:
+        for connection in proxy.connections():
             if connection.deadline < now:
                 connection.expire()
 
@@ -3019,6 +3328,7 @@ environment:
   GITHUB_MCP_READONLY   1: no writes (default 0)
   GITHUB_MCP_LOCKDOWN   1: ask the upstream to hide what outsiders wrote (default 1; best effort)
   GITHUB_MCP_UPSTREAM   as --upstream
+  GITHUB_MCP_GIT        as --git
   GITHUB_MCP_SECRET     the secret that requests must carry as Authorization: Bearer
   GITHUB_MCP_PROXY_DEBUG  1: a line on stderr for every request (default 0: refusals only)
 
@@ -3048,6 +3358,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ca-file", metavar="FILE", default="", help="CA certificates for the upstream")
     add("--timeout", metavar="SECONDS", type=seconds, default=300.0,
         help="how long the upstream may be silent in a call (default 300)")  # fmt: skip
+    add("--git", metavar="URL", default=os.environ.get("GITHUB_MCP_GIT", ""),
+        help="serve git at /git/OWNER/REPO.git too, from URL (https://github.com)")  # fmt: skip
     add("--exit-with-stdin", action="store_true", help="stop when stdin is closed")
     add("--check-upstream", action="store_true", help="compare its tools with the table, and exit")
     version = f"%(prog)s {__version__} (Python {sys.version.split()[0]})"
@@ -3067,7 +3379,10 @@ def build_proxy(options: argparse.Namespace) -> Proxy:
         raise ProxyError(f"cannot read the CA file {options.ca_file}")
     headers = upstream_headers(policy)
     upstream = Upstream(options.upstream, token, headers, options.ca_file, options.timeout)
-    return Proxy(scope, policy, upstream, options.secret, Audit(options.audit, debug))
+    git = (
+        Upstream(options.git, token, {}, options.ca_file, options.timeout) if options.git else None
+    )
+    return Proxy(scope, policy, upstream, options.secret, Audit(options.audit, debug), git)
 
 
 def allow_many_files() -> None:

@@ -1,0 +1,283 @@
+"""git through the GitHub proxy: real git on both sides, `git http-backend` in GitHub's place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import unittest
+from pathlib import Path
+from typing import Any
+
+import github_mcp_proxy as proxy
+from tests.fakes import mcp_upstream
+from tests.fakes.git_server import GitServer
+from tests.test_proxy_http import BARE
+from tests.test_proxy_http import SECRET
+from tests.test_proxy_http import TOKEN
+from tests.test_proxy_http import Client
+from tests.test_proxy_http import Proxy
+
+SCOPE = proxy.Scope("good", "r")
+POLICY = proxy.Policy(default_branch="main")
+ZERO, ONE, TWO = "0" * 40, "1" * 40, "2" * 40
+
+
+class PushTest(unittest.TestCase):
+    """What a push says, without a socket."""
+
+    def lines(self, *lines: str, caps: str = "report-status side-band-64k") -> bytes:
+        first = lines[0].encode() + b"\0" + caps.encode()
+        return b"".join(map(proxy.pkt, [first, *(line.encode() for line in lines[1:])])) + b"0000"
+
+    def test_commands(self) -> None:
+        data = self.lines(f"{ZERO} {ONE} refs/heads/a", f"{ONE} {TWO} refs/heads/b c")
+        parsed = proxy.parse_commands(data + b"PACK....")
+        assert parsed
+        commands, capabilities, end = parsed
+        self.assertEqual(
+            commands,
+            [proxy.Command(ZERO, ONE, "refs/heads/a"), proxy.Command(ONE, TWO, "refs/heads/b c")],
+        )
+        self.assertEqual((capabilities, end), ("report-status side-band-64k", len(data)))
+        for at in range(len(data)):
+            self.assertIsNone(proxy.parse_commands(data[:at]), at)
+        shallow = proxy.pkt(f"shallow {ONE}".encode()) + data
+        self.assertEqual(proxy.parse_commands(shallow), (commands, capabilities, len(shallow)))
+        self.assertEqual(proxy.parse_commands(b"0000"), ([], "", 4))
+
+    def test_what_is_no_push(self) -> None:
+        for data in (b"PACKxxxx", proxy.pkt(f"{ZERO} {ONE} refs/heads/".encode() + b"\xff"), b"0001", b"0004", b"00zz", proxy.pkt(b"push-cert\0caps"), proxy.pkt(b"x y"),
+                     proxy.pkt(f"{ZERO} {ONE[1:]} refs/heads/a".encode()), proxy.pkt(f"{ZERO} {ONE}".encode())):  # fmt: skip
+            with self.subTest(data), self.assertRaises(proxy.GitRefusal):
+                proxy.parse_commands(data)
+
+    def test_what_may_be_pushed(self) -> None:
+        for policy, new, ref, refused in (
+            (POLICY, ONE, "refs/heads/fix", False), (POLICY, ONE, "refs/heads/a/b", False),
+            (POLICY, ONE, "refs/heads/main", True), (POLICY, ONE, "refs/heads/MAIN", True),
+            (POLICY, ZERO, "refs/heads/fix", True), (POLICY, ONE, "refs/tags/v1", True),
+            (POLICY, ONE, "refs/pull/1/head", True), (POLICY, ONE, "HEAD", True), (POLICY, ONE, "main", True),
+            (POLICY, ONE, "refs/heads/", True), (POLICY, ONE, "refs/heads/refs/heads/main", True),
+            (POLICY, ONE, "refs/heads/a..b", True), (POLICY, ONE, "refs/heads/a\x00", True), (POLICY, ONE, "x/refs/heads/a", True),
+            (POLICY._replace(default_branch=""), ONE, "refs/heads/fix", True),
+            (POLICY._replace(branches=("agent/*",)), ONE, "refs/heads/fix", True),
+            (POLICY._replace(branches=("agent/*",)), ONE, "refs/heads/agent/x", False),
+            (POLICY._replace(allow=frozenset(["default-branch"])), ONE, "refs/heads/main", False),
+        ):  # fmt: skip
+            with self.subTest(ref, policy=policy):
+                refusals = proxy.judge_push(SCOPE, policy, [proxy.Command(ZERO, new, ref)])
+                self.assertEqual(bool(refusals), refused, refusals)
+
+    def test_what_is_asked_of_which_repository(self) -> None:
+        good = "/git/good/r.git"
+        for method, target in (
+            ("GET", f"{good}/info/refs?service=git-upload-pack"), ("POST", f"{good}/git-upload-pack"),
+            ("GET", "/git/GOOD/R/info/refs?service=git-receive-pack"), ("POST", f"{good}/git-receive-pack"),
+        ):  # fmt: skip
+            self.assertIn(
+                proxy.git_service(SCOPE, POLICY, method, target),
+                ("git-upload-pack", "git-receive-pack"),
+            )
+        for method, target in (
+            ("POST", f"{good}/info/refs?service=git-upload-pack"), ("GET", f"{good}/git-upload-pack"), ("GET", f"{good}/info/refs"),
+            ("GET", f"{good}/info/refs?service=git-upload-archive"), ("GET", f"{good}/HEAD"), ("GET", f"{good}/objects/info/packs"),
+            ("GET", f"{good}/info/refs?service=git-upload-pack&x=y"), ("GET", "/git/evil/secret.git/info/refs?service=git-upload-pack"),
+            ("POST", "/git/evil/r.git/git-upload-pack"), ("POST", "/git/good/r2.git/git-upload-pack"), ("POST", "/git/good/r.wiki.git/git-upload-pack"),
+            ("POST", f"{good}/info/lfs/objects/batch"), ("POST", "/git/good/r.git/../../evil/secret.git/git-upload-pack"),
+            ("POST", "/git/good/%72.git/git-upload-pack"), ("POST", "/git/good/r.git//git-upload-pack"), ("POST", "/git/good/r.git.git/git-upload-pack"),
+        ):  # fmt: skip
+            with self.subTest(target), self.assertRaises(proxy.GitRefusal):
+                proxy.git_service(SCOPE, POLICY, method, target)
+        with self.assertRaises(proxy.GitRefusal):
+            proxy.git_service(
+                SCOPE, POLICY._replace(readonly=True), "POST", f"{good}/git-receive-pack"
+            )
+
+
+class GitTest(unittest.TestCase):
+    """Clones, fetches and pushes, with what git prints."""
+
+    def setUp(self) -> None:
+        if not shutil.which("git"):
+            self.skipTest("git is not on PATH")
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.home = Path(folder.name)
+        self.env = {**BARE, "HOME": str(self.home), "GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0",
+                    "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b", "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b"}  # fmt: skip
+        self.bare = self.home / "served/good/r.git"
+        self.git("init", "-q", "--bare", "-b", "main", str(self.bare))
+        self.git("-C", str(self.bare), "config", "uploadpack.allowFilter", "true")
+        self.git("-C", str(self.bare), "config", "receive.advertisePushOptions", "true")
+        self.server = GitServer(str(self.home / "served"), TOKEN)
+        self.addCleanup(self.server.__exit__)
+        self.upstream = mcp_upstream.Upstream()
+        self.upstream.__enter__()
+        self.addCleanup(self.upstream.__exit__)
+        first = self.home / "first"
+        self.git("init", "-q", "-b", "main", str(first))
+        self.commit(first, "README", "hello\n")
+        self.git("-C", str(first), "push", "-q", str(self.bare), "main")
+        self.running = self.start()
+        self.url = f"http://127.0.0.1:{self.running.port}/git/good/r.git"
+        self.git(
+            "config",
+            "--global",
+            f"http.http://127.0.0.1:{self.running.port}/.extraHeader",
+            f"Authorization: Bearer {SECRET}",
+        )
+        self.work = self.home / "work"
+
+    def start(self, *argv: str, **env: Any) -> Proxy:
+        running = Proxy(
+            self.upstream.url,
+            "--git",
+            self.server.url,
+            "--audit",
+            str(self.home / "audit"),
+            *argv,
+            **env,
+        )
+        self.addCleanup(running.stop)
+        return running
+
+    def git(self, *argv: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            ["git", *argv], env=self.env, capture_output=True, text=True, timeout=120
+        )
+        if check:
+            self.assertEqual(done.returncode, 0, (argv, done.stderr))
+        return done
+
+    def commit(self, where: Path, name: str, text: str) -> None:
+        (where / name).write_text(text)
+        self.git("-C", str(where), "add", name)
+        self.git("-C", str(where), "commit", "-q", "-m", name)
+
+    def clone(self, *argv: str) -> Path:
+        self.git("clone", "-q", *argv, self.url, str(self.work))
+        return self.work
+
+    def push(self, *refs: str) -> subprocess.CompletedProcess[str]:
+        return self.git(
+            "-C", str(self.work), "push", *(refs or ("origin", "HEAD:fix")), check=False
+        )
+
+    def branches(self) -> set[str]:
+        return set(
+            self.git("-C", str(self.bare), "for-each-ref", "--format=%(refname)").stdout.split()
+        )
+
+    def test_clone_fetch_and_push(self) -> None:
+        work = self.clone()
+        self.assertEqual((work / "README").read_text(), "hello\n")
+        self.commit(work, "new", "x" * 100_000)
+        done = self.push()
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("refs/heads/fix", self.branches())
+        self.git("-C", str(work), "fetch", "-q")
+        self.assertIn("origin/fix", self.git("-C", str(work), "branch", "-r").stdout)
+        for seen in self.server.seen:
+            self.assertNotIn(SECRET, str(seen.headers))
+        self.assertIn("version=2", {seen.headers.get("git-protocol") for seen in self.server.seen})
+        self.assertNotIn(TOKEN, self.running.stderr() + (self.home / "audit").read_text())
+        self.assertIn("refs/heads/fix", (self.home / "audit").read_text())
+
+    def test_other_ways_to_clone(self) -> None:
+        for argv in (["--depth", "1"], ["--filter=blob:none"], ["-c", "protocol.version=0"], ["-c", "protocol.version=1"],
+                     ["-c", "http.postBuffer=65536"]):  # fmt: skip
+            with self.subTest(argv):
+                work = self.clone(*argv)
+                self.assertEqual((work / "README").read_text(), "hello\n")
+                self.commit(work, "more", str(argv))
+                self.assertEqual(self.push("origin", f"HEAD:b{len(self.branches())}").returncode, 0)
+                shutil.rmtree(work)
+
+    def test_refused_pushes(self) -> None:
+        work = self.clone()
+        self.push("origin", "HEAD:fix")
+        before = self.branches()
+        self.commit(work, "new", "y")
+        for refs, words in (
+            (
+                ("origin", "HEAD:main"),
+                "remote: refused: refs/heads/main: must be a branch other than the default one",
+            ),
+            (("origin", ":fix"), "branches are not deleted"),
+            (("origin", "HEAD:refs/tags/v1"), "only branches"),
+            (("origin", "HEAD:one", "HEAD:main"), "another ref of this push"),
+        ):
+            with self.subTest(refs):
+                done = self.push(*refs)
+                self.assertEqual(done.returncode, 1, done.stderr)
+                self.assertIn(words, done.stderr)
+                self.assertIn("[remote rejected]", done.stderr)
+        self.assertEqual(self.branches(), before)
+        posts = [s for s in self.server.seen if s.method == "POST" and "receive-pack" in s.path]
+        self.assertEqual(len(posts), 1, "only the first one")
+
+    def test_a_large_push_that_is_refused_and_one_that_is_not(self) -> None:
+        work = self.clone()
+        (work / "big").write_bytes(os.urandom(20_000_000))
+        self.git("-C", str(work), "add", "big")
+        self.git("-C", str(work), "commit", "-q", "-m", "big")
+        done = self.push("origin", "HEAD:main")
+        self.assertIn("default", done.stderr)
+        done = self.push("origin", "HEAD:big")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        shutil.rmtree(work)
+        self.clone("-b", "big")
+        self.assertEqual((work / "big").stat().st_size, 20_000_000)
+        status = Path(f"/proc/{self.running.process.pid}/status")
+        if status.exists():
+            peak = int(status.read_text().partition("VmHWM:")[2].split()[0]) // 1024
+            self.assertLess(peak, 60)
+
+    def test_push_options(self) -> None:
+        self.commit(self.clone(), "new", "z")
+        self.assertEqual(self.push("-o", "ci.skip", "origin", "HEAD:opt").returncode, 0)
+
+    def test_what_else_is_refused_says_why(self) -> None:
+        base = f"http://127.0.0.1:{self.running.port}/git"
+        for url, words in (
+            (f"{base}/evil/secret.git", "refused: only good/r is served here"),
+            (f"{base}/good/r.wiki.git", "refused: the wiki is not served here"),
+        ):
+            done = self.git("ls-remote", url, check=False)
+            self.assertEqual(done.returncode, 128)
+            self.assertIn(words, done.stderr)
+        self.assertEqual(self.server.seen, [])
+        readonly = self.start(GITHUB_MCP_READONLY="1")
+        self.git(
+            "config",
+            "--global",
+            f"http.http://127.0.0.1:{readonly.port}/.extraHeader",
+            f"Authorization: Bearer {SECRET}",
+        )
+        self.clone()
+        self.commit(self.work, "n", "n")
+        done = self.push(f"http://127.0.0.1:{readonly.port}/git/good/r.git", "HEAD:x")
+        self.assertIn("read-only", done.stderr)
+        without = Client(self.running.port, "")
+        self.addCleanup(without.close)
+        self.assertEqual(
+            without.raw(without.head("GET", "/git/good/r.git/info/refs?service=git-upload-pack"))[
+                0
+            ],
+            403,
+        )
+
+    def test_a_repository_that_is_not_there_and_a_dead_upstream(self) -> None:
+        shutil.rmtree(self.bare)
+        done = self.git("ls-remote", self.url, check=False)
+        self.assertIn("404", done.stderr)
+        self.server.token = "another-token-0123456789"
+        self.assertIn("token", self.git("ls-remote", self.url, check=False).stderr)
+        self.server.__exit__()
+        self.assertIn("cannot be reached", self.git("ls-remote", self.url, check=False).stderr)
+
+
+if __name__ == "__main__":
+    unittest.main()
