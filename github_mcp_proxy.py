@@ -2291,6 +2291,7 @@ class Client(Connection):
         self.incoming = self.next_request()
         self.later = bytearray()  # received while a request was served
         self.size = self.held = 0  # bytes, of MAX_HELD
+        self.begun = 0  # bytes of a push that are read and not passed on
         self.task: asyncio.Task[None] | None = None
         self.waiter: asyncio.Future[None] | None = None
         self.streaming = False
@@ -2317,7 +2318,7 @@ class Client(Connection):
         try:
             incoming.feed(data)
             is_git = bool(incoming.start and incoming.start[1].startswith(GIT))
-            self.hold(len(incoming.body) if is_git else incoming.size)
+            self.hold(self.begun + len(incoming.body) if is_git else incoming.size)
             if incoming.start and not known:
                 check_request(incoming, self.proxy.hosts, self.proxy.secret)
                 if not incoming.complete and incoming.headers.get("expect"):
@@ -2327,7 +2328,7 @@ class Client(Connection):
             self.refuse(error)
             return
         if self.task:  # which takes the body as it comes
-            self.set_deadline(STALL_SECONDS)
+            self.deadline = float("inf")
             if not self.wake() and len(incoming.body) > HIGH_WATER:
                 self.transport.pause_reading()
         elif incoming.complete or is_git:
@@ -2738,6 +2739,7 @@ class Proxy:
         parsed = None
         while parsed is None:
             begun += request.take()
+            client.begun = len(begun)
             parsed = parse_commands(begun)
             if parsed is None and (request.complete or len(begun) > MAX_COMMANDS):
                 raise GitRefusal("this push has no end of its commands")
@@ -2804,6 +2806,7 @@ class Proxy:
         while not connection.incoming.start and not connection.closed:
             over = request.complete
             data, begun = begun + request.take(), b""
+            client.begun = 0
             if data:
                 connection.transport.write(chunk(data) if chunked else data)
             if over:

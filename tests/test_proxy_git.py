@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 import unittest
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import github_mcp_proxy as proxy
 from tests.fakes import mcp_upstream
 from tests.fakes.git_server import GitServer
+from tests.support import ROOT
 from tests.test_proxy_http import BARE
 from tests.test_proxy_http import SECRET
 from tests.test_proxy_http import TOKEN
@@ -234,6 +236,42 @@ class GitTest(unittest.TestCase):
         if status.exists():
             peak = int(status.read_text().partition("VmHWM:")[2].split()[0]) // 1024
             self.assertLess(peak, 60)
+
+    def test_who_waits_for_the_other_is_not_cut_off(self) -> None:
+        """The limit is for a client that sends nothing; not while GitHub works on what it sent."""
+        script = self.home / "quick.py"
+        script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport github_mcp_proxy as p\n"
+                          "p.STALL_SECONDS = 1\nsys.exit(p.main())\n")  # fmt: skip
+        quick = self.start(script=script)
+        base = f"http://127.0.0.1:{quick.port}"
+        self.git(
+            "config", "--global", f"http.{base}/.extraHeader", f"Authorization: Bearer {SECRET}"
+        )
+        self.commit(self.clone(), "new", os.urandom(100_000).hex())
+        self.server.delay = 2.5
+        done = self.push(f"{base}/git/good/r.git", "HEAD:slow")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        client = Client(quick.port)
+        self.addCleanup(client.close)
+        head = client.head("POST", "/git/good/r.git/git-receive-pack", length=1000)
+        client.socket.sendall(head + b"00")
+        self.assertTrue(client.is_closed())
+
+    def test_clients_that_leave_in_the_middle_of_a_push(self) -> None:
+        before = self.running.descriptors()
+        command = proxy.pkt(f"{ZERO} {ONE} refs/heads/x\0report-status".encode()) + b"0000PACK"
+        for _ in range(20):
+            client = Client(self.running.port)
+            head = client.head("POST", "/git/good/r.git/git-receive-pack", length=10_000_000)
+            client.socket.sendall(head + command + b"x" * 500_000)
+            client.close()
+        deadline = time.monotonic() + 20
+        while self.running.descriptors() > before + 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self.assertLessEqual(self.running.descriptors(), before + 2)
+        self.assertNotIn("refs/heads/x", self.branches())
+        self.assertNotIn("fault", self.running.stderr())
+        self.clone()
 
     def test_push_options(self) -> None:
         self.commit(self.clone(), "new", "z")

@@ -6,6 +6,7 @@ import base64
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from http.server import ThreadingHTTPServer
@@ -29,6 +30,7 @@ class GitServer(ThreadingHTTPServer):
         self.root = root
         self.token = token
         self.seen: list[Seen] = []
+        self.delay = 0.0  # seconds from a request to its answer
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def handle_error(self, *_: object) -> None:
@@ -84,6 +86,7 @@ class Handler(BaseHTTPRequestHandler):
             for data in self.body():
                 child.stdin.write(data)
             child.stdin.close()
+            time.sleep(self.server.delay)
             status, lines = "200", []
             while line := child.stdout.readline().decode().strip():
                 name, _, value = line.partition(": ")
