@@ -87,7 +87,9 @@ class Config(NamedTuple):
     @property
     def oauth_url(self) -> str:
         """Where people log in: https://github.com for https://api.github.com."""
-        return re.sub(r"^(https?://)(?:api\.)?([^/]*)(/api/v3)?$", r"\1\2", self.api_url)
+        if self.api_url.endswith("/api/v3"):
+            return self.api_url[: -len("/api/v3")]
+        return self.api_url.replace("https://api.", "https://", 1)
 
 
 class Token(NamedTuple):
@@ -873,12 +875,17 @@ def rate_limited(reply: Reply, wait: float) -> Failure:
 # --- shell: the cache ---
 
 
+def xdg_home(variable: str, default: str) -> str:
+    """A relative path is ignored, as XDG says: it would lie in whatever folder this is run in."""
+    given = os.environ.get(variable, "")
+    return given if os.path.isabs(given) else os.path.expanduser(default)
+
+
 class Cache:
     """One folder of ours (0700) with files (0600): tokens, and the ids of repositories."""
 
     def __init__(self) -> None:
-        home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-        self.folder = os.path.join(home, "github-app-token")
+        self.folder = os.path.join(xdg_home("XDG_STATE_HOME", "~/.local/state"), "github-app-token")
 
     def path(self, kind: str, **what: Json) -> str:
         """The file of what a token is for: another host, App, permission or repository, another."""
@@ -1717,8 +1724,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 def read_profile(name: str) -> dict[str, str]:
     import configparser
 
-    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-    path = os.path.join(home, "github-app-token.ini")
+    path = os.path.join(xdg_home("XDG_CONFIG_HOME", "~/.config"), "github-app-token.ini")
     parser = configparser.ConfigParser(interpolation=None)
     try:
         with open(path, encoding="utf-8") as file:

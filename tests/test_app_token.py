@@ -1095,6 +1095,23 @@ class CommandTest(Case):
         ini.chmod(0o666)
         self.fails(self.run_it("token", "--profile", "w", **env), g.USAGE, "chmod go-w")
 
+    def test_settings_of_the_folder_it_is_run_in_do_not_count(self) -> None:
+        here = self.home / "project"
+        (here / "conf").mkdir(parents=True)
+        (here / "conf/github-app-token.ini").write_text("[w]\nkey = command:touch pwned\n")
+        env = {
+            **self.env,
+            "XDG_CONFIG_HOME": "conf",
+            "XDG_STATE_HOME": "state",
+            "PATH": f".:{self.env['PATH']}",
+        }
+        self.write("project/openssl", b"#!/bin/sh\ntouch pwned\n", 0o700)
+        for argv in (["--profile", "w"], []):
+            command = self.command("token", "--key", str(self.key), "--permissions", "dev", *argv)
+            done = subprocess.run(command, env=env, cwd=here, capture_output=True, timeout=TIMEOUT)
+            self.assertIn(done.returncode, (g.USAGE, g.SIGNER), done.stderr)
+        self.assertEqual(sorted(os.listdir(here)), ["conf", "openssl"])
+
     def test_wrong_flags_and_help(self) -> None:
         self.assertEqual(self.run_it("--nonsense").returncode, 2)
         self.assertEqual(self.run_it("token", "--token", "x").returncode, 2)
@@ -1184,6 +1201,7 @@ class PureTest(unittest.TestCase):
             ("sub.ghe.com", "https://api.sub.ghe.com", "https://sub.ghe.com"),
             ("https://api.sub.ghe.com", "https://api.sub.ghe.com", "https://sub.ghe.com"),
             ("ghe.example", "https://ghe.example/api/v3", "https://ghe.example"),
+            ("api.ghe.example", "https://api.ghe.example/api/v3", "https://api.ghe.example"),
             (
                 "https://ghe.example:8443/api/v3",
                 "https://ghe.example:8443/api/v3",
