@@ -106,6 +106,7 @@ class Token(NamedTuple):
     refresh_token: str = ""
     refresh_expires_at: float = 0
     refreshing: bool = False  # a refresh has begun, and is not over until the scope is checked
+    unchecked: bool = False  # what it reaches has not been looked at yet: never given out
 
     def __repr__(self) -> str:
         return f"<token {masked(self.token)}>"
@@ -502,7 +503,10 @@ def read_secret(source: str, what: str) -> bytes:
     except TimeoutError:
         raise Failure(KEY, f"{what}: nothing came from {kind}") from None
     except OSError as error:
-        raise Failure(KEY, f"{what}: cannot read {source}: {error.strerror}") from None
+        # A key or passphrase that was given in the place of its file's name is not to be shown.
+        named = os.path.isdir(os.path.dirname(source)) or ("key" in what and len(source) < 200)
+        shown = source if named else "the file that it names"
+        raise Failure(KEY, f"{what}: cannot read {shown}: {error.strerror}") from None
 
 
 def read_private_file(path: str) -> bytes:
@@ -1323,7 +1327,7 @@ def repository_id(config: Config, cache: Cache, github: GitHub) -> int:
 
 
 @well_formed()
-def refreshed(config: Config, cache: Cache, path: str, token: Token) -> Token:
+def refreshed(config: Config, cache: Cache, path: str, token: Token, refused: str) -> Token:
     """A new token for an old one; the refresh token works once, and ends the old access token.
 
     The file says that a refresh has begun before the request is sent: if the answer is lost, the
@@ -1343,7 +1347,7 @@ def refreshed(config: Config, cache: Cache, path: str, token: Token) -> Token:
                 refresh_token=token.refresh_token,
             )
         except Failure as failure:
-            if token.left() > 0 and failure.status in (NETWORK, SERVER, RATE):
+            if alive(token, refused) and failure.status in (NETWORK, SERVER, RATE):
                 warn(f"{failure}: the token is not renewed yet")
                 return token
             raise
@@ -1353,7 +1357,7 @@ def refreshed(config: Config, cache: Cache, path: str, token: Token) -> Token:
             raise login_needed(config, f"GitHub does not know the login any more{lost}")
         new = user_token(grant, config, github)
         new = new._replace(login=token.login, repositories=token.repositories)
-        cache.write(path, new._replace(refreshing=True)._asdict())
+        cache.write(path, new._replace(refreshing=True, unchecked=True)._asdict())
     try:
         check_user_scope(new, new.repositories[0]["id"], config.repos[0], github)
     except Failure as failure:
@@ -1393,13 +1397,21 @@ def revoke_user_tokens(github: GitHub, tokens: Sequence[str]) -> bool:
 # --- commands ---
 
 
+def alive(token: Token, refused: str) -> bool:
+    """May be given out, as far as is known: checked, and not the one that GitHub refused."""
+    digest = hashlib.sha256(token.token.encode()).hexdigest()
+    return token.left() > 0 and not token.unchecked and digest != refused
+
+
 def get_token(config: Config, cache: Cache, refused: str = "") -> tuple[Token, bool]:
     """(a token that lives for min_ttl, whether it was cached). `refused`: SHA-256 of a dead one."""
 
     def usable(token: Token | None) -> bool:
         return bool(token and token.left() > config.min_ttl and not token.refreshing
-                    and hashlib.sha256(token.token.encode()).hexdigest() != refused)  # fmt: skip
+                    and alive(token, refused))  # fmt: skip
 
+    if config.kind == "user":
+        refuse_permissions(config)
     path = cache.token_path(config)
     token = cache.read_token(path)
     if token and usable(token) and not config.accept_new_repo:
@@ -1419,7 +1431,9 @@ def get_token(config: Config, cache: Cache, refused: str = "") -> tuple[Token, b
         token = cache.read_token(path)
         if not token:
             raise login_needed(config, "nobody has logged in for this repository")
-        return (token, True) if usable(token) else (refreshed(config, cache, path, token), False)
+        if usable(token):
+            return token, True
+        return refreshed(config, cache, path, token, refused), False
 
 
 def formatted(token: Token, format: str, cached: bool) -> str:
@@ -1460,7 +1474,15 @@ def cmd_token(config: Config, options: argparse.Namespace) -> int:
     return 0
 
 
+def refuse_permissions(config: Config) -> None:
+    """A login has the rights that the App and the user share: nothing narrows them."""
+    if config.permissions:
+        raise Failure(USAGE, "--permissions narrow a token only with --key",
+                      "--permissions inherit: all that the login may do")  # fmt: skip
+
+
 def cmd_login(config: Config, options: argparse.Namespace) -> int:
+    refuse_permissions(config)
     cache = Cache()
     token = device_login(config, cache)
     path = cache.token_path(config._replace(key=""))
@@ -1737,7 +1759,12 @@ def read_profile(name: str) -> dict[str, str]:
     except KeyError:
         raise Failure(USAGE, f"{path} has no section [{name}]") from None
     except (configparser.Error, UnicodeDecodeError) as error:
-        raise Failure(USAGE, f"{path}: {redact(str(error))}") from None
+        # Not its text, which quotes the line: that may be of a key that was pasted there.
+        lines = [number for number, _ in getattr(error, "errors", ())]
+        line = getattr(error, "lineno", None) or (lines[0] if lines else "?")
+        raise Failure(
+            USAGE, f"{path} is not an INI file: {type(error).__name__}, line {line}"
+        ) from None
     for key in section.keys() - set(SETTINGS):
         raise Failure(USAGE, f"{path}: {key} is not a setting", "known: " + ", ".join(SETTINGS))
     return section
@@ -1749,6 +1776,8 @@ def build_config(options: argparse.Namespace) -> Config:
     for name in SETTINGS:
         variable = "GITHUB_APP_ID" if name == "app_id" else "GITHUB_APP_" + name.upper()
         values[name] = os.environ.get(variable) or values.get(name, "")
+        if name == "key" and os.environ.get(variable) == "" and not options.key:
+            raise Failure(USAGE, "GITHUB_APP_KEY is set and empty", "unset it to use the login")
         given = getattr(options, name)
         if given:
             values[name] = " ".join(given) if name == "repo" else given

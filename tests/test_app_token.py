@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import pty
@@ -842,6 +843,44 @@ class LoginTest(Case):
         self.assertEqual((done.returncode, done.stdout), (g.LOGIN, "quit=1\n"))
         self.assertEqual(self.run_it("status").returncode, g.LOGIN)
         self.assertEqual(self.github.seen, [])
+
+    def test_secrets_given_in_the_wrong_place_are_not_shown(self) -> None:
+        key = "LS0tLS1CRUdJTiBQUklWQVRF" * 40
+        done = self.run_it("token", "--permissions", "dev", GITHUB_APP_KEY=key)
+        self.fails(done, g.KEY, "cannot read the file that it names")
+        self.assertNotIn(key[:24], done.stderr)
+        done = self.token(GITHUB_APP_PASSPHRASE="hunter2-horse")
+        self.assertNotIn("hunter2", done.stderr)
+        config = Path(self.env["HOME"]) / ".config/github-app-token.ini"
+        config.parent.mkdir(exist_ok=True)
+        config.write_text("[w]\nkey = -----BEGIN\nMIIEowIBAAKC\n")
+        config.chmod(0o600)
+        done = self.run_it("token", "--profile", "w")
+        self.fails(done, g.USAGE, "line 3")
+        self.assertNotIn("MIIE", done.stderr)
+
+    def test_an_unchecked_token_is_not_given_out_when_the_next_refresh_fails(self) -> None:
+        self.login()
+        self.store(expires_at=time.time() - 1)
+        self.github.on("/api/v3/user/installations", error(404, "Not Found"))
+        self.assertEqual(self.run_it("token").returncode, 1)
+        self.github.on(self.poll, error(502, ""))
+        done = self.run_it("token")
+        self.assertEqual((done.returncode, done.stdout), (g.SERVER, ""))
+
+    def test_a_refused_token_is_not_given_out_when_its_refresh_fails(self) -> None:
+        self.login()
+        refused = hashlib.sha256(self.stored()["token"].encode()).hexdigest()
+        self.github.on(self.poll, error(502, ""))
+        done = self.run_it("token", GITHUB_TOKEN_REFUSED=refused)
+        self.assertEqual((done.returncode, done.stdout), (g.SERVER, ""))
+
+    def test_permissions_are_not_ignored_by_a_login(self) -> None:
+        self.fails(self.login("--permissions", "read"), g.USAGE, "only with --key")
+        self.assertEqual(self.login().returncode, 0)
+        self.fails(self.run_it("token", "--permissions", "read"), g.USAGE, "only with --key")
+        self.fails(self.run_it("token", GITHUB_APP_KEY=""), g.USAGE, "GITHUB_APP_KEY")
+        self.passes(self.run_it("token", "--permissions", "inherit"))
 
     def test_25_at_once_refresh_once(self) -> None:
         self.login()
