@@ -79,6 +79,18 @@ PASSED_ENV = (
     "ANTHROPIC_BASE_URL", "ANTHROPIC_MODEL", "ANTHROPIC_SMALL_FAST_MODEL",
 )  # fmt: skip
 
+GITHUB_TOKEN = "GITHUB_MCP_TOKEN"  # for the proxy alone
+GITHUB_PROXY = "github_mcp_proxy.py"
+OWNER_REPO = r"([A-Za-z0-9][A-Za-z0-9-]*/[A-Za-z0-9._-]+?)"
+GITHUB_URL = re.compile(
+    r"(?:https?://(?:[^@/]*@)?(?:www\.)?github\.com(?::443)?/"
+    r"|ssh://git@(?:ssh\.)?github\.com(?::\d+)?/|git@(?:ssh\.)?github\.com:/?)"
+    + OWNER_REPO + r"(?:\.git)?/?",
+    re.IGNORECASE,
+)  # fmt: skip
+# The ways to write a repository's address; each is led to the proxy in the guest.
+GITHUB_FORMS = ("https://github.com/", "git@github.com:", "ssh://git@github.com/")
+
 PROXY = re.compile(r"(https?|all|no)_proxy", re.IGNORECASE)
 
 PROVISION_LOG = "/var/log/agent-vm-provision.log"
@@ -153,6 +165,23 @@ class Credential(NamedTuple):
 
     def __repr__(self) -> str:
         return f"<{self.name} from {self.origin}>"
+
+
+class GitHub(NamedTuple):
+    """A running GitHub proxy, as far as its guest must know it."""
+
+    repo: str  # OWNER/REPO
+    port: int
+    secret: str
+    readonly: bool
+    remote: str  # the project's remote as it is written, "" when it is not from there
+
+    def __repr__(self) -> str:
+        return f"<proxy for {self.repo} on port {self.port}>"
+
+    @property
+    def url(self) -> str:
+        return f"http://host.lima.internal:{self.port}"
 
 
 class HostFacts(NamedTuple):
@@ -451,7 +480,9 @@ def lease_from(text: str) -> Lease:
     return lease
 
 
-def claude_config(project: str, credential: Credential | None) -> dict[str, Any]:
+def claude_config(
+    project: str, credential: Credential | None, github: GitHub | None = None
+) -> dict[str, Any]:
     """What ~/.claude.json must say so that no wizard or dialog appears (Claude Code 2.1).
 
     Trust in "/" covers what else is mounted, but not a directory with an entry of its own.
@@ -466,7 +497,171 @@ def claude_config(project: str, credential: Credential | None) -> dict[str, Any]
     }
     if credential and credential.name == "ANTHROPIC_API_KEY":
         config["customApiKeyResponses"] = {"approved": [credential.value[-20:]], "rejected": []}
+    if github:
+        headers = {"Authorization": f"Bearer {github.secret}"}
+        server = {"type": "http", "url": f"{github.url}/mcp", "headers": headers}
+        config["mcpServers"] = {"github": server}
     return config
+
+
+def github_repository(url: str) -> str:
+    """OWNER/REPO of a remote on github.com, "" for any other."""
+    match = GITHUB_URL.fullmatch(url)
+    return match[1] if match else ""
+
+
+def git_remote(settings: Sequence[tuple[str, str]], head: str) -> str:
+    """The URL of the remote that the branch in HEAD tracks, else of origin, else ""; as written.
+
+    `settings`: (key, value) as git prints them: section and last name in lower case.
+    """
+    values: dict[str, str] = {}
+    for key, value in settings:
+        values.setdefault(key, value)
+    branch = head[len("ref: refs/heads/") :] if head.startswith("ref: refs/heads/") else ""
+    tracked = dict(settings).get(f"branch.{branch}.remote", "")
+    return values.get(f"remote.{tracked}.url") or values.get("remote.origin.url", "")
+
+
+def instead_of(url: str, settings: Sequence[tuple[str, str]]) -> str:
+    """`url` as git rewrites it: the longest url.BASE.insteadOf that it starts with (git-config)."""
+    rules = [
+        (value, key[len("url.") : -len(".insteadof")])
+        for key, value in settings
+        if key.startswith("url.") and key.endswith(".insteadof") and url.startswith(value)
+    ]
+    old, new = max(rules, key=lambda rule: len(rule[0]), default=("", ""))
+    return new + url[len(old) :]
+
+
+def guest_git_config(github: GitHub) -> str:
+    """The guest's way to the one repository: its usual addresses lead to the proxy.
+
+    git compares prefixes, and OWNER/REPO is one of OWNER/REPO-docs: longer prefixes keep those.
+    """
+    served = f"{github.url}/git/{github.repo}.git"
+    lines = [
+        f'[http "{github.url}/"]',
+        f'\textraHeader = "Authorization: Bearer {github.secret}"',
+        "\tproxy =",
+        f'[url "{served}"]',
+    ]
+    written = [f"{form}{github.repo}{end}" for form in GITHUB_FORMS for end in ("", ".git")]
+    lines += [
+        f"\tinsteadOf = {json.dumps(url)}"
+        for url in dict.fromkeys([*written, github.remote])
+        if url
+    ]
+    for form in GITHUB_FORMS:
+        for char in "-._0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ":
+            other = f"{form}{github.repo}{char}"
+            lines.append(f'[url "{other}"]\n\tinsteadOf = {other}')
+    return "\n".join(lines) + "\n"
+
+
+def github_briefing(github: GitHub) -> str:
+    """What the agent should know before it tries; it goes into its memory file in the guest."""
+    write = (
+        "Everything there is read-only in this session."
+        if github.readonly
+        else "Write to a branch other than the default one, and open a pull request."
+    )
+    return f"""
+# GitHub in this VM
+
+You reach exactly one GitHub repository, {github.repo}, through a proxy on the user's machine.
+There is no GitHub credential in this VM.
+
+- Issues, pull requests, files: the tools of the MCP server `github` (mcp__github__*); `owner` and
+  `repo` may be left out.
+- `git fetch`, `pull`, `clone` and `push` work with the usual addresses of {github.repo}.
+- {write}
+  Refused: pushes to the default branch, deletions, tags, LFS, the wiki.
+- `gh` and api.github.com have no credential: use the tools. Of other repositories only public ones
+  can be read, by https.
+- A refusal says its reason. It is a decision, not a fault: tell the user, look for no way round.
+- What listens on a port here is forwarded to the user's 127.0.0.1, unless forwarding is off.
+"""
+
+
+def github_probe(github: GitHub) -> str:
+    """Shell for the guest: silent when the proxy refuses all that it must refuse, else says what.
+
+    The secret comes from a file: it must not be in an argv.
+    """
+    other = "agent-vm-probe/other"
+    served = f"only {github.repo} is served here"
+    mcp = f"{github.url}/mcp"
+
+    def call(name: str, **arguments: str) -> str:
+        params = {"name": name, "arguments": arguments}
+        return json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params})
+
+    def pack(repo: str, service: str) -> str:
+        return f"{github.url}/git/{repo}.git/info/refs?service=git-{service}"
+
+    foreign = call("get_file_contents", owner=other.split("/")[0], repo="other", path="x")
+    probes = [
+        ("another repository over MCP", served, "github-header", [mcp, "-d", foreign]),
+        ("another repository over git", served, "github-header", [pack(other, "upload-pack")]),
+        ("a wrong secret", "secret is missing or wrong", "wrong-header", [mcp, "-d", foreign]),
+    ]
+    if github.readonly:
+        write = call("create_branch", branch="agent-vm-probe")
+        probes += [
+            ("a write over MCP", "the policy is read-only", "github-header", [mcp, "-d", write]),
+            (
+                "a push",
+                "the policy is read-only",
+                "github-header",
+                [pack(github.repo, "receive-pack")],
+            ),
+        ]
+    lines = [PROBE]
+    for what, words, header, arguments in probes:
+        lines.append(shlex.join(["refused", what, words, header, *arguments]))
+    return "\n".join(lines) + "\n"
+
+
+def github_receipt(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the proxy's audit says was done: a line for each write, and for each kind of refusal."""
+
+    def about(line: Mapping[str, Any]) -> str:
+        target = line.get("target") or {}
+        return " ".join(
+            [str(line["tool"] or line["method"]), *(f"{k}={v}" for k, v in target.items())]
+        )
+
+    calls = [line for line in lines if line["method"] in ("tools/call", "git")]
+    sent = [line for line in calls if line["verdict"] == "forward"]
+    writes = [line for line in sent if not READS.match(line["tool"])]
+    refused: dict[str, int] = {}
+    for line in lines:
+        if line["verdict"] not in ("forward", "info"):
+            text = f"{line['verdict']}: {about(line)}: {line['reason']}"
+            refused[text] = refused.get(text, 0) + 1
+    reads, stopped = len(sent) - len(writes), sum(refused.values())
+    result = [f"{reads} reads, {len(writes)} writes sent, {stopped} not passed"]
+    result += [f"sent: {about(line)}" for line in writes]
+    result += [text + (f" ({count} times)" if count > 1 else "") for text, count in refused.items()]
+    return [line[:300] for line in result]
+
+
+# What the audit calls a read; whatever is not known to be one counts as a write.
+READS = re.compile(r"get_|list_|search_|\w+_read$|git-upload-pack")
+
+PROBE = r"""
+cd ~/.agent-vm
+printf 'Authorization: Bearer not-the-secret-of-this-proxy-0000000' > wrong-header
+refused() {
+  answer=$(curl -sS -m 20 --noproxy '*' -H @"$3" -H 'Content-Type: application/json' \
+    -H 'Accept: application/json, text/event-stream' "${@:4}" 2>&1)
+  case $answer in
+    *"$2"*) ;;
+    *) echo "$1 is not refused as it should be: ${answer:0:300}"; exit 1 ;;
+  esac
+}
+"""
 
 
 def exports(variables: Mapping[str, str]) -> str:
@@ -513,6 +708,7 @@ def prepare_script(
     credential: Credential | None,
     git_identity: Mapping[str, str],
     zone: str,
+    github: GitHub | None = None,
 ) -> str:
     """The script that makes a booted clone a place to work; it travels on stdin, never in argv."""
     zone_file = shlex.quote(f"/usr/share/zoneinfo/{zone}")
@@ -528,13 +724,21 @@ def prepare_script(
         parts.append(f"[ ! -e {zone_file} ] || sudo ln -sf {zone_file} /etc/localtime")
     parts += [
         MERGE,
-        pipe("merge ~/.claude.json", json.dumps(claude_config(project, credential))),
+        pipe("merge ~/.claude.json", json.dumps(claude_config(project, credential, github))),
         pipe("merge ~/.claude/settings.json", json.dumps(settings)),
         pipe("cat > ~/.agent-vm/env", exports(variables)),
         pipe("cat > ~/.agent-vm/credential", exports(secret)),
         pipe("cat > ~/.agent-vm/launch", LAUNCH),
         "chmod 700 ~/.agent-vm/launch",
     ]
+    if github:
+        parts += [
+            "chmod 600 ~/.claude.json",
+            pipe("cat > ~/.agent-vm/github-header", f"Authorization: Bearer {github.secret}"),
+            pipe("cat > ~/.agent-vm/gitconfig", guest_git_config(github)),
+            "git config --global --add include.path '~/.agent-vm/gitconfig'",
+            pipe("cat >> ~/.claude/CLAUDE.md", github_briefing(github)),
+        ]
     return "\n".join(parts) + "\n"
 
 
@@ -609,6 +813,12 @@ def yes_or_no(text: str) -> bool:
     return values[text.lower()]
 
 
+def github_choice(text: str) -> str:
+    if text in ("off", "on", "auto") or re.fullmatch(OWNER_REPO, text):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is not off, auto or OWNER/REPO")
+
+
 class Setting(NamedTuple):
     """A value that a flag, AGENT_VM_NAME, config.ini or the default gives, in that order."""
 
@@ -643,6 +853,12 @@ SETTINGS = {
     "readonly": Setting(
         yes_or_no, False, "mount the project read-only, enforced on the host by 9p and virtiofs"
     ),
+    "github": Setting(
+        github_choice, "off", "give the agent one GitHub repository, by default that of the"
+        " remote; auto: when there is one and a token (default off)", "off|auto|OWNER/REPO",
+    ),
+    "github-profile": Setting(str, "", "tokens from github_app_token.py's profile NAME", "NAME"),
+    "github-policy": Setting(existing_file, "", "what may be written, see the proxy", "FILE"),
     "forward": Setting(yes_or_no, True, "forward the guest's ports to the host (default)"),
 }  # fmt: skip
 
@@ -727,7 +943,7 @@ class Folders(NamedTuple):
 
     def make_state(self) -> None:
         try:
-            for name in ("leases", "sessions", "links", "logs"):
+            for name in ("leases", "sessions", "links", "logs", "audit", "github"):
                 (self.state / name).mkdir(mode=0o700, parents=True, exist_ok=True)
             self.state.chmod(0o700)
         except OSError as error:
@@ -1560,10 +1776,13 @@ def run_in_clone(context: Context, args: argparse.Namespace, argv: Sequence[str]
     variables = guest_variables(context, os.environ)
     base = ensure_base(context, args)
     mounts.append(session_mount(context, project, base.home))
-    script = prepare_script(
-        mounts, project, variables, credential, git_identity(), host_zone(os.environ)
-    )
-    with disposable(context, project, args.keep) as name:
+    chosen = choose_github(context, project, args.yes)
+    with contextlib.ExitStack() as stack:
+        name = stack.enter_context(disposable(context, project, args.keep))
+        github = stack.enter_context(github_proxy(context, chosen, name)) if chosen else None
+        script = prepare_script(
+            mounts, project, variables, credential, git_identity(), host_zone(os.environ), github
+        )
         log.progress(f"starting {name}")
         guest = Guest(make_clone(context, base, name, mounts))
         start_instance(context, name, context.lima.timeout)
@@ -1571,6 +1790,8 @@ def run_in_clone(context: Context, args: argparse.Namespace, argv: Sequence[str]
         if prepared.returncode:
             logs = "" if prepared.stdout else failure_logs(context, name)
             raise AgentVMError("the VM could not be prepared", details=prepared.stdout + logs)
+        if github:
+            stack.enter_context(armed(context, guest, github))
         for path in hooks:
             run_hook(guest, path, path.parent == Path(project), project)
         return attach_agent(context, guest, project, argv)
@@ -1588,6 +1809,219 @@ def attach_agent(context: Context, guest: Guest, project: str, argv: Sequence[st
             guest.run("sync", timeout=20)  # what the agent wrote so far is kept
         raise
     return check_status(context, guest, status)
+
+
+# --- GitHub: one repository, through a proxy on this host ---
+
+
+class GitHubChoice(NamedTuple):
+    """What a proxy is started with: the repository, and where its token is from."""
+
+    repo: str
+    remote: str  # as written in the project, "" when the repository was named
+    environ: Mapping[str, str]
+    options: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"<GitHub {self.repo}>"
+
+
+def choose_github(context: Context, project: str, yes: bool) -> GitHubChoice | None:
+    """The repository and the token of this run; None without GitHub. What is missing raises."""
+    wanted = context.get("github")
+    if wanted == "off":
+        return None
+    repo, remote = (wanted, "") if "/" in wanted else project_repository(context, project)
+    if not repo:
+        if wanted == "auto":
+            return None
+        raise AgentVMError(f"{project} has no remote on github.com", hint="--github=OWNER/REPO")
+    token = find_github_token(context, repo, ask=wanted != "auto")
+    if token is None:
+        if wanted == "auto":
+            log.progress(f"without GitHub: there is no token for {repo}")
+            return None
+        raise AgentVMError(
+            f"there is no GitHub token for {repo}",
+            hint=f"set {GITHUB_TOKEN}, or --github-profile NAME (see github_app_token.py --help)",
+        )
+    remember_repository(context, project, repo, named="/" in wanted)
+    return GitHubChoice(repo, remote, *token)
+
+
+def project_repository(context: Context, project: str) -> tuple[str, str]:
+    """(OWNER/REPO, the remote's URL as written) of the project's git remote, or ("", "").
+
+    Only the config file itself is read, without includes: an agent may have written it.
+    """
+    common = worktree_git_dir(project)
+    git_dir = os.path.join(project, ".git")
+    if common:
+        git_dir = os.path.join(project, read_line(git_dir)[len("gitdir: ") :])
+    file = os.path.join(common or git_dir, "config")
+    if os.path.realpath(file) != file or not os.path.isfile(file):
+        return "", ""
+    settings = git_settings("--file", file, "--no-includes")
+    remote = git_remote(settings, read_line(os.path.join(git_dir, "HEAD")))
+    repo = github_repository(instead_of(remote, [*git_settings("--global"), *settings]))
+    if repo and re.match(r"https?://[^/]*@", remote):
+        log.warn("the remote's URL has a credential in it, which the agent can read")
+    return repo, remote if repo else ""
+
+
+def git_settings(*where: str) -> list[tuple[str, str]]:
+    argv = ("git", "config", *where, "-z", "--get-regexp", r"^(remote|branch|url)\.")
+    try:
+        done = subprocess.run(
+            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            encoding="utf-8", errors="replace", timeout=20, cwd="/", check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    pairs = (item.partition("\n") for item in done.stdout.split("\0") if item)
+    return [(key, value) for key, _, value in pairs]
+
+
+def remember_repository(context: Context, project: str, repo: str, named: bool) -> None:
+    """An agent can write its project's remotes: another repository than last time is asked for."""
+    path = context.folders.state / "github" / session_key(project)
+    before = read_line(str(path))
+    if before and before.lower() != repo.lower() and not named:
+        raise AgentVMError(
+            f"the remote says {repo}, and it was {before} before; an agent can change that",
+            hint=f"--github={repo}, when it is right",
+        )
+    path.write_text(repo + "\n")
+
+
+def find_github_token(
+    context: Context, repo: str, ask: bool
+) -> tuple[dict[str, str], tuple[str, ...]] | None:
+    """(environment, options) that give the proxy its token, or None. gh is asked for only once."""
+    if context.secrets.get(GITHUB_TOKEN):
+        return {GITHUB_TOKEN: context.secrets[GITHUB_TOKEN]}, ()
+    profile = context.get("github-profile")
+    if profile:
+        script = str(beside("github_app_token.py"))
+        command = [sys.executable, script, "token", "--profile", profile, "--repo", repo]
+        return {}, ("--token-command", shlex.join([*command, "--format", "json"]))
+    allowed = context.folders.config / "gh-token-allowed"
+    if not shutil.which("gh") or not (allowed.exists() or ask):
+        return None
+    question = "use gh's token? It reaches all your repositories; only the proxy sees it, and this"
+    if not allowed.exists():
+        if not confirm(f"{question} is asked once", yes=False):
+            return None
+        allowed.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        allowed.touch(0o600)
+    token = output_of("gh", "auth", "token", "--hostname", "github.com")
+    return ({GITHUB_TOKEN: token}, ()) if token else None
+
+
+def beside(name: str) -> Path:
+    """Another script of ours, in the folder of this one."""
+    path = Path(__file__).resolve().parent / name
+    if not path.is_file():
+        raise AgentVMError(f"{name} is missing", hint=f"put it beside {Path(__file__).resolve()}")
+    return path
+
+
+@contextlib.contextmanager
+def github_proxy(context: Context, choice: GitHubChoice, name: str) -> Iterator[GitHub]:
+    """A proxy for one VM. It ends with the block, and when this process is killed: its stdin."""
+    owner, _, repo = choice.repo.partition("/")
+    readonly = "1" if context.get("readonly") else os.environ.get("GITHUB_MCP_READONLY", "0")
+    environ = {"GITHUB_MCP_GIT": "https://github.com", **os.environ, **choice.environ}
+    environ.pop("GITHUB_MCP_SECRET", None)
+    environ.update(GITHUB_MCP_OWNER=owner, GITHUB_MCP_REPO=repo, GITHUB_MCP_READONLY=readonly)
+    policy = context.get("github-policy")
+    audit, errors = audit_path(context, name), context.folders.state / "logs" / f"{name}.github.log"
+    argv = [
+        sys.executable, str(beside(GITHUB_PROXY)), "--listen", "127.0.0.1:0", "--print-secret",
+        "--exit-with-stdin", "--audit", str(audit), *choice.options,
+        *(("--policy", policy) if policy else ()),
+    ]  # fmt: skip
+    log.info(f"GitHub: {choice.repo}{', read-only' if readonly == '1' else ''}")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with (
+        open(errors, "wb") as file,
+        child(argv, **pipes, stderr=file, env=environ, cwd="/", start_new_session=True) as process,
+    ):
+        assert process.stdin and process.stdout
+        with process.stdin, process.stdout as lines:
+            port, secret = lines.readline().decode().strip(), lines.readline().decode().strip()
+            if not port.isdigit() or not secret:
+                raise AgentVMError("the GitHub proxy did not start", details=tail(errors))
+            yield GitHub(choice.repo, int(port), secret, readonly == "1", choice.remote)
+            if process.poll() is not None:
+                log.warn(f"the GitHub proxy ended before the agent: {errors}")
+    prune_logs(errors.parent)
+
+
+@contextlib.contextmanager
+def armed(context: Context, guest: Guest, github: GitHub) -> Iterator[None]:
+    """Refuse to go on unless the guest is refused what it must be; afterwards say what was done."""
+    probe = guest.run("bash -s", stdin=github_probe(github))
+    if probe.returncode:
+        raise AgentVMError(
+            "the GitHub proxy does not protect this VM", details=probe.stdout.strip()
+        )
+    audit = audit_path(context, guest.instance.name)
+    earlier = len(read_audit(audit))
+    try:
+        yield
+    finally:
+        with shielded(), contextlib.suppress(OSError):
+            for line in github_receipt(read_audit(audit)[earlier:]):
+                log.info(f"GitHub: {printable(line)}")
+
+
+def audit_path(context: Context, name: str) -> Path:
+    return context.folders.state / "audit" / f"{name}.jsonl"
+
+
+def read_audit(path: Path) -> list[dict[str, Any]]:
+    """The proxy's decisions; a line that is torn (a full disk) is left out."""
+    result = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            entry = json.loads(line)
+            result.append(
+                {
+                    key: entry[key]
+                    for key in ("time", "method", "tool", "verdict", "reason", "target")
+                }
+            )
+    return result
+
+
+def cmd_log(args: argparse.Namespace) -> int:
+    """The audit of a run; the newest unless one is named."""
+    context = Context.open(args, need_lima=False)
+    folder = context.folders.state / "audit"
+    found = sorted(folder.glob("*.jsonl"), key=os.path.getmtime)
+    found = [path for path in found if args.run in ("", path.stem)]
+    if not found:
+        raise AgentVMError(
+            f"no run {args.run} with GitHub" if args.run else "no run with GitHub yet",
+            hint=f"{folder} has: " + " ".join(sorted(path.stem for path in folder.glob("*.jsonl"))),
+        )
+    if not args.json:
+        log.info(found[-1].stem)
+    for line in read_audit(found[-1]):
+        if args.json:
+            print(json.dumps(line))
+            continue
+        target = " ".join(f"{key}={value}" for key, value in (line["target"] or {}).items())
+        words = (
+            line["time"],
+            line["verdict"],
+            line["tool"] or line["method"],
+            target,
+            line["reason"],
+        )
+        print(printable("  ".join(str(word) for word in words if word)))
+    return 0
 
 
 # --- setup: the base instance ---
@@ -2499,6 +2933,7 @@ examples:
 
 environment:
   CLAUDE_CODE_OAUTH_TOKEN, ANTHROPIC_API_KEY  the agent's credential; it enters the guest
+  GITHUB_MCP_TOKEN                            the GitHub proxy's; it stays on the host
   ANTHROPIC_BASE_URL, ANTHROPIC_MODEL, LANG, COLORTERM …  passed to the agent
   AGENT_VM_<SETTING>                          a setting, e.g. AGENT_VM_MEMORY=16
   LIMA_HOME, XDG_STATE_HOME, XDG_CONFIG_HOME, XDG_DATA_HOME
@@ -2539,7 +2974,10 @@ SETUP_SETTINGS = (
     "name", "minimal", "disk", "memory", "cpus", "template", "image", "image-digest", "ca-cert",
     "apt-mirror", "npm-registry", "lima-url", "timeout",
 )  # fmt: skip
-RUN_SETTINGS = ("name", "memory", "cpus", "mount", "readonly", "forward", "env", "timeout")
+RUN_SETTINGS = (
+    "name", "memory", "cpus", "mount", "readonly", "github", "github-profile", "github-policy",
+    "forward", "env", "timeout",
+)  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -2606,6 +3044,9 @@ def add_other_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     )
     doctor = verb("doctor", cmd_doctor, "check the host, Lima and the base instance")
     doctor.add_argument("--json", action="store_true", help="one JSON object a line")
+    audit = verb("log", cmd_log, "show what a run did on GitHub")
+    audit.add_argument("run", nargs="?", default="", help="a VM's name (default: the newest)")
+    audit.add_argument("--json", action="store_true", help="one JSON object a line")
     verb("info", cmd_info, "show the settings in force and where they come from")
     auth = verb("auth", cmd_auth, "store, show or remove the agent's credential")
     auth.add_argument(
@@ -2641,7 +3082,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """argparse, except that everything after the first `--` is taken as it is (run, shell)."""
     at = argv.index("--") if "--" in argv else len(argv)
     parser = build_parser()
-    args, unknown = parser.parse_known_args(argv[:at])
+    # Not nargs="?", which would take the agent's first word for the repository.
+    ours = ["--github=on" if word == "--github" else word for word in argv[:at]]
+    args, unknown = parser.parse_known_args(ours)
     rest = argv[at:]
     if unknown:
         note = "; the agent's own go after --" if hasattr(args, "command") else ""
@@ -2674,7 +3117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     failure = EXIT_OURS
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
-        args.secrets = {name: os.environ.pop(name) for name in CREDENTIALS if name in os.environ}
+        secret = (*CREDENTIALS, GITHUB_TOKEN)
+        args.secrets = {name: os.environ.pop(name) for name in secret if name in os.environ}
         log.verbose, log.quiet, failure = args.verbose, args.quiet, args.failure
         catch_signals()
         status = int(args.func(args))
