@@ -26,6 +26,7 @@ import shlex
 import shutil
 import signal
 import stat
+import string
 import subprocess
 import sys
 import threading
@@ -81,7 +82,8 @@ PASSED_ENV = (
 
 GITHUB_TOKEN = "GITHUB_MCP_TOKEN"  # for the proxy alone
 GITHUB_PROXY = "github_mcp_proxy.py"
-OWNER_REPO = r"([A-Za-z0-9][A-Za-z0-9-]*/[A-Za-z0-9._-]+?)"
+# GitHub takes no repository that is called so: "." and "..", or x.git and x.wiki.
+OWNER_REPO = r"([A-Za-z0-9][A-Za-z0-9-]*/(?!\.{1,2}/?$)[A-Za-z0-9._-]+?(?<!\.git)(?<!\.wiki))"
 GITHUB_URL = re.compile(
     r"(?:https?://(?:[^@/]*@)?(?:www\.)?github\.com(?::443)?/"
     r"|ssh://git@(?:ssh\.)?github\.com(?::\d+)?/|git@(?:ssh\.)?github\.com:/?)"
@@ -537,7 +539,8 @@ def instead_of(url: str, settings: Sequence[tuple[str, str]]) -> str:
 def guest_git_config(github: GitHub) -> str:
     """The guest's way to the one repository: its usual addresses lead to the proxy.
 
-    git compares prefixes, and OWNER/REPO is one of OWNER/REPO-docs: longer prefixes keep those.
+    git compares prefixes, the longest wins, and OWNER/REPO is one of OWNER/REPO-docs (as .git is of
+    .github.io): longer ones keep those as they are.
     """
     served = f"{github.url}/git/{github.repo}.git"
     lines = [
@@ -552,10 +555,9 @@ def guest_git_config(github: GitHub) -> str:
         for url in dict.fromkeys([*written, github.remote])
         if url
     ]
-    for form in GITHUB_FORMS:
-        for char in "-._0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ":
-            other = f"{form}{github.repo}{char}"
-            lines.append(f'[url "{other}"]\n\tinsteadOf = {other}')
+    more = f"-._{string.digits}{string.ascii_letters}"
+    others = (url + char for url in written for char in more)
+    lines += [f'[url "{url}"]\n\tinsteadOf = {url}' for url in others if url not in written]
     return "\n".join(lines) + "\n"
 
 
@@ -633,22 +635,23 @@ def github_receipt(lines: Sequence[Mapping[str, Any]]) -> list[str]:
         )
 
     calls = [line for line in lines if line["method"] in ("tools/call", "git")]
-    sent = [line for line in calls if line["verdict"] == "forward"]
-    writes = [line for line in sent if not READS.match(line["tool"])]
-    refused: dict[str, int] = {}
+    sent = [about(line) for line in calls if line["verdict"] == "forward"]
+    writes = [text for text in sent if not READS.match(text)]
+    stopped: dict[str, int] = {}
     for line in lines:
-        if line["verdict"] not in ("forward", "info"):
-            text = f"{line['verdict']}: {about(line)}: {line['reason']}"
-            refused[text] = refused.get(text, 0) + 1
-    reads, stopped = len(sent) - len(writes), sum(refused.values())
-    result = [f"{reads} reads, {len(writes)} writes sent, {stopped} not passed"]
-    result += [f"sent: {about(line)}" for line in writes]
-    result += [text + (f" ({count} times)" if count > 1 else "") for text, count in refused.items()]
+        if line["verdict"] in NOT_PASSED:
+            text = f"{NOT_PASSED[line['verdict']]}: {about(line)}: {line['reason']}"
+            stopped[text] = stopped.get(text, 0) + 1
+    reads, count = len(sent) - len(writes), sum(stopped.values())
+    result = [f"{reads} reads, {len(writes)} writes sent, {count} not passed"]
+    result += [f"sent: {text}" for text in writes]
+    result += [text + (f" ({count} times)" if count > 1 else "") for text, count in stopped.items()]
     return [line[:300] for line in result]
 
 
+NOT_PASSED = {"refuse": "refused", "withheld": "withheld", "failed": "failed"}
 # What the audit calls a read; whatever is not known to be one counts as a write.
-READS = re.compile(r"get_|list_|search_|\w+_read$|git-upload-pack")
+READS = re.compile(r"get_|list_|search_|\w+_read( |$)|git-upload-pack|git-receive-pack$")
 
 PROBE = r"""
 cd ~/.agent-vm

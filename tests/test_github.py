@@ -1,0 +1,404 @@
+"""`run --github`: which repository, whose token, what the guest gets, and what is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import unittest
+from pathlib import Path
+from typing import Any
+
+import agent_vm
+from agent_vm import GitHub
+from tests.fakes import mcp_upstream
+from tests.fakes.git_server import GitServer
+from tests.support import ROOT
+from tests.support import WorldTest
+from tests.support import executable
+from tests.support import wait_for
+
+TOKEN = "github_pat_11NOTREAL0_abcdefghijklmnopqrstuvwxyz0123456789"
+GITHUB = GitHub("octo/widget", 4711, "s3cret-" + "x" * 30, False, "git@github.com:Octo/Widget.git")
+# A guest's git that finds the host: the name is resolved as Lima's DNS does it.
+GUEST_GIT = """
+port=$(sed -n 's/.*internal:\\([0-9]*\\)\\/"\\]/\\1/p' ~/.agent-vm/gitconfig)
+g() { GIT_TERMINAL_PROMPT=0 git -c http.curloptResolve=host.lima.internal:$port:127.0.0.1 "$@"; }
+"""
+
+
+class RepositoryTest(unittest.TestCase):
+    def test_urls_of_github(self) -> None:
+        for url in (
+            "https://github.com/octo/widget", "https://github.com/octo/widget.git",
+            "https://github.com/octo/widget/", "https://user@github.com/octo/widget.git",
+            "https://x-access-token:tok@github.com/octo/widget", "https://www.github.com/octo/widget",
+            "HTTPS://GitHub.com:443/octo/widget", "git@github.com:octo/widget.git",
+            "git@github.com:/octo/widget", "ssh://git@github.com/octo/widget.git",
+            "ssh://git@ssh.github.com:443/octo/widget.git",
+        ):  # fmt: skip
+            self.assertEqual(agent_vm.github_repository(url), "octo/widget", url)
+        self.assertEqual(agent_vm.github_repository("https://github.com/a/b.c.git"), "a/b.c")
+
+    def test_urls_of_others(self) -> None:
+        for url in (
+            "", "https://gitlab.com/octo/widget", "https://github.com.evil.org/octo/widget",
+            "https://evil.org/github.com/octo/widget", "https://github.com@evil.org/octo/widget",
+            "https://a@b@github.com/x", "https://evil.org/@github.com/octo/widget",
+            "https://github.com/octo", "https://github.com/octo/widget/tree/main",
+            "https://gist.github.com/octo/abc", "git@github.com:octo", "/srv/github.com/octo/widget",
+            "git@github.com:octo/widget\nx", "https://github.com/../widget", "ext::sh -c x",
+            "https://github.com/octo/..", "https://github.com/octo/.", "https://github.com/octo/.git",
+            "https://github.com/octo/widget.wiki.git",
+        ):  # fmt: skip
+            self.assertEqual(agent_vm.github_repository(url), "", url)
+
+    def test_the_remote_that_the_branch_tracks_else_origin(self) -> None:
+        settings = [
+            ("remote.upstream.url", "up"), ("remote.origin.url", "one"),
+            ("remote.origin.url", "two"), ("remote.mine.url", "mine"),
+            ("branch.fix.remote", "mine"), ("branch.old.remote", "gone"), ("branch.x/y.remote", "."),
+        ]  # fmt: skip
+        for head, url in (
+            ("ref: refs/heads/fix", "mine"), ("ref: refs/heads/main", "one"), ("a" * 40, "one"),
+            ("ref: refs/heads/old", "one"), ("ref: refs/heads/x/y", "one"), ("", "one"),
+        ):  # fmt: skip
+            self.assertEqual(agent_vm.git_remote(settings, head), url, head)
+        self.assertEqual(agent_vm.git_remote(settings[:1], "ref: refs/heads/main"), "")
+
+    def test_instead_of_as_git_does_it(self) -> None:
+        settings = [
+            ("url.https://github.com/.insteadof", "gh:"), ("url.git@github.com:me/.insteadof", "gh:m/"),
+            ("url.https://github.com/.pushinsteadof", "p:"),
+        ]  # fmt: skip
+        for url in ("gh:octo/widget", "gh:m/tool", "p:x/y", "https://github.com/a/b"):
+            config = [f"{key}={value}" for key, value in settings]
+            argv = ["git", *(word for pair in config for word in ("-c", pair))]
+            done = subprocess.run([*argv, "ls-remote", "--get-url", url], capture_output=True,
+                                  text=True, check=True, cwd="/")  # fmt: skip
+            self.assertEqual(agent_vm.instead_of(url, settings) + "\n", done.stdout)
+
+    def test_the_guests_git_goes_to_the_proxy_for_this_repository_alone(self) -> None:
+        served = "http://host.lima.internal:4711/git/octo/widget.git"
+        for url, expected in (
+            ("https://github.com/octo/widget", served), ("https://github.com/octo/widget.git", served),
+            ("git@github.com:octo/widget.git", served), ("ssh://git@github.com/octo/widget", served),
+            ("git@github.com:Octo/Widget.git", served),
+            ("https://github.com/octo/widget-docs", ""), ("git@github.com:octo/widget2.git", ""),
+            ("https://github.com/octo/widget.github.io", ""), ("https://github.com/octo/Widget_x", ""),
+            ("https://github.com/octo/other", ""), ("https://github.com/evil/secret.git", ""),
+        ):  # fmt: skip
+            self.assertEqual(self.get_url(url), expected or url)
+
+    def get_url(self, url: str) -> str:
+        import tempfile
+
+        with tempfile.NamedTemporaryFile("w") as file:
+            file.write(agent_vm.guest_git_config(GITHUB))
+            file.flush()
+            env = {**os.environ, "GIT_CONFIG_GLOBAL": file.name, "GIT_CONFIG_NOSYSTEM": "1"}
+            done = subprocess.run(["git", "ls-remote", "--get-url", url], env=env, cwd="/",
+                                  capture_output=True, text=True, check=True)  # fmt: skip
+        return done.stdout.strip()
+
+    def test_a_secret_is_in_no_repr(self) -> None:
+        choice = agent_vm.GitHubChoice("octo/widget", "", {"GITHUB_MCP_TOKEN": TOKEN}, ())
+        self.assertNotIn(TOKEN, repr(choice))
+        self.assertNotIn(GITHUB.secret, repr(GITHUB))
+
+
+class ReceiptTest(unittest.TestCase):
+    def line(self, tool: str, verdict: str = "forward", **more: Any) -> dict[str, Any]:
+        return {"time": "t", "method": "tools/call", "tool": tool, "verdict": verdict,
+                "reason": "", "target": {}, **more}  # fmt: skip
+
+    def test_what_was_sent_and_what_was_not(self) -> None:
+        refused = self.line("create_branch", "refuse", reason="read-only", target={"branch": "x"})
+        lines = [
+            self.line("issue_read"), self.line("get_me"), self.line("search_code"),
+            self.line("git-upload-pack", method="git"), self.line("git-receive-pack", method="git"),
+            self.line("pull_request_read", target={"pullNumber": 3}),
+            self.line("git-receive-pack", method="git", target={"ref": "refs/heads/fix"}),
+            self.line("create_pull_request", target={"title": "T"}), refused, refused,
+            {**self.line(""), "method": "tools/list"},
+        ]  # fmt: skip
+        self.assertEqual(
+            agent_vm.github_receipt(lines),
+            [
+                "6 reads, 2 writes sent, 2 not passed",
+                "sent: git-receive-pack ref=refs/heads/fix",
+                "sent: create_pull_request title=T",
+                "refused: create_branch branch=x: read-only (2 times)",
+            ],
+        )
+
+
+class GitHubWorld(WorldTest):
+    """A project with a remote on GitHub, an upstream on loopback, a guest that finds the host."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.upstream = mcp_upstream.Upstream()
+        self.upstream.__enter__()
+        self.addCleanup(self.upstream.__exit__)
+        self.box.env.update(GITHUB_MCP_UPSTREAM=self.upstream.url, GITHUB_MCP_TOKEN=TOKEN)
+        curl = shutil.which("curl")
+        if not curl:
+            self.skipTest("curl is not on PATH")
+        (self.box.guest_bin / "curl").unlink()
+        executable(
+            self.box.guest_bin / "curl",
+            f'exec {curl} --connect-to host.lima.internal::127.0.0.1: "$@"',
+        )
+        self.git("init", "-q", "-b", "work")
+        self.remote("https://github.com/octo/widget.git")
+
+    def git(self, *argv: str) -> str:
+        done = subprocess.run(["git", "-C", self.box.project, *argv], env=self.box.env,
+                              capture_output=True, text=True, check=True)  # fmt: skip
+        return done.stdout
+
+    def remote(self, url: str, name: str = "origin") -> None:
+        self.git("config", f"remote.{name}.url", url)
+
+    def guest_file(self, name: str) -> str:
+        """A file of the clone's home that the agent copied to the project."""
+        return (self.box.project / name).read_text()
+
+    def audits(self) -> list[Path]:
+        return sorted((self.box.state / "audit").glob("*"))
+
+    def assert_the_proxy_is_gone(self, port: int) -> None:
+        def refused() -> bool:
+            with socket.socket() as sock:
+                return sock.connect_ex(("127.0.0.1", port)) != 0
+
+        wait_for(refused, "the proxy's port is closed")
+
+
+LOOK = """sh:cp ~/.claude.json claude.json; cp ~/.agent-vm/gitconfig gitconfig
+cp ~/.claude/CLAUDE.md briefing; git config --list --global > global
+stat -c '%a %n' ~/.claude.json ~/.agent-vm/* > modes
+grep -rl TOKEN_IS ~ /proc/self/environ > found || true
+"""
+
+
+class GitHubRunTest(GitHubWorld):
+    def run_and_look(self, *args: str, script: str = "", **env: str) -> Any:
+        look = LOOK.replace("TOKEN_IS", TOKEN[:20] + '""' + TOKEN[20:]) + script
+        result = self.box.run("run", *args, "--", "-p", look, **env)
+        self.assertEqual(result.status, 0, result.err)
+        server = json.loads(self.guest_file("claude.json"))["mcpServers"]["github"]
+        self.port = int(server["url"].rpartition(":")[2].partition("/")[0])
+        self.secret = server["headers"]["Authorization"].partition(" ")[2]
+        return result
+
+    def test_what_the_guest_gets(self) -> None:
+        result = self.run_and_look("--github")
+        self.assertIn("GitHub: octo/widget\n", result.err)
+        self.assertIn("0 reads, 0 writes sent, 0 not passed", result.err)
+        self.assertIn(self.secret, self.guest_file("gitconfig"))
+        self.assertIn("octo/widget", self.guest_file("briefing"))
+        modes = self.guest_file("modes")
+        for name in (".claude.json", "gitconfig", "github-header", "credential"):
+            self.assertRegex(modes, rf"600 \S*{name}\n")
+        self.assertIn("include.path=~/.agent-vm/gitconfig", self.guest_file("global"))
+
+    def test_the_token_stays_on_the_host(self) -> None:
+        result = self.run_and_look("--github")
+        self.assertEqual(self.guest_file("found"), "")
+        for secret in (TOKEN, self.secret):
+            self.assertNotIn(secret, json.dumps(self.box.calls()) + result.out + result.err)
+        found = subprocess.run(["grep", "-rlE", f"{TOKEN}|{self.secret}", self.box.state],
+                               capture_output=True, text=True, check=False)  # fmt: skip
+        self.assertEqual(found.stdout, "")
+
+    def test_the_proxy_ends_with_the_run(self) -> None:
+        self.run_and_look("--github")
+        self.assert_the_proxy_is_gone(self.port)
+        self.assert_nothing_left()
+
+    def test_each_run_has_a_secret_of_its_own(self) -> None:
+        self.run_and_look("--github")
+        first = self.secret
+        self.run_and_look("--github")
+        self.assertNotEqual(self.secret, first)
+
+    def test_an_agent_uses_a_tool_and_the_log_has_it(self) -> None:
+        call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {
+            "name": "create_branch", "arguments": {"branch": "fix"}}}  # fmt: skip
+        script = f"""
+        curl -s -H @$HOME/.agent-vm/github-header -H 'Content-Type: application/json' \
+          -H 'Accept: application/json, text/event-stream' \
+          -d '{json.dumps(call)}' "$(jq -r .mcpServers.github.url ~/.claude.json)" > answer
+        """
+        result = self.run_and_look("--github", script=script)
+        self.assertIn("0 reads, 1 writes sent, 0 not passed", result.err)
+        self.assertRegex(result.err, r"sent: create_branch .*branch=fix")
+        shown = self.box.run("log")
+        self.assertIn("create_branch", shown.out)
+        lines = [json.loads(line) for line in self.box.run("log", "--json").out.splitlines()]
+        forwarded = [line for line in lines if line["verdict"] == "forward"]
+        self.assertEqual([line["tool"] for line in forwarded], ["create_branch"])
+        name = self.audits()[0].stem
+        self.assertEqual(self.box.run("log", name, "--json").out.count("\n"), len(lines))
+        self.assert_refused(self.box.run("log", "no-such-run"), "no-such-run", name, status=1)
+
+    def test_readonly_is_proved_too(self) -> None:
+        result = self.box.run("run", "--github", "--readonly", "--", "sh:cat ~/.claude/CLAUDE.md")
+        self.assertEqual(result.status, 0, result.err)
+        self.assertIn("read-only", result.out)
+        self.assertIn("GitHub: octo/widget, read-only", result.err)
+
+    def test_a_named_repository_needs_no_remote(self) -> None:
+        self.git("config", "--unset", "remote.origin.url")
+        result = self.run_and_look("--github=other/thing")
+        self.assertIn("GitHub: other/thing", result.err)
+
+    def test_off_by_default(self) -> None:
+        result = self.box.run("run", "--", "sh:cat ~/.claude.json ~/.agent-vm/*")
+        self.assertEqual((result.status, result.err), (0, ""))
+        self.assertNotIn("mcp", result.out)
+        self.assertNotIn("host.lima.internal", result.out)
+        self.assertNotIn(TOKEN, json.dumps([call["env"] for call in self.box.calls()]))
+
+    def test_auto_goes_on_without(self) -> None:
+        self.box.write_config("github = auto")
+        self.assertIn("GitHub: octo/widget", self.run_and_look().err)
+        result = self.box.run("run", GITHUB_MCP_TOKEN="")
+        self.assertEqual(result.status, 0, result.err)
+        self.remote("https://gitlab.com/octo/widget.git")
+        result = self.box.run("run")
+        self.assertEqual((result.status, result.err), (0, ""))
+
+    def test_what_is_missing_is_said(self) -> None:
+        for env, remote, words in (
+            ({"GITHUB_MCP_TOKEN": ""}, "git@github.com:octo/widget", ("no GitHub token", "GITHUB_MCP_TOKEN")),
+            ({}, "git@gitlab.com:octo/widget", ("no remote on github.com", "--github=OWNER/REPO")),
+        ):  # fmt: skip
+            self.remote(remote)
+            self.assert_refused(self.box.run("run", "--github", **env), *words)
+        self.assertEqual(self.box.limactl("clone"), [])
+
+    def test_wrong_values(self) -> None:
+        for value in (
+            "octo",
+            "octo/",
+            "a/b/c",
+            "yes",
+            "",
+            "-x/y",
+            "octo/wid get",
+            "a/..",
+            "https://x",
+        ):
+            result = self.box.run("run", f"--github={value}")
+            self.assert_refused(result, "off, auto or OWNER/REPO", status=2)
+
+    def test_a_remote_that_has_changed_is_asked_about(self) -> None:
+        self.assertEqual(self.box.run("run", "--github").status, 0)
+        self.remote("https://github.com/evil/secret.git")
+        self.assert_refused(self.box.run("run", "--github"), "evil/secret", "octo/widget")
+        self.box.write_config("github = auto")
+        self.assert_refused(self.box.run("run"), "evil/secret")
+        self.assertEqual(self.box.run("run", "--github=evil/secret").status, 0)
+        self.assertEqual(self.box.run("run", "--github").status, 0)
+
+    def test_a_config_that_an_agent_wrote_runs_and_reads_nothing(self) -> None:
+        trap = self.box.root / "trapped"
+        self.git("config", "core.fsmonitor", f"touch {trap}")
+        self.git("config", "core.sshCommand", f"touch {trap}")
+        self.git("config", "include.path", str(self.box.home / "other"))
+        self.box.write(
+            self.box.home / "other", '[remote "origin"]\nurl=git@github.com:evil/secret\n'
+        )
+        self.assertIn("GitHub: octo/widget", self.run_and_look("--github").err)
+        self.assertFalse(trap.exists())
+        config = self.box.project / ".git/config"
+        config.rename(self.box.home / "config")
+        config.symlink_to(self.box.home / "config")
+        self.assert_refused(self.box.run("run", "--github"), "no remote on github.com")
+
+    def test_a_probe_that_is_not_refused_stops_the_run(self) -> None:
+        executable(self.box.guest_bin / "curl", "echo '{}'")
+        result = self.box.run("run", "--github", "--", "-p", "x")
+        self.assert_refused(result, "does not protect", "another repository over MCP")
+        self.assertEqual(self.box.agent_calls(), [])
+        self.assert_nothing_left()
+
+    def test_a_proxy_that_does_not_start(self) -> None:
+        result = self.box.run("run", "--github", GITHUB_MCP_UPSTREAM="http://evil.example/")
+        self.assert_refused(result, "the GitHub proxy did not start", "must be https")
+        self.assert_nothing_left()
+
+    def test_copied_alone_it_says_what_is_missing(self) -> None:
+        alone = self.box.home / "alone/agent_vm.py"
+        alone.parent.mkdir()
+        shutil.copy(ROOT / "agent_vm.py", alone)
+        result = self.box.run("run", "--github", script=alone)
+        self.assert_refused(result, "github_mcp_proxy.py is missing", str(alone))
+        self.assertEqual(self.box.run("run", script=alone).status, 0)
+
+    def test_kill_9_ends_the_proxy(self) -> None:
+        process = self.box.start("run", "--github", "--", "-p", LOOK + "touch ready; sleep 60")
+        self.box.wait_for_file("ready")
+        server = json.loads(self.guest_file("claude.json"))["mcpServers"]["github"]
+        port = int(server["url"].rpartition(":")[2].partition("/")[0])
+        with socket.create_connection(("127.0.0.1", port)):
+            self.box.kill(process)
+        self.assert_the_proxy_is_gone(port)
+
+    def test_the_agents_words_are_its_own(self) -> None:
+        self.box.run("run", "--github", "--", "--github", "-p", "x")
+        self.assertEqual(
+            self.box.agent_calls()[0]["argv"],
+            ["--dangerously-skip-permissions", "--github", "-p", "x"],
+        )
+
+
+class GitOverTheProxyTest(GitHubWorld):
+    """The guest's git, with the configuration that `run` gives it."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        served = self.box.root / "served"
+        self.bare = served / "octo/widget.git"
+        self.server = GitServer(str(served), TOKEN)
+        self.addCleanup(self.server.__exit__)
+        self.box.env.update(GITHUB_MCP_GIT=self.server.url)
+        self.box.write(self.box.home / ".gitconfig", "[user]\nname = A\nemail = a@example.org\n")
+        for bare in (self.bare, served / "evil/secret.git"):
+            subprocess.run(["git", "init", "-q", "--bare", "-b", "main", bare], check=True)
+        self.git("checkout", "-q", "-b", "main")
+        self.git("commit", "-q", "--allow-empty", "-m", "first")
+        self.git("push", "-q", str(self.bare), "main")
+
+    def test_fetch_push_and_refusals(self) -> None:
+        self.remote("git@github.com:octo/widget.git")
+        script = f"""sh:{GUEST_GIT}
+        exec > said 2>&1
+        g fetch origin main && echo fetched
+        g clone -q https://github.com/octo/widget cloned && echo cloned
+        git commit -q --allow-empty -m second
+        g push origin HEAD:fix && echo pushed
+        g push origin HEAD:main
+        g ls-remote http://host.lima.internal:$port/git/evil/secret.git
+        g push origin :fix
+        true"""
+        result = self.box.run("run", "--github", "--", script)
+        self.assertEqual(result.status, 0, result.err)
+        said = self.guest_file("said")
+        for words in ("fetched", "cloned", "pushed", "remote: refused: refs/heads/main",
+                      "only octo/widget is served here", "remote: refused: refs/heads/fix"):  # fmt: skip
+            self.assertIn(words, said)
+        refs = subprocess.run(["git", "-C", self.bare, "for-each-ref", "--format=%(subject) %(refname)"],
+                              capture_output=True, text=True, check=True)  # fmt: skip
+        self.assertEqual(refs.stdout, "second refs/heads/fix\nfirst refs/heads/main\n")
+        self.assertIn("1 writes sent", result.err)
+        self.assertIn("refs/heads/main", result.err)
+
+
+if __name__ == "__main__":
+    unittest.main()
