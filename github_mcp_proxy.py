@@ -2954,21 +2954,52 @@ class Proxy:
             await asyncio.shield(self.learning)
 
     async def learn_repository(self) -> None:
-        try:
-            query = {"query": f"repo:{self.scope}", "perPage": 5}
-            result = await self.own_call("search_repositories", query)
-            for item in json.loads(result["content"][0]["text"])["items"]:
-                if self.scope.is_named(item["full_name"]):
-                    self.learnt(int(item["id"]), item.get("default_branch") or "")
-        except (UpstreamError, ProtocolError) as error:
-            log(f"{self.upstream.host}: {error}")
-        except Exception:  # whatever the upstream made of its answer: then it is not known
-            if self.audit.debug:
-                log(f"the upstream did not say which repository {self.scope} is")
+        for learn in (self.learn_from_search, self.learn_from_git):
+            try:
+                await learn()
+            except (UpstreamError, ProtocolError) as error:
+                log(f"{self.upstream.host}: {error}")
+            except Exception:  # whatever the upstream made of its answer: then it is not known
+                if self.audit.debug:
+                    log(f"the upstream did not say which repository {self.scope} is")
 
-    def learnt(self, id: int, default_branch: str) -> None:
+    async def learn_from_search(self) -> None:
+        """Forks are left out of a search that does not ask for them."""
+        query = {"query": f"repo:{self.scope} fork:true", "perPage": 5}
+        result = await self.own_call("search_repositories", query)
+        for item in json.loads(result["content"][0]["text"])["items"]:
+            if self.scope.is_named(item["full_name"]):
+                self.found(int(item["id"]))
+                self.learnt(item.get("default_branch") or "")
+
+    async def learn_from_git(self) -> None:
+        """A search does not find all repositories; HEAD is the default branch (gitprotocol-v2)."""
+        if self.git is None:
+            return
+        arguments = (b"symrefs\n", b"ref-prefix HEAD\n")
+        body = pkt(b"command=ls-refs\n") + b"0001" + b"".join(map(pkt, arguments)) + b"0000"
+        headers = {
+            "Git-Protocol": "version=2",
+            "Content-Type": "application/x-git-upload-pack-request",
+            "Content-Length": str(len(body)),
+        }
+        connection = await self.git.begin("POST", f"/{self.scope}.git/git-upload-pack", headers)
+        try:
+            connection.transport.write(body)
+            await self.git.receive(connection, None)
+            check_status(status_of(connection), None)
+            head = re.search(
+                rb" HEAD symref-target:refs/heads/([^\n ]+)", connection.incoming.take()
+            )
+            self.learnt(head[1].decode() if head else "")
+        finally:
+            connection.transport.abort()
+
+    def found(self, id: int) -> None:
         self.moved = bool(self.repository_id and self.repository_id != id)
         self.repository_id = self.repository_id or id
+
+    def learnt(self, default_branch: str) -> None:
         if default_branch and not self.branch_is_given and is_plain(default_branch, 255):
             self.policy = self.policy._replace(default_branch=default_branch)
 

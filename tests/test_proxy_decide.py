@@ -1222,12 +1222,17 @@ class MessageTest(unittest.TestCase):
         for given, refused in (("", "trunk"), ("main", "main")):
             policy = Policy(default_branch=given)
             running = proxy.Proxy(SCOPE, policy, upstream, "", proxy.Audit("", False))
-            running.learnt(1, "main")
-            running.learnt(1, "trunk")
+            running.learnt("main")
+            running.learnt("trunk")
             verdict = proxy.decide(SCOPE, running.policy, call("create_branch", branch=refused))
             self.assertIsInstance(verdict, Refuse, given)
-        running.learnt(2, "main")
-        self.assertTrue(running.moved)
+
+    def test_a_name_that_becomes_another_repository_is_known(self) -> None:
+        upstream = proxy.Upstream("http://127.0.0.1:9/", proxy.Token("t" * 20), {}, "", 1)
+        running = proxy.Proxy(SCOPE, POLICY, upstream, "", proxy.Audit("", False))
+        for id, moved in ((1, False), (1, False), (2, True), (1, False)):
+            running.found(id)
+            self.assertIs(running.moved, moved)
 
     def test_instructions_say_what_is_refused(self) -> None:
         self.assertIn("main cannot be written", proxy.instructions(SCOPE, POLICY))

@@ -527,6 +527,12 @@ class UpstreamTest(LiveTest):
         )
         self.assertEqual([x.arguments["branch"] for x in self.upstream.calls()], ["b"])
 
+    def test_a_fork_is_found_by_the_search(self) -> None:
+        """GitHub's search leaves forks out unless it is told not to."""
+        self.upstream.found = "as a fork"
+        answer = self.client.ask(call("", name="create_branch", branch="b"))
+        self.assertEqual(text_of(answer), "ok create_branch")
+
 
 class StreamTest(LiveTest):
     def test_events_pass_one_by_one(self) -> None:

@@ -163,6 +163,7 @@ class Upstream:
         self.tokens: set[str] | None = None  # those that are accepted; None: any
         self.tools: list[Message] = []
         self.default_branch = "main"
+        self.found = "always"  # by a search; "as a fork": only with fork:true; "never"
         self.handlers: dict[str, Handler] = {}
         self.seen: list[Exchange] = []
         self.sessions: dict[str, queue.Queue[Message]] = {}  # id -> answers of the client
@@ -358,9 +359,10 @@ class Upstream:
 
     def call(self, x: Exchange) -> None:
         if x.params["name"] == "search_repositories":
-            full_name = x.arguments["query"].partition(":")[2]
-            item = {"id": REPOSITORY_ID, "full_name": full_name}
-            hits = {"items": [{**item, "default_branch": self.default_branch}]}
+            name, _, rest = x.arguments["query"].partition(" ")
+            item = {"id": REPOSITORY_ID, "full_name": name.partition(":")[2]}
+            found = self.found == "always" or (self.found == "as a fork" and "fork:true" in rest)
+            hits = {"items": [{**item, "default_branch": self.default_branch}] * found}
             return x.answer(x.text(json.dumps(hits)))
         return x.answer(x.text(f"ok {x.params['name']}"))
 
