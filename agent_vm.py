@@ -627,31 +627,43 @@ def github_probe(github: GitHub) -> str:
 
 def github_receipt(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the proxy's audit says was done: a line for each write, and for each kind of refusal."""
-
-    def about(line: Mapping[str, Any]) -> str:
-        target = line.get("target") or {}
-        return " ".join(
-            [str(line["tool"] or line["method"]), *(f"{k}={v}" for k, v in target.items())]
-        )
-
     calls = [line for line in lines if line["method"] in ("tools/call", "git")]
-    sent = [about(line) for line in calls if line["verdict"] == "forward"]
-    writes = [text for text in sent if not READS.match(text)]
+    sent = [audit_words(line) for line in calls if line["verdict"] == "forward"]
+    writes = [words for words in sent if not READS.match(words)]
+    result, unanswered = [], list(writes)
     stopped: dict[str, int] = {}
     for line in lines:
-        if line["verdict"] in NOT_PASSED:
-            text = f"{NOT_PASSED[line['verdict']]}: {about(line)}: {line['reason']}"
+        words, verdict = audit_words(line), line["verdict"]
+        if verdict in ("done", "failed") and words in unanswered:
+            unanswered.remove(words)
+        if verdict == "done":
+            result.append(f"done: {words} {(line['target'] or {}).get('url', '')}".rstrip())
+        elif verdict in NOT_PASSED:
+            text = f"{NOT_PASSED[verdict]}: {words}: {line['reason']}"
             stopped[text] = stopped.get(text, 0) + 1
     reads, count = len(sent) - len(writes), sum(stopped.values())
-    result = [f"{reads} reads, {len(writes)} writes sent, {count} not passed"]
-    result += [f"sent: {text}" for text in writes]
+    result += [f"sent, without an answer: {words}" for words in unanswered]
     result += [text + (f" ({count} times)" if count > 1 else "") for text, count in stopped.items()]
-    return [line[:300] for line in result]
+    counts = f"{number(reads, 'read')}, {number(len(writes), 'write')} sent, {count} not passed"
+    return [line[:300] for line in (counts, *result)]
+
+
+def audit_words(line: Mapping[str, Any]) -> str:
+    """What a line of the audit is about: the call and its target, but for what came of it."""
+    name = str(line["tool"] or line["method"])
+    target = (line["target"] or {}).items()
+    pairs = (f"{key}={value}" for key, value in target if key != "url")
+    return " ".join([GIT_SERVICES.get(name, name), *pairs])
+
+
+def number(count: int, noun: str) -> str:
+    return f"{count} {noun}" + "s" * (count != 1)
 
 
 NOT_PASSED = {"refuse": "refused", "withheld": "withheld", "failed": "failed"}
+GIT_SERVICES = {"git-upload-pack": "git fetch", "git-receive-pack": "git push"}
 # What the audit calls a read; whatever is not known to be one counts as a write.
-READS = re.compile(r"get_|list_|search_|\w+_read( |$)|git-upload-pack|git-receive-pack$")
+READS = re.compile(r"get_|list_|search_|\w+_read( |$)|git fetch|git push$")
 
 PROBE = r"""
 cd ~/.agent-vm

@@ -170,6 +170,7 @@ class Forward(NamedTuple):
     tool: str = ""
     write: bool = False
     check: str = ""  # how the answer is checked: Tool.answer
+    target: Object | None = None  # what it is about, once it is without arguments
 
 
 class Refuse(NamedTuple):
@@ -1187,7 +1188,7 @@ def without_arguments(forward: Forward) -> Forward:
     params = forward.message.get("params") or {}
     if "_meta" in params:
         kept["params"] = {"_meta": params["_meta"]}
-    return forward._replace(message=kept)
+    return forward._replace(message=kept, target=target_of(forward.message))
 
 
 def writes_branch(message: Object, policy: Policy) -> bool:
@@ -1309,6 +1310,15 @@ def push_report(commands: list[Command], refusals: Mapping[str, str], capabiliti
         return status
     remarks = "".join(f"refused: {ref}: {why}\n" for ref, why in rows if ref in refusals)
     return pkt(b"\x02" + remarks.encode()[:60_000]) + pkt(b"\x01" + status[:60_000]) + b"0000"
+
+
+def pushed_refs(report: bytes) -> list[tuple[str, str]]:
+    """(ref, why it was not taken or "") of the upstream's answer to a push (gitprotocol-pack)."""
+    rows = re.findall(rb"[0-9a-f]{4}(ok|ng) (refs/[^ \n]+)(?: ([^\n]+))?\n", report)
+    return [
+        (ref.decode(errors="replace"), (why.decode(errors="replace") or "?") * (word == b"ng"))
+        for word, ref, why in rows
+    ]
 
 
 # --- pure core: mirrored headers (2026-07-28) ---
@@ -1611,6 +1621,23 @@ def answer(scope: Scope, policy: Policy, forward: Forward, message: Object) -> O
     return {**message, "result": {**result, **changed}}
 
 
+def outcome(message: Object) -> tuple[str, Object]:
+    """What became of a write, for the audit: ("done", {"url": …} if it says one) or ("failed", {}).
+
+    The answers are github-mcp-server's: {"id", "url"} of what was made, or GitHub's own objects.
+    """
+    result = message.get("result")
+    if not isinstance(result, dict) or result.get("isError"):
+        return "failed", {}
+    try:
+        made = json.loads(result["content"][0]["text"])
+        found = [part.get("html_url") or part.get("url") for part in (made, made.get("commit", {}))]
+        url = next(str(url) for url in found if url)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, StopIteration):
+        url = ""
+    return "done", {"url": url} if re.fullmatch(r"https?://[!-~]{1,200}", url) else {}
+
+
 # What the upstream may send besides answers: these notifications, and these questions.
 PASSED_NOTIFICATIONS = {
     "notifications/progress",
@@ -1638,7 +1665,7 @@ def kind_of(message: Json, forward: Forward | None) -> str:
 
 def is_plain_answer(data: Bytes, forward: Forward | None) -> bool:
     """Whether the bytes begin as the answer to a tool call that nothing needs to be taken from."""
-    if forward is None or not forward.tool or forward.check:
+    if forward is None or not forward.tool or forward.check or forward.write:
         return False
     return data.startswith(b'{"jsonrpc":"2.0","id":' + dumps(forward.message["id"]) + b",")
 
@@ -2548,7 +2575,8 @@ class Proxy:
         except UpstreamError as error:
             if "id" not in verdict.message or "method" not in verdict.message:
                 raise
-            self.record(verdict.message["method"], verdict.tool, "failed", str(error))
+            method = verdict.message["method"]
+            self.record(method, verdict.tool, "failed", str(error), verdict.target)
             self.fail(client, verdict, f"GitHub's MCP server cannot be used: {error}")
 
     def fail(self, client: Client, forward: Forward, reason: str) -> None:
@@ -2585,14 +2613,14 @@ class Proxy:
         method = str(message.get("method", "answer"))
         if isinstance(verdict, Refuse):
             self.record(method, verdict.tool, "refuse", verdict.reason)
-        elif not self.record(method, verdict.tool, "forward", "", verdict.message):
+        elif not self.record(method, verdict.tool, "forward", "", target_of(verdict.message)):
             return Refuse(UNRECORDED, UPSTREAM_FAILED, verdict.tool)
         return verdict
 
     def record(
-        self, method: str, tool: str, verdict: str, reason: str, message: Object | None = None
+        self, method: str, tool: str, verdict: str, reason: str, target: Object | None = None
     ) -> bool:
-        return self.audit.write(method[:64], tool[:64], verdict, reason, message)
+        return self.audit.write(method[:64], tool[:64], verdict, reason, target or {})
 
     async def forward(
         self, client: Client, forward: Forward, body: bytes, headers: Mapping[str, str],
@@ -2663,6 +2691,8 @@ class Proxy:
             client.answer_bytes(status if status in (202, 204) else 200, b"")
         else:
             allow = ("Allow: POST",) if status == 405 else ()
+            if forward and forward.write:
+                self.record("tools/call", forward.tool, "failed", f"HTTP {status}", forward.target)
             client.answer(status, relayed_error(body, forward, self.redact), *allow)
         return True
 
@@ -2752,14 +2782,15 @@ class Proxy:
         refusals = judge_push(self.scope, self.policy, commands)
         if self.recent_writes() + len(commands) > self.policy.writes_per_hour:
             refusals = {c.ref: "too many writes in the last hour" for c in commands}
-        refs = {"params": {"arguments": {"ref": " ".join(c.ref for c in commands)[:1000]}}}
-        verdict = "refuse" if refusals else "forward"
-        why = "; ".join(f"{ref}: {why}" for ref, why in refusals.items())[:1000]
-        if not self.record("git", "git-receive-pack", verdict, why, refs):
-            raise GitRefusal(UNRECORDED)
         if not refusals:
+            for c in commands:
+                if not self.record("git", "git-receive-pack", "forward", "", {"ref": c.ref}):
+                    raise GitRefusal(UNRECORDED)
             self.writes.extend([time.monotonic()] * len(commands))
             return bytes(begun), None
+        refs = " ".join(c.ref for c in commands)[:1000]
+        why = "; ".join(f"{ref}: {why}" for ref, why in refusals.items())[:1000]
+        self.record("git", "git-receive-pack", "refuse", why, {"ref": refs})
         while not request.complete:
             request.take()
             await client.more()
@@ -2833,12 +2864,18 @@ class Proxy:
         if not kind.startswith(f"application/x-{service}-"):
             raise UpstreamError("its answer is not git's")
         client.start_stream(kind=kind.partition(";")[0])
+        report = b""  # the beginning of what became of a push
         while True:
             over = incoming.complete
             data = incoming.take()
+            if kind.endswith("-receive-pack-result") and len(report) < HIGH_WATER:
+                report += data
             if data:
                 client.write(chunk(data))
             if over:
+                for ref, why in pushed_refs(report):
+                    verdict = "failed" if why else "done"
+                    self.record("git", service, verdict, why, {"ref": ref})
                 return client.end_stream()
             await client.drain()
             connection.set_deadline(self.upstream.timeout)
@@ -2933,6 +2970,11 @@ class Proxy:
 
     def checked(self, forward: Forward, message: Object) -> Object:
         """The upstream's answer as the VM gets it; whatever is wrong with it, it is not shown."""
+        if forward.write:
+            verdict, target = outcome(message)
+            reason = "GitHub's server answered with an error" if verdict == "failed" else ""
+            target = {**(forward.target or {}), **target}
+            self.record("tools/call", forward.tool, verdict, reason, target)
         try:
             return answer(self.scope, self.policy, forward, message)
         except Exception as error:
@@ -3116,11 +3158,9 @@ class Audit:
             except OSError as error:
                 raise ProxyError(f"cannot write the audit file {path}: {error.strerror}") from None
 
-    def write(
-        self, method: str, tool: str, verdict: str, reason: str, message: Object | None
-    ) -> bool:
+    def write(self, method: str, tool: str, verdict: str, reason: str, target: Object) -> bool:
         """False when the file cannot take it: a disk is full, say."""
-        if self.debug or verdict != "forward":
+        if self.debug or verdict not in ("forward", "done"):
             what = " ".join(filter(None, [method, tool, verdict]))
             log(f"{what}: {reason}" if reason else what)
         if self.fd < 0:
@@ -3130,7 +3170,7 @@ class Audit:
             time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
         )
         line = {"time": stamp, "method": method, "tool": tool, "verdict": verdict,
-                "reason": reason, "target": target_of(message or {})}  # fmt: skip
+                "reason": reason, "target": target}  # fmt: skip
         data = b"\n" * self.torn + redact(dumps(line)) + b"\n"
         try:
             written = os.write(self.fd, data)

@@ -121,16 +121,24 @@ class ReceiptTest(unittest.TestCase):
             self.line("git-upload-pack", method="git"), self.line("git-receive-pack", method="git"),
             self.line("pull_request_read", target={"pullNumber": 3}),
             self.line("git-receive-pack", method="git", target={"ref": "refs/heads/fix"}),
-            self.line("create_pull_request", target={"title": "T"}), refused, refused,
+            self.line("create_pull_request", target={"base": "main"}),
+            self.line("create_branch", target={"branch": "b"}),
+            self.line("issue_write", target={"issue_number": 7}), refused, refused,
             {**self.line(""), "method": "tools/list"},
+            self.line("git-receive-pack", "done", method="git", target={"ref": "refs/heads/fix"}),
+            self.line("create_pull_request", "done",
+                      target={"base": "main", "url": "https://github.com/octo/widget/pull/12"}),
+            self.line("issue_write", "failed", reason="HTTP 500", target={"issue_number": 7}),
         ]  # fmt: skip
         self.assertEqual(
             agent_vm.github_receipt(lines),
             [
-                "6 reads, 2 writes sent, 2 not passed",
-                "sent: git-receive-pack ref=refs/heads/fix",
-                "sent: create_pull_request title=T",
+                "6 reads, 4 writes sent, 3 not passed",
+                "done: git push ref=refs/heads/fix",
+                "done: create_pull_request base=main https://github.com/octo/widget/pull/12",
+                "sent, without an answer: create_branch branch=b",
                 "refused: create_branch branch=x: read-only (2 times)",
+                "failed: issue_write issue_number=7: HTTP 500",
             ],
         )
 
@@ -235,8 +243,8 @@ class GitHubRunTest(GitHubWorld):
           -d '{json.dumps(call)}' "$(jq -r .mcpServers.github.url ~/.claude.json)" > answer
         """
         result = self.run_and_look("--github", script=script)
-        self.assertIn("0 reads, 1 writes sent, 0 not passed", result.err)
-        self.assertRegex(result.err, r"sent: create_branch .*branch=fix")
+        self.assertIn("0 reads, 1 write sent, 0 not passed", result.err)
+        self.assertRegex(result.err, r"done: create_branch .*branch=fix")
         shown = self.box.run("log")
         self.assertIn("create_branch", shown.out)
         lines = [json.loads(line) for line in self.box.run("log", "--json").out.splitlines()]
@@ -396,7 +404,8 @@ class GitOverTheProxyTest(GitHubWorld):
         refs = subprocess.run(["git", "-C", self.bare, "for-each-ref", "--format=%(subject) %(refname)"],
                               capture_output=True, text=True, check=True)  # fmt: skip
         self.assertEqual(refs.stdout, "second refs/heads/fix\nfirst refs/heads/main\n")
-        self.assertIn("1 writes sent", result.err)
+        self.assertIn("done: git push ref=refs/heads/fix\n", result.err)
+        self.assertIn("1 write sent", result.err)
         self.assertIn("refs/heads/main", result.err)
 
 

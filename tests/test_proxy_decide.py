@@ -1227,6 +1227,23 @@ class MessageTest(unittest.TestCase):
             verdict = proxy.decide(SCOPE, running.policy, call("create_branch", branch=refused))
             self.assertIsInstance(verdict, Refuse, given)
 
+    def test_what_a_write_made(self) -> None:
+        def became(made: Any, **more: Any) -> Any:
+            content = [{"type": "text", "text": json.dumps(made)}]
+            return proxy.outcome({"id": 1, "result": {"content": content, **more}})
+
+        url = "https://github.com/good/r/commit/abc"
+        made: Any
+        for made in ({"url": url}, {"html_url": url, "url": "https://api.github.com/x"},
+                     {"content": None, "commit": {"html_url": url}}):  # fmt: skip
+            self.assertEqual(became(made), ("done", {"url": url}))
+        for made in (1, [], None, "x", {}, {"url": 1}, {"url": "javascript:x"}, {"commit": 1},
+                     {"url": url + "\n"}, {"url": url + "\x1b[2J"}, {"url": url + "x" * 300}):  # fmt: skip
+            self.assertEqual(became(made), ("done", {}), made)
+        self.assertEqual(became({"url": url}, isError=True), ("failed", {}))
+        self.assertEqual(proxy.outcome({"id": 1, "error": {"code": 1}}), ("failed", {}))
+        self.assertEqual(proxy.outcome({"id": 1, "result": {}}), ("done", {}))
+
     def test_a_name_that_becomes_another_repository_is_known(self) -> None:
         upstream = proxy.Upstream("http://127.0.0.1:9/", proxy.Token("t" * 20), {}, "", 1)
         running = proxy.Proxy(SCOPE, POLICY, upstream, "", proxy.Audit("", False))

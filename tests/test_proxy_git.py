@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -291,6 +292,25 @@ class GitTest(unittest.TestCase):
         url = f"{base}/git/good/r.git"
         self.assertIn("other than the default one", self.push(url, "HEAD:fix").stderr)
         self.assertEqual(self.push(url, "HEAD:main").returncode, 0)
+
+    def test_the_audit_has_what_became_of_a_push(self) -> None:
+        hook = self.bare / "hooks/update"
+        hook.parent.mkdir(exist_ok=True)
+        hook.write_text('#!/bin/sh\ntest "$1" != refs/heads/protected\n')
+        hook.chmod(0o755)
+        self.commit(self.clone(), "new", "z")
+        self.push("origin", "HEAD:fix", "HEAD:protected")
+        lines = map(json.loads, (self.home / "audit").read_text().splitlines())
+        told = [(line["verdict"], line["target"].get("ref"), line["reason"]) for line in lines]
+        self.assertEqual(
+            told[-4:],
+            [
+                ("forward", "refs/heads/fix", ""),
+                ("forward", "refs/heads/protected", ""),
+                ("done", "refs/heads/fix", ""),
+                ("failed", "refs/heads/protected", "hook declined"),
+            ],
+        )
 
     def test_push_options(self) -> None:
         self.commit(self.clone(), "new", "z")

@@ -680,13 +680,34 @@ class AuditTest(LiveTest):
         self.connect().ask(b"{")
         lines = [json.loads(line) for line in self.audit.read_text().splitlines()]
         self.assertEqual(lines[0]["target"], {"issue_number": 5})
-        self.assertEqual([line["verdict"] for line in lines[:3]], ["forward", "refuse", "refuse"])
-        self.assertTrue(all(line["reason"] for line in lines[1:]))
+        verdicts = [line["verdict"] for line in lines[:4]]
+        self.assertEqual(verdicts, ["forward", "done", "refuse", "refuse"])
+        self.assertTrue(all(line["reason"] for line in lines[2:]))
         self.assertRegex(lines[0]["time"], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")
         self.assertEqual(stat.S_IMODE(self.audit.stat().st_mode), 0o600)
         everything = self.audit.read_text() + self.proxy.stderr()
         for word in (TOKEN, SECRET, "wrong-secret", "words of the agent"):
             self.assertNotIn(word, everything)
+
+    def test_what_became_of_a_write(self) -> None:
+        made = '{"id":"1","url":"https://github.com/good/r/pull/12"}'
+        failed = {"content": [{"type": "text", "text": "words of GitHub"}], "isError": True}
+        large = fake.text(json.dumps({"url": "https://github.com/good/r/x", "more": "m" * 300_000}))
+        for handler, verdict, target in (
+            (fake.text(made), "done", {"url": "https://github.com/good/r/pull/12"}),
+            (large, "done", {"url": "https://github.com/good/r/x"}),
+            (fake.text("made it"), "done", {}),
+            (lambda x: x.answer({"jsonrpc": "2.0", "id": x.id, "result": failed}), "failed", {}),
+            (fake.status(500), "failed", {}), (fake.status(400), "failed", {}),
+            (fake.bytes_of(b"HTTP/1.1 200 OK\r\n"), "failed", {}),
+        ):  # fmt: skip
+            self.upstream.on("create_branch", handler)
+            self.client.ask(call("", name="create_branch", branch="b"))
+            lines = [json.loads(line) for line in self.audit.read_text().splitlines()]
+            self.assertEqual([line["verdict"] for line in lines[-2:]], ["forward", verdict])
+            self.assertEqual(lines[-1]["target"], {"branch": "b", **target})
+            self.assertEqual(bool(lines[-1]["reason"]), verdict == "failed")
+        self.assertNotIn("words of GitHub", self.audit.read_text())
 
 
 class FaultTest(unittest.TestCase):
