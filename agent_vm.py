@@ -177,6 +177,7 @@ class GitHub(NamedTuple):
     secret: str
     readonly: bool
     remote: str  # the project's remote as it is written, "" when it is not from there
+    asking: subprocess.Popen[bytes] | None = None  # the proxy, with --confirm-writes
 
     def __repr__(self) -> str:
         return f"<proxy for {self.repo} on port {self.port}>"
@@ -874,6 +875,9 @@ SETTINGS = {
     ),
     "github-profile": Setting(str, "", "tokens from github_app_token.py's profile NAME", "NAME"),
     "github-policy": Setting(existing_file, "", "what may be written, see the proxy", "FILE"),
+    "confirm-writes": Setting(
+        yes_or_no, False, "ask at the terminal before each write to GitHub"
+    ),
     "forward": Setting(yes_or_no, True, "forward the guest's ports to the host (default)"),
 }  # fmt: skip
 
@@ -1190,10 +1194,15 @@ class Guest:
         except subprocess.TimeoutExpired as error:
             raise AgentVMError(f"{self.host} did not answer within {timeout} s") from error
 
-    def attach(self, argv: Sequence[str], tty: bool, stdin: int | None = None) -> int:
+    def attach(
+        self, argv: Sequence[str], tty: bool, stdin: int | None = None,
+        asking: subprocess.Popen[bytes] | None = None,
+    ) -> int:  # fmt: skip
         """Run argv with our terminal or pipes; its status. ssh joins its arguments: quote them."""
-        command = [*self.ssh, "-t" if tty else "-T", self.host, shlex.join(argv)]
-        with child(command, stdin=stdin) as process:
+        # Lima's control master would go on reading the terminal while a question is asked there.
+        own = ("-S", "none") if asking else ()
+        command = [*self.ssh, *own, "-t" if tty else "-T", self.host, shlex.join(argv)]
+        with child(command, stdin=stdin) as process, confirming(asking, process):
             return process.wait()
 
     def alive(self) -> bool:
@@ -1809,16 +1818,19 @@ def run_in_clone(context: Context, args: argparse.Namespace, argv: Sequence[str]
             stack.enter_context(armed(context, guest, github))
         for path in hooks:
             run_hook(guest, path, path.parent == Path(project), project)
-        return attach_agent(context, guest, project, argv)
+        return attach_agent(context, guest, project, argv, github.asking if github else None)
 
 
-def attach_agent(context: Context, guest: Guest, project: str, argv: Sequence[str]) -> int:
+def attach_agent(
+    context: Context, guest: Guest, project: str, argv: Sequence[str],
+    asking: subprocess.Popen[bytes] | None,
+) -> int:  # fmt: skip
     tty = os.isatty(0) and os.isatty(1)
     # An agent whose output goes to a file must not wait for a terminal that it does not have.
     stdin = subprocess.DEVNULL if os.isatty(0) and not tty and tuple(argv[:2]) == AGENT else None
     launch = f"{guest.instance.home}/.agent-vm/launch"
     try:
-        status = guest.attach([launch, project, *argv], tty, stdin)
+        status = guest.attach([launch, project, *argv], tty, stdin, asking)
     except Interrupted:
         with shielded(), contextlib.suppress(AgentVMError):
             guest.run("sync", timeout=20)  # what the agent wrote so far is kept
@@ -1851,6 +1863,11 @@ def choose_github(context: Context, project: str, yes: bool) -> GitHubChoice | N
         if wanted == "auto":
             return None
         raise AgentVMError(f"{project} has no remote on github.com", hint="--github=OWNER/REPO")
+    if context.get("confirm-writes"):
+        try:
+            os.close(open_terminal())
+        except OSError:
+            raise AgentVMError("--confirm-writes: there is no terminal to ask at") from None
     token = find_github_token(context, repo, ask=wanted != "auto")
     if token is None:
         if wanted == "auto":
@@ -1949,15 +1966,15 @@ def github_proxy(context: Context, choice: GitHubChoice, name: str) -> Iterator[
     environ = {"GITHUB_MCP_GIT": "https://github.com", **os.environ, **choice.environ}
     environ.pop("GITHUB_MCP_SECRET", None)
     environ.update(GITHUB_MCP_OWNER=owner, GITHUB_MCP_REPO=repo, GITHUB_MCP_READONLY=readonly)
-    policy = context.get("github-policy")
+    policy, confirm = context.get("github-policy"), context.get("confirm-writes")
     audit, errors = audit_path(context, name), context.folders.state / "logs" / f"{name}.github.log"
     argv = [
         sys.executable, str(beside(GITHUB_PROXY)), "--listen", "127.0.0.1:0", "--print-secret",
         "--exit-with-stdin", "--audit", str(audit), *choice.options,
-        *(("--policy", policy) if policy else ()),
+        *(("--policy", policy) if policy else ()), *(("--confirm-writes",) if confirm else ()),
     ]  # fmt: skip
     log.info(f"GitHub: {choice.repo}{', read-only' if readonly == '1' else ''}")
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
     with (
         open(errors, "wb") as file,
         child(argv, **pipes, stderr=file, env=environ, cwd="/", start_new_session=True) as process,
@@ -1967,7 +1984,8 @@ def github_proxy(context: Context, choice: GitHubChoice, name: str) -> Iterator[
             port, secret = lines.readline().decode().strip(), lines.readline().decode().strip()
             if not port.isdigit() or not secret:
                 raise AgentVMError("the GitHub proxy did not start", details=tail(errors))
-            yield GitHub(choice.repo, int(port), secret, readonly == "1", choice.remote)
+            asking = process if confirm else None
+            yield GitHub(choice.repo, int(port), secret, readonly == "1", choice.remote, asking)
             if process.poll() is not None:
                 log.warn(f"the GitHub proxy ended before the agent: {errors}")
     prune_logs(errors.parent)
@@ -1989,6 +2007,104 @@ def armed(context: Context, guest: Guest, github: GitHub) -> Iterator[None]:
         with shielded(), contextlib.suppress(OSError):
             for line in github_receipt(read_audit(audit)[earlier:]):
                 log.info(f"GitHub: {printable(line)}")
+
+
+@contextlib.contextmanager
+def confirming(
+    proxy: subprocess.Popen[bytes] | None, agent: subprocess.Popen[bytes]
+) -> Iterator[None]:
+    """While the agent runs, the proxy's questions are asked at the terminal."""
+    if proxy is None:
+        yield
+        return
+    import select
+    import threading
+
+    ended, end = os.pipe()
+
+    def answer_all() -> None:
+        assert proxy and proxy.stdin and proxy.stdout
+        with contextlib.suppress(OSError, ValueError):  # the proxy has gone
+            while ended not in select.select([proxy.stdout.fileno(), ended], [], [])[0]:
+                question = json.loads(proxy.stdout.readline())
+                answer = {"id": question["id"], "refused": ask_user(question, agent, ended)}
+                proxy.stdin.write(json.dumps(answer).encode() + b"\n")
+
+    thread = threading.Thread(target=answer_all, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        with shielded():
+            os.close(end)
+            thread.join()
+            os.close(ended)
+
+
+def open_terminal() -> int:
+    return os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+
+
+def ask_user(question: Mapping[str, Any], agent: subprocess.Popen[bytes], ended: int) -> str:
+    """Why a write may not pass, "" when it may. The agent's ssh stops reading the terminal."""
+    import termios
+
+    try:
+        terminal = open_terminal()
+    except OSError:
+        return "there is no terminal to ask at"
+    try:
+        if os.tcgetpgrp(terminal) != os.getpgrp():
+            return "agent-vm is in the background and cannot ask"
+        agent.send_signal(signal.SIGSTOP)
+        with line_mode(terminal):
+            text = printable(f"{question['tool']} {question['about']}")
+            os.write(terminal, f"\x1b[0m\r\n\aThe agent wants to: {text}\nallow? y/n ".encode())
+            return read_answer(terminal, question["until"], ended)
+    except (OSError, termios.error):
+        return "the terminal has gone"
+    finally:
+        for signum in (signal.SIGCONT, signal.SIGWINCH):  # on again, and look at the terminal anew
+            agent.send_signal(signum)
+        os.close(terminal)
+
+
+@contextlib.contextmanager
+def line_mode(terminal: int) -> Iterator[None]:
+    """A terminal that ssh has made raw takes lines; Ctrl-C is a character, and means no."""
+    import termios
+
+    before = termios.tcgetattr(terminal)
+    lines = [*before[:6], list(before[6])]
+    lines[0] |= termios.ICRNL
+    lines[1] |= termios.OPOST | termios.ONLCR
+    lines[3] = (lines[3] | termios.ICANON | termios.ECHO | termios.ECHOE) & ~termios.ISIG
+    lines[6][termios.VMIN], lines[6][termios.VTIME] = 1, 0
+    time.sleep(0.3)  # whoever was typing to the agent has not meant this
+    termios.tcsetattr(terminal, termios.TCSAFLUSH, lines)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSAFLUSH, before)
+
+
+def read_answer(terminal: int, until: float, ended: int) -> str:
+    """`until` in time.monotonic() seconds; `ended` can be read when the agent has ended."""
+    import select
+
+    while True:
+        left = max(0, until - time.monotonic())
+        ready = select.select([terminal, ended], [], [], left)[0]
+        if terminal not in ready:
+            os.write(terminal, b"\n")
+            return "the run has ended" if ready else "the user did not answer"
+        data = os.read(terminal, 1000)
+        word = re.sub(rb"\x1b\[[0-9;?<>]*[A-Za-z~]", b"", data).strip().lower()
+        if word in (b"y", b"yes"):
+            return ""
+        if word in (b"n", b"no") or b"\x03" in data or not data:
+            return "the user said no"
+        os.write(terminal, b"y or n: ")
 
 
 def audit_path(context: Context, name: str) -> Path:
@@ -2991,7 +3107,7 @@ SETUP_SETTINGS = (
 )  # fmt: skip
 RUN_SETTINGS = (
     "name", "memory", "cpus", "mount", "readonly", "github", "github-profile", "github-policy",
-    "forward", "env", "timeout",
+    "confirm-writes", "forward", "env", "timeout",
 )  # fmt: skip
 
 

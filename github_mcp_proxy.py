@@ -2493,6 +2493,7 @@ class Proxy:
         git: Upstream | None = None,
     ) -> None:  # fmt: skip
         self.git = git
+        self.questions: Questions | None = None  # with --confirm-writes
         self.scope = scope
         self.policy = policy
         self.upstream = upstream
@@ -2555,11 +2556,20 @@ class Proxy:
                 message = {}  # as a tree it is many times as large: it is not held while waiting
                 await self.know_repository(wait=True)
                 message = parse_message(data)
-        del data
         modern = is_modern(message)
         if modern:
             check_mirrored(request.headers, message)
-        verdict = self.judge(message, session)
+        verdict: Verdict
+        question = self.question(message, session)
+        if question and self.questions:
+            message = {}
+            reason = await self.questions.ask(*question)
+            message = parse_message(data)
+            verdict = Refuse(reason, tool=question[0])
+            verdict = self.recorded(message, verdict) if reason else self.judge(message, session)
+        else:
+            verdict = self.judge(message, session)
+        del data
         if isinstance(verdict, Refuse):
             return client.answer(*refusal_message(message, verdict))
         headers = {**self.upstream.headers, "Accept": BOTH, "Mcp-Session-Id": session}
@@ -2587,6 +2597,19 @@ class Proxy:
             client.end_stream()
         else:
             client.answer(200, error)
+
+    def question(self, message: Object, session: str) -> tuple[str, str] | None:
+        """(tool, its arguments) of a write that the host's user has to allow, else None."""
+        if not self.questions or self.moved:
+            return None
+        seen = Seen(self.recent_writes(), self.asked(session))
+        verdict = decide(self.scope, self.policy, message, seen)
+        if isinstance(verdict, Refuse) or not verdict.write:
+            return None
+        arguments = {**target_of(verdict.message), **verdict.message["params"]["arguments"]}
+        for key in ("owner", "repo"):  # the one repository, whatever the message said
+            arguments.pop(key, None)
+        return verdict.tool, json.dumps(arguments, ensure_ascii=False)
 
     def judge(self, message: Object, session: str) -> Verdict:
         """`decide` with what it must know, its verdict recorded and counted."""
@@ -2782,6 +2805,10 @@ class Proxy:
         refusals = judge_push(self.scope, self.policy, commands)
         if self.recent_writes() + len(commands) > self.policy.writes_per_hour:
             refusals = {c.ref: "too many writes in the last hour" for c in commands}
+        if self.questions and not refusals:
+            moves = (f"{c.ref} {c.old[:12]}..{c.new[:12]}" for c in commands)
+            reason = await self.questions.ask("git push", ", ".join(moves))
+            refusals = {c.ref: reason for c in commands if reason}
         if not refusals:
             for c in commands:
                 if not self.record("git", "git-receive-pack", "forward", "", {"ref": c.ref}):
@@ -3126,6 +3153,53 @@ def legacy_version(headers: Mapping[str, str]) -> str:
     return value
 
 
+class Questions:
+    """Asks whoever started the proxy whether a write may pass, one question at a time.
+
+    On stdout {"id", "tool", "about", "until"}, until: when it lapses, in time.monotonic() seconds,
+    which all processes share. On stdin {"id", "refused"}: why not, "" to let it pass.
+    """
+
+    def __init__(self) -> None:
+        self.turn = asyncio.Lock()
+        self.id = 0
+        self.answer: asyncio.Future[str] | None = None
+
+    async def ask(self, tool: str, about: str) -> str:
+        """Why the write may not pass, "" when it may."""
+        until = time.monotonic() + CONFIRM_SECONDS
+        try:
+            return await asyncio.wait_for(self.ask_in_turn(tool, about, until), CONFIRM_SECONDS)
+        except asyncio.TimeoutError:
+            return f"the user did not allow it within {CONFIRM_SECONDS} s"
+        except OSError:
+            return "nobody is there to allow it"
+
+    async def ask_in_turn(self, tool: str, about: str, until: float) -> str:
+        async with self.turn:
+            self.id += 1
+            self.answer = asyncio.get_running_loop().create_future()
+            about = about if len(about) <= 800 else about[:799] + "…"
+            question = {"id": self.id, "tool": tool, "about": about, "until": until}
+            line = json.dumps(question, ensure_ascii=False) + "\n"
+            os.write(1, line.encode(errors="replace"))  # less than PIPE_BUF: whole, or not at all
+            return await self.answer
+
+    def answered(self, line: bytes) -> None:
+        """What came on stdin; anything but an answer to the question that is open is ignored."""
+        try:
+            answer = json.loads(line)
+            known, refused = answer["id"] == self.id, str(answer["refused"])[:200]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return
+        if known and self.answer and not self.answer.done():
+            self.answer.set_result(refused)
+
+
+# Less than the 60 s after which the TypeScript SDK's clients give a call up.
+CONFIRM_SECONDS = 50
+
+
 # --- shell: the audit ---
 
 TARGETS = (
@@ -3203,8 +3277,11 @@ async def serve(proxy: Proxy, options: argparse.Namespace) -> int:
     proxy.hosts.add(f"[{address}]" if ":" in address else address)
     announce(server.sockets[0].getsockname()[1], options)
     gc.freeze()  # the tables stay: no collection has to look at them
-    if options.exit_with_stdin:
-        watch_stdin(loop, stop)
+    if options.confirm_writes:
+        proxy.questions = Questions()
+        os.set_blocking(1, False)  # whoever does not read cannot stop the proxy
+    if options.exit_with_stdin or proxy.questions:
+        watch_stdin(loop, stop, proxy.questions)
     await proxy.know_repository(wait=False)
     sweeper = asyncio.ensure_future(sweep(proxy))
     try:
@@ -3225,14 +3302,20 @@ def announce(port: int, options: argparse.Namespace) -> None:
     print("\n".join(lines), flush=True)
 
 
-def watch_stdin(loop: asyncio.AbstractEventLoop, stop: Callable[[int], None]) -> None:
-    """Stop when stdin is closed: then whoever started this is gone."""
+def watch_stdin(
+    loop: asyncio.AbstractEventLoop, stop: Callable[[int], None], questions: Questions | None
+) -> None:
+    """Stop when stdin is closed: then whoever started this is gone. Its lines are answers."""
     import threading
 
     def watch() -> None:
+        rest = b""
         try:
-            while os.read(0, 4096):
-                pass
+            while data := os.read(0, 4096):
+                *lines, rest = (rest[-4096:] + data).split(b"\n")
+                if questions:
+                    for line in lines:
+                        loop.call_soon_threadsafe(questions.answered, line)
         except OSError:
             pass
         loop.call_soon_threadsafe(stop, 0)
@@ -3435,6 +3518,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--git", metavar="URL", default=os.environ.get("GITHUB_MCP_GIT", ""),
         help="serve git at /git/OWNER/REPO.git too, from URL (https://github.com)")  # fmt: skip
     add("--exit-with-stdin", action="store_true", help="stop when stdin is closed")
+    add("--confirm-writes", action="store_true",
+        help="ask on stdout before each write, in JSON; the answers come on stdin")  # fmt: skip
     add("--check-upstream", action="store_true", help="compare its tools with the table, and exit")
     version = f"%(prog)s {__version__} (Python {sys.version.split()[0]})"
     add("--version", action="version", version=version)

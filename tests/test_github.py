@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import time
 import unittest
 from pathlib import Path
 from typing import Any
@@ -364,6 +365,80 @@ class GitHubRunTest(GitHubWorld):
             self.box.agent_calls()[0]["argv"],
             ["--dangerously-skip-permissions", "--github", "-p", "x"],
         )
+
+
+BRANCH = """
+curl -s -H @$HOME/.agent-vm/github-header -H 'Content-Type: application/json' \\
+  -H 'Accept: application/json, text/event-stream' -d '{"jsonrpc": "2.0", "id": 1, "method":
+  "tools/call", "params": {"name": "create_branch", "arguments": {"branch": "'$name'"}}}' \\
+  "$(jq -r .mcpServers.github.url ~/.claude.json)"
+"""
+
+
+class ConfirmTest(GitHubWorld):
+    """--confirm-writes: what the person at the terminal says."""
+
+    def ask(self, script: str) -> Any:
+        return self.box.terminal("run", "--github", "--confirm-writes", "--", f"sh:{script}")
+
+    def created(self) -> list[str]:
+        return [x.arguments["branch"] for x in self.upstream.calls("create_branch")]
+
+    def test_yes_and_no(self) -> None:
+        script = "".join(f"name={name}; ({BRANCH}) > {name}; " for name in ("one", "two", "three"))
+        terminal = self.ask(script + "read line; echo read=$line > typed")
+        terminal.expect('create_branch {"branch": "one"')
+        terminal.expect("allow? y/n ")
+        self.assertEqual(self.created(), [])
+        terminal.type("perhaps\r")
+        terminal.expect("y or n: ")
+        terminal.type("y\r")
+        terminal.expect('"two"')
+        self.assertEqual(self.created(), ["one"])
+        time.sleep(0.5)
+        terminal.type("n\r")
+        terminal.expect('"three"')
+        time.sleep(0.5)
+        terminal.type("\x03\r")  # not the end of the run
+        wait_for(lambda: "said no" in self.text_of("three"), "the answer to the agent")
+        terminal.type("to the agent\r")
+        self.assertEqual(terminal.wait(), 0, terminal.seen)
+        self.assertEqual(self.created(), ["one"])
+        self.assertIn("the user said no", self.text_of("two"))
+        self.assertEqual(self.guest_file("typed"), "read=to the agent\n")
+        self.assertIn("1 write sent, 2 not passed", terminal.seen)
+        self.assert_nothing_left()
+
+    def text_of(self, name: str) -> str:
+        path = self.box.project / name
+        return path.read_text() if path.exists() else ""
+
+    def test_a_word_that_was_typed_before_the_question_is_no_answer(self) -> None:
+        terminal = self.ask(
+            f"echo wait; while [ ! -e typed ]; do sleep 0.1; done; name=b; {BRANCH}"
+        )
+        terminal.expect("wait")
+        terminal.type("y")
+        (self.box.project / "typed").touch()
+        terminal.expect("allow? y/n ")
+        terminal.type("\r")
+        terminal.expect("y or n: ")
+        self.assertEqual(self.created(), [])
+        terminal.type("n\r")
+        self.assertEqual(terminal.wait(), 0, terminal.seen)
+
+    def test_an_end_during_the_question(self) -> None:
+        terminal = self.ask(f"name=b; {BRANCH}")
+        terminal.expect("allow? y/n ")
+        terminal.process.terminate()
+        self.assertEqual(terminal.wait(), 143, terminal.seen)
+        self.assertEqual(self.created(), [])
+        self.assert_nothing_left()
+
+    def test_nobody_to_ask(self) -> None:
+        result = self.box.run("run", "--github", "--confirm-writes", new_session=True)
+        self.assert_refused(result, "no terminal to ask at")
+        self.assert_nothing_left()
 
 
 class GitOverTheProxyTest(GitHubWorld):

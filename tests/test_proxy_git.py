@@ -312,6 +312,30 @@ class GitTest(unittest.TestCase):
             ],
         )
 
+    def test_a_push_that_the_user_has_to_allow(self) -> None:
+        self.running = self.start("--confirm-writes")
+        process, base = self.running.process, f"http://127.0.0.1:{self.running.port}"
+        assert process.stdin and process.stdout
+        key = f"http.{base}/.extraHeader"
+        self.git("config", "--global", key, f"Authorization: Bearer {SECRET}")
+        self.git("clone", "-q", f"{base}/git/good/r.git", str(self.work))
+        (self.work / "large").write_bytes(os.urandom(8 << 20))
+        self.git("-C", str(self.work), "add", "large")
+        self.git("-C", str(self.work), "commit", "-q", "-m", "large")
+        argv = ["git", "-C", str(self.work), "push", "origin", "HEAD:fix"]
+        for refused, status in (("not now", 1), ("", 0)):
+            with subprocess.Popen(argv, env=self.env, stderr=subprocess.PIPE, text=True) as push:
+                question = json.loads(process.stdout.readline())
+                self.assertEqual(question["tool"], "git push")
+                self.assertRegex(question["about"], r"^refs/heads/fix 0{12}\.\.[0-9a-f]{12}$")
+                time.sleep(0.3)
+                answer = {"id": question["id"], "refused": refused}
+                process.stdin.write(json.dumps(answer) + "\n")
+                process.stdin.flush()
+                self.assertIn(refused, push.communicate()[1])
+            self.assertEqual(push.returncode, status)
+        self.assertIn("refs/heads/fix", self.branches())
+
     def test_push_options(self) -> None:
         self.commit(self.clone(), "new", "z")
         self.assertEqual(self.push("-o", "ci.skip", "origin", "HEAD:opt").returncode, 0)

@@ -710,6 +710,104 @@ class AuditTest(LiveTest):
         self.assertNotIn("words of GitHub", self.audit.read_text())
 
 
+class ConfirmTest(unittest.TestCase):
+    """--confirm-writes: a question on stdout, an answer on stdin."""
+
+    def setUp(self) -> None:
+        self.upstream = fake.Upstream()
+        self.upstream.__enter__()
+        self.addCleanup(self.upstream.__exit__)
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        script = Path(folder.name, "prepared.py")
+        script.write_text(
+            f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+            "import github_mcp_proxy as p\np.CONFIRM_SECONDS = 1\nsys.exit(p.main())\n"
+        )
+        self.proxy = Proxy(self.upstream.url, "--confirm-writes", script=script)
+        self.addCleanup(self.proxy.stop)
+
+    def send(self, branch: str, **more: Any) -> Client:
+        client = Client(self.proxy.port)
+        self.addCleanup(client.close)
+        client.send(call("", name="create_branch", branch=branch, **more))
+        return client
+
+    def question(self) -> Any:
+        assert self.proxy.process.stdout
+        return json.loads(self.proxy.process.stdout.readline())
+
+    def answer(self, *lines: Any) -> None:
+        assert self.proxy.process.stdin
+        for line in lines:
+            self.proxy.process.stdin.write(line if isinstance(line, str) else json.dumps(line))
+            self.proxy.process.stdin.write("\n")
+        self.proxy.process.stdin.flush()
+
+    def test_one_question_at_a_time(self) -> None:
+        clients = [self.send("a"), self.send("b")]
+        for refused, told in (("", "ok create_branch"), ("not now", "not now")):
+            question = self.question()
+            self.assertEqual(question["tool"], "create_branch")
+            self.assertLess(question["until"], time.monotonic() + 1)
+            client = clients['"b"' in question["about"]]
+            self.assertFalse(self.asks_more())
+            self.answer({"id": question["id"], "refused": refused})
+            self.assertIn(told, text_of(json.loads(client.read()[2])))
+        self.assertEqual(len(self.upstream.calls("create_branch")), 1)
+
+    def asks_more(self) -> bool:
+        import select
+
+        assert self.proxy.process.stdout
+        return bool(select.select([self.proxy.process.stdout.fileno()], [], [], 0.05)[0])
+
+    def test_no_answer_is_a_no(self) -> None:
+        client = self.send("a")
+        id = self.question()["id"]
+        self.answer(
+            "", "y", "{", "[]", "null", {"id": id + 1, "refused": ""}, {"id": id}, {"refused": ""}
+        )
+        self.answer("x" * 100_000)
+        self.assertIn("did not allow it within 1 s", text_of(json.loads(client.read()[2])))
+        self.answer({"id": id, "refused": ""})  # too late
+        self.assertIn("did not allow", text_of(json.loads(self.send("b").read()[2])))
+        self.assertEqual(self.upstream.calls("create_branch"), [])
+
+    def test_what_is_not_asked(self) -> None:
+        client = Client(self.proxy.port)
+        self.addCleanup(client.close)
+        self.assertIn("ok", text_of(client.ask(call(name="get_file_contents"))))
+        answer = text_of(client.ask(call("", name="create_branch", branch="main")))
+        self.assertIn("default", answer)
+        self.assertFalse(self.asks_more())
+
+    def test_a_question_is_short_and_says_where_first(self) -> None:
+        files = [{"path": f"dir/{n}", "content": '\U0001f600\\"' * 5000} for n in range(5)]
+        client = Client(self.proxy.port)
+        self.addCleanup(client.close)
+        client.send(call("", name="push_files", branch="fix", message="m", files=files))
+        line = self.proxy.process.stdout.readline()  # type: ignore[union-attr]
+        self.assertLess(len(line.encode()), 4096)
+        self.assertIn('{"branch": "fix", "paths": ["dir/0", "dir/1"', json.loads(line)["about"])
+
+    def test_a_host_that_does_not_read_cannot_be_waited_for(self) -> None:
+        clients = [self.send(f"{n}", from_branch="y" * 200) for n in range(3)]
+        self.assertEqual({client.read()[0] for client in clients}, {200})
+        client = Client(self.proxy.port)
+        self.addCleanup(client.close)
+        self.assertEqual(client.ask(request("ping"))["id"], 1)
+
+    def test_it_ends_with_stdin(self) -> None:
+        client = self.send("a")
+        self.question()
+        assert self.proxy.process.stdin
+        self.proxy.process.stdin.close()
+        self.assertEqual(self.proxy.process.wait(TIMEOUT), 0)
+        self.assertTrue(client.is_closed())
+        self.assertEqual(self.upstream.calls("create_branch"), [])
+
+
 class FaultTest(unittest.TestCase):
     """What would fill its memory or confuse it: it is refused, and the next client is served."""
 
