@@ -132,29 +132,42 @@ def is_ours(path: str, body: str) -> bool:
     )
 
 
+def real_server(test: unittest.TestCase) -> tuple[str, subprocess.Popen[bytes]]:
+    """The URL and the process of a github-mcp-server over a new Api, for as long as the test lasts."""
+    Api.seen.clear()
+    Api.more.clear()
+    api = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Api)
+    threading.Thread(target=api.serve_forever, daemon=True).start()
+    test.addCleanup(api.server_close)
+    test.addCleanup(api.shutdown)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        ["github-mcp-server", "http", "--listen-host", "127.0.0.1", "--port", str(port),
+         "--gh-host", f"http://127.0.0.1:{api.server_address[1]}"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    test.addCleanup(server.wait)
+    test.addCleanup(server.terminate)
+    deadline = time.monotonic() + TIMEOUT
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            return f"http://127.0.0.1:{port}/", server
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
 @unittest.skipUnless(shutil.which("github-mcp-server"), "github-mcp-server is not on PATH")
 class RealServerTest(unittest.TestCase):
     def setUp(self) -> None:
-        Api.seen.clear()
-        Api.more.clear()
-        self.api = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Api)
-        threading.Thread(target=self.api.serve_forever, daemon=True).start()
-        self.addCleanup(self.api.server_close)
-        self.addCleanup(self.api.shutdown)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        self.server = subprocess.Popen(
-            ["github-mcp-server", "http", "--listen-host", "127.0.0.1", "--port", str(self.port),
-             "--gh-host", f"http://127.0.0.1:{self.api.server_address[1]}"],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        self.addCleanup(self.server.wait)
-        self.addCleanup(self.server.terminate)
-        self.wait_for_server()
+        upstream, self.server = real_server(self)
         policy = Path(self.enterFolder(), "policy.ini")
         policy.write_text(POLICY)
         self.running = Proxy(
-            f"http://127.0.0.1:{self.port}/", "--policy", str(policy),
+            upstream, "--policy", str(policy),
             GITHUB_MCP_TOOLSETS="all", GITHUB_MCP_LOCKDOWN="0", GITHUB_MCP_TOKEN="github_pat_" + "t" * 30,
         )  # fmt: skip
         self.addCleanup(self.running.stop)
@@ -167,17 +180,6 @@ class RealServerTest(unittest.TestCase):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         return folder.name
-
-    def wait_for_server(self) -> None:
-        deadline = time.monotonic() + TIMEOUT
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", self.port)).close()
-                return
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.05)
 
     def assert_only_ours(self) -> None:
         self.assertEqual([x for x in Api.seen if not is_ours(x[1], x[2])], [])

@@ -19,9 +19,16 @@ import unittest
 from collections.abc import Callable
 from pathlib import Path
 
+from tests import support
+from tests.fakes import mcp_upstream
+from tests.fakes.git_server import GitServer
+from tests.test_proxy_real import real_server
+
+support.PATIENCE = 900
 TESTS = Path(__file__).resolve().parent
 SCRIPT = TESTS.parent / "agent_vm.py"
 TOKEN = "sk-ant-api03-not-a-real-key-0123456789abcdef"
+GITHUB_TOKEN = "github_pat_11NOTREAL0_abcdefghijklmnopqrstuvwxyz0123456789"
 AWKWARD = "it's a project, $HOME: ünïcode"
 
 # Written just before the end: a large file, and pages that only a memory map has made dirty.
@@ -47,6 +54,33 @@ ls ~/.ssh
 env | grep -c -i ssh_auth
 sudo mount -o remount,rw "$1"; sudo touch "$1/sneaked" || echo read-only-holds
 ls -d "$2" || echo no-host-home
+"""
+
+
+# In the guest of a run with GitHub; TOKEN comes in two parts, or the search would find itself.
+USE_GITHUB = r"""
+exec > guest.log 2>&1
+base=$(sed -n 's/^\[http "\(.*\)"\]/\1/p' ~/.agent-vm/gitconfig)git
+cd ~
+git clone -q https://github.com/good/r one && echo cloned by https
+git clone -q --depth 1 ssh://git@github.com/good/r.git two && echo cloned by ssh
+cd one
+git commit -q --allow-empty -m "from the guest"
+git fetch -q origin && echo fetched
+git push -q origin HEAD:fix && echo pushed
+git push -q origin HEAD:main || echo main is refused
+git push -q origin HEAD:refs/tags/v1 || echo tags are refused
+for path in evil/secret.git good/r.wiki.git good/r.git/../../evil/secret.git; do
+  git ls-remote "$base/$path" || echo "no $path"
+done
+git -c protocol.allow=always submodule add "$base/evil/secret.git" sub || echo no submodule
+claude mcp list
+sudo cat /proc/[0-9]*/environ /proc/[0-9]*/cmdline 2> /dev/null | tr '\0' '\n' > ~/processes
+grep -c -e "$1$2" ~/processes
+sync
+cd "$3"
+touch looked
+while [ -e looked ]; do sleep 0.2; done
 """
 
 
@@ -260,6 +294,130 @@ class VMTest(unittest.TestCase):
         outputs = [process.communicate() for process in processes]
         self.assertEqual([process.returncode for process in processes], [0, 0, 0], outputs)
         self.assertEqual(len(list(project.iterdir())), 3)
+        self.assert_nothing_left()
+
+    def serve_github(self) -> Path:
+        """GitHub's side of good/r and evil/secret on loopback; the bare repository of good/r."""
+        if shutil.which("github-mcp-server"):
+            url, _ = real_server(self)
+        else:
+            print("github-mcp-server is not on PATH: its fake takes its place", file=sys.stderr)
+            fake = mcp_upstream.Upstream()
+            fake.__enter__()
+            self.addCleanup(fake.__exit__)
+            url = fake.url
+        served = self.root / "served"
+        shutil.rmtree(served, ignore_errors=True)
+        for name in ("good/r.git", "evil/secret.git"):
+            bare = ("git", "init", "-q", "--bare", "-b", "main", str(served / name))
+            subprocess.run(bare, check=True)
+        first = self.project("first")
+        for argv in (
+            ("init", "-q", "-b", "main"), ("commit", "-q", "--allow-empty", "-m", "first"),
+            ("push", "-q", str(served / "good/r.git"), "main"),
+            ("push", "-q", str(served / "evil/secret.git"), "main"),
+        ):  # fmt: skip
+            subprocess.run(["git", "-C", first, *argv], env=self.env, check=True)
+        server = GitServer(str(served), GITHUB_TOKEN)
+        self.addCleanup(server.__exit__)
+        more = {"GITHUB_MCP_UPSTREAM": url, "GITHUB_MCP_GIT": server.url}
+        more["GITHUB_MCP_TOKEN"] = GITHUB_TOKEN
+        self.addCleanup(lambda: [self.env.pop(name) for name in more])
+        self.env.update(more)
+        return served / "good/r.git"
+
+    def test_claude_code_uses_github(self) -> None:
+        self.serve_github()
+        argv = ("--github=good/r", "--", "-p", "use mcp__github__list_issues")
+        result = self.agent_vm("run", *argv, cwd=self.project())
+        self.assertEqual((result.returncode, result.stdout), (0, "all done\n"), result.stderr)
+        self.assertIn("1 read, 0 writes sent, 0 not passed", result.stderr)
+
+    def test_git_in_the_guest_reaches_one_repository_and_no_token(self) -> None:
+        bare, project = self.serve_github(), self.project()
+        middle = len(GITHUB_TOKEN) // 2
+        parts = (GITHUB_TOKEN[:middle], GITHUB_TOKEN[middle:], str(project))
+        argv = ("shell", "--github=good/r", "--", "bash", "-c", USE_GITHUB, "use", *parts)
+        with self.start(*argv, cwd=project) as process:
+            name = self.started_clone(process)
+            wait_for(
+                lambda: (project / "looked").exists() or process.poll() is not None, 900, "git"
+            )
+            found = subprocess.run(
+                ["grep", "-rlaF", GITHUB_TOKEN, str(self.root / "l" / name), str(project)],
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            )  # fmt: skip
+            (project / "looked").unlink()
+            _, err = process.communicate()
+        said = (project / "guest.log").read_text()
+        self.assertEqual((process.returncode, found.stdout), (0, ""), err)
+        for words in (
+            "cloned by https", "cloned by ssh", "fetched", "pushed", "main is refused",
+            "remote: refused: refs/heads/main: must be a branch other than the default one",
+            "tags are refused", "no evil/secret.git", "no good/r.wiki.git", "no submodule",
+            "no good/r.git/../../evil/secret.git", "only good/r is served here", "Connected",
+        ):  # fmt: skip
+            self.assertIn(words, said)
+        self.assertRegex(said, r"(?m)^0$")
+        self.assertNotIn("no good/r.git\n", said)
+        refs = subprocess.run(
+            ["git", "-C", bare, "for-each-ref", "--format=%(subject) %(refname)"],
+            stdout=subprocess.PIPE, text=True, check=True,
+        )  # fmt: skip
+        self.assertEqual(refs.stdout, "from the guest refs/heads/fix\nfirst refs/heads/main\n")
+        self.assertIn("done: git push ref=refs/heads/fix", err)
+        self.assertIn("refused: git push ref=refs/heads/main", err)
+        self.assert_nothing_left()
+
+    def test_a_push_is_asked_about_while_the_agent_has_the_terminal(self) -> None:
+        bare, project = self.serve_github(), self.project()
+        script = (
+            "git clone -q https://github.com/good/r ~/r; cd ~/r; git push -q origin HEAD:a;"
+            " git push origin HEAD:b; stty size; read line; echo read=$line; exit 7"
+        )
+        argv = ("shell", "--github=good/r", "--confirm-writes", "--", "bash", "-c", script)
+        command = [sys.executable, str(SCRIPT), *argv]
+        terminal = support.Terminal(command, {**self.env, "TERM": "xterm"}, project, None)
+        self.addCleanup(terminal.close)
+        for answer, words in (("y\r", "git push refs/heads/a"), ("no\r", "git push refs/heads/b")):
+            terminal.expect(words)
+            terminal.expect("allow? y/n ")
+            terminal.seen = ""
+            terminal.type(answer)
+        terminal.expect("the user said no")
+        terminal.type("to the agent\r")
+        terminal.expect("read=to the agent")
+        self.assertEqual(terminal.wait(), 7, terminal.seen)
+        refs = subprocess.run(
+            ["git", "-C", bare, "for-each-ref", "--format=%(refname)"],
+            stdout=subprocess.PIPE, text=True, check=True,
+        )  # fmt: skip
+        self.assertEqual(refs.stdout, "refs/heads/a\nrefs/heads/main\n")
+        self.assertIn("done: git push ref=refs/heads/a", terminal.seen)
+        self.assert_nothing_left()
+
+    def test_github_readonly_and_kill_9(self) -> None:
+        self.serve_github()
+        project = self.project()
+        script = "git clone https://github.com/good/r ~/r; cd ~/r; git push origin HEAD:fix; cat"
+        argv = ("shell", "--github=good/r", "--readonly", "--", "bash", "-c", script)
+        errors = self.root / "readonly.log"
+        with open(errors, "w") as file:
+            process = subprocess.Popen(
+                [sys.executable, SCRIPT, *argv], env=self.env, cwd=project, text=True,
+                stdin=subprocess.PIPE, stdout=file, stderr=file,
+            )  # fmt: skip
+        name = self.started_clone(process)
+        wait_for(lambda: "the policy is read-only" in errors.read_text(), 900, "a refused push")
+        self.assertEqual(len([p for p in processes_of(name) if "github_mcp_proxy" in p]), 1)
+        process.kill()
+        process.wait()
+        assert process.stdin
+        process.stdin.close()
+        wait_for(
+            lambda: not [p for p in processes_of(name) if "github_mcp_proxy" in p], 10, "its end"
+        )
+        self.assertIn(f"removed {name}", self.agent_vm("gc").stderr)
         self.assert_nothing_left()
 
     def test_the_mounts_of_limas_defaults_are_refused(self) -> None:

@@ -2,14 +2,16 @@
 """A model that knows two answers, behind the Anthropic Messages API on loopback.
 
 usage: model_api.py LOG       prints its port; runs until its stdin closes
-The first answer asks for the Bash tool with COMMAND, the one after a tool result is the text
-"all done". Each request is a JSON line in LOG: path, credential headers, number of messages.
+The first answer asks for the Bash tool with COMMAND; where the prompt is "use mcp__TOOL", for that
+one, searched for before. The answer after it is the text "all done". Each request is a JSON line in
+LOG: path, credential headers, number of messages.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import threading
 import uuid
@@ -26,10 +28,19 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     last = request["messages"][-1]["content"]
     tool_answered = isinstance(last, list) and any(part["type"] == "tool_result" for part in last)
     tools = {tool.get("name") for tool in request.get("tools", [])}
-    if "Bash" in tools and not tool_answered:
-        call = {"command": COMMAND, "description": "write a file"}
-        tool_use = {"type": "tool_use", "id": f"toolu_{uuid.uuid4().hex}", "name": "Bash"}
-        content, reason = {**tool_use, "input": call}, "tool_use"
+    said = json.dumps(request["messages"])
+    named = re.search(r"use (mcp__\w+)", said)
+    call: tuple[str, dict[str, str]] | None = None
+    if named and "Bash" in tools:
+        if named[1] not in tools and '"name": "ToolSearch"' not in said:
+            call = "ToolSearch", {"query": f"select:{named[1]}"}
+        elif f'"name": "{named[1]}"' not in said:
+            call = named[1], {}
+    elif "Bash" in tools and not tool_answered:
+        call = "Bash", {"command": COMMAND, "description": "write a file"}
+    if call:
+        tool_use = {"type": "tool_use", "id": f"toolu_{uuid.uuid4().hex}", "name": call[0]}
+        content, reason = {**tool_use, "input": call[1]}, "tool_use"
     else:
         content, reason = {"type": "text", "text": "all done"}, "end_turn"
     return {
