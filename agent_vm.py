@@ -1958,6 +1958,15 @@ def beside(name: str) -> Path:
     return path
 
 
+# A module that is run as a script keeps its syntax tree as long as it runs: 8 MB.
+IMPORTED = """
+import sys
+sys.path[0] = sys.argv.pop(1)
+import github_mcp_proxy
+sys.exit(github_mcp_proxy.main())
+"""
+
+
 @contextlib.contextmanager
 def github_proxy(context: Context, choice: GitHubChoice, name: str) -> Iterator[GitHub]:
     """A proxy for one VM. It ends with the block, and when this process is killed: its stdin."""
@@ -1969,8 +1978,8 @@ def github_proxy(context: Context, choice: GitHubChoice, name: str) -> Iterator[
     policy, confirm = context.get("github-policy"), context.get("confirm-writes")
     audit, errors = audit_path(context, name), context.folders.state / "logs" / f"{name}.github.log"
     argv = [
-        sys.executable, str(beside(GITHUB_PROXY)), "--listen", "127.0.0.1:0", "--print-secret",
-        "--exit-with-stdin", "--audit", str(audit), *choice.options,
+        sys.executable, "-c", IMPORTED, str(beside(GITHUB_PROXY).parent), "--print-secret",
+        "--listen", "127.0.0.1:0", "--exit-with-stdin", "--audit", str(audit), *choice.options,
         *(("--policy", policy) if policy else ()), *(("--confirm-writes",) if confirm else ()),
     ]  # fmt: skip
     log.info(f"GitHub: {choice.repo}{', read-only' if readonly == '1' else ''}")

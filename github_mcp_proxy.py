@@ -60,7 +60,8 @@ MAX_PACK = 4 * 1024**3  # GitHub refuses more than 2 GiB
 MAX_COMMANDS = 256 * 1024  # bytes of what a push says before its pack
 MAX_CLIENTS = 1024
 MAX_SESSIONS = 1024
-HIGH_WATER = 1024 * 1024  # bytes held of one connection before its sender is paused
+HIGH_WATER = 1024 * 1024  # bytes held of one connection, and what an answer is held whole up to
+PAUSE_AT = 128 * 1024  # bytes of a stream that wait before its sender is paused
 
 REQUEST_SECONDS = 15  # to send one request, head and body
 IDLE_SECONDS = 300  # a connection without a request
@@ -2123,7 +2124,7 @@ class UpstreamConnection(Connection):
             self.incoming.take()
             if self.incoming.complete:
                 self.release()
-        elif not self.wake() and len(self.incoming.body) > HIGH_WATER:
+        elif not self.wake() and len(self.incoming.body) > PAUSE_AT:
             self.paused = True
             self.transport.pause_reading()
 
@@ -2356,7 +2357,7 @@ class Client(Connection):
             return
         if self.task:  # which takes the body as it comes
             self.deadline = float("inf")
-            if not self.wake() and len(incoming.body) > HIGH_WATER:
+            if not self.wake() and len(incoming.body) > PAUSE_AT:
                 self.transport.pause_reading()
         elif incoming.complete or is_git:
             self.deadline = float("inf")

@@ -30,6 +30,7 @@ class GitServer(ThreadingHTTPServer):
         self.root = root
         self.token = token
         self.seen: list[Seen] = []
+        self.redirect = ""  # where every request is sent instead
         self.delay = 0.0  # seconds from a request to its answer
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -67,6 +68,11 @@ class Handler(BaseHTTPRequestHandler):
         user = base64.b64encode(f"x-access-token:{self.server.token}".encode()).decode()
         if headers.get("authorization") != f"Basic {user}":
             self.send_response(401)
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        if self.server.redirect:
+            self.send_response(301)
+            self.send_header("Location", self.server.redirect)
             self.send_header("Content-Length", "0")
             return self.end_headers()
         path, _, query = self.path.partition("?")
