@@ -1958,6 +1958,10 @@ def beside(name: str) -> Path:
     return path
 
 
+# Of the host's environment, what the proxy does not need; the names are gh's.
+OTHER_SECRETS = (
+    "GITHUB_MCP_SECRET", "GH_TOKEN", "GITHUB_TOKEN", "GH_ENTERPRISE_TOKEN", "GITHUB_ENTERPRISE_TOKEN",
+)  # fmt: skip
 # A module that is run as a script keeps its syntax tree as long as it runs: 8 MB.
 IMPORTED = """
 import sys
@@ -1973,7 +1977,8 @@ def github_proxy(context: Context, choice: GitHubChoice, name: str) -> Iterator[
     owner, _, repo = choice.repo.partition("/")
     readonly = "1" if context.get("readonly") else os.environ.get("GITHUB_MCP_READONLY", "0")
     environ = {"GITHUB_MCP_GIT": "https://github.com", **os.environ, **choice.environ}
-    environ.pop("GITHUB_MCP_SECRET", None)
+    for other in OTHER_SECRETS:
+        environ.pop(other, None)
     environ.update(GITHUB_MCP_OWNER=owner, GITHUB_MCP_REPO=repo, GITHUB_MCP_READONLY=readonly)
     policy, confirm = context.get("github-policy"), context.get("confirm-writes")
     audit, errors = audit_path(context, name), context.folders.state / "logs" / f"{name}.github.log"

@@ -48,6 +48,7 @@ CHILD_SECONDS = 15
 REPLY_SECONDS = 60
 LOCK_SECONDS = 30
 JWT_BEFORE, JWT_AFTER = 60, 300  # seconds around now: GitHub allows 600, clocks are off
+MAX_TIME = 1e11  # seconds; NaN is not below it
 MAX_LIFE = 70 * 60  # an installation token lives an hour
 
 Json = Any
@@ -417,7 +418,7 @@ def parse_installation_token(reply: Reply, config: Config, ids: Sequence[int], n
     exact = found == set(ids) if ids else names == {name.lower() for name in config.repos}
     if data.get("repository_selection") != "selected" or not exact:
         shown = ", ".join(sorted(names)) or "all of the installation"
-        raise Failure(TOO_WIDE, f"GitHub gave a token for {shown}; it is revoked")
+        raise Failure(TOO_WIDE, f"GitHub gave a token for {shown}")
     check_permissions(dict(config.permissions or ()), granted)
     return Token(token, "installation", expires, 0.0, config.api_url, repositories, granted)
 
@@ -435,7 +436,7 @@ def check_permissions(asked: Mapping[str, str], granted: Mapping[str, str]) -> N
         return
     more = missing_permissions(granted, {"metadata": "read", **asked})
     if more:
-        raise Failure(TOO_WIDE, f"GitHub granted more than asked ({', '.join(more)}): revoked")
+        raise Failure(TOO_WIDE, f"GitHub granted more than asked ({', '.join(more)})")
     less = missing_permissions(asked, granted)
     if less:
         raise Failure(PERMISSION, f"GitHub did not grant {', '.join(less)}")
@@ -558,7 +559,8 @@ def run_child(
     try:
         output, _ = child.communicate(data, timeout=CHILD_SECONDS)
     except BaseException as error:
-        os.killpg(child.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
         child.wait()
         if isinstance(error, subprocess.TimeoutExpired):
             raise Failure(status, f"{name} did not end in {CHILD_SECONDS} s") from None
@@ -882,7 +884,10 @@ def rate_limited(reply: Reply, wait: float) -> Failure:
 def xdg_home(variable: str, default: str) -> str:
     """A relative path is ignored, as XDG says: it would lie in whatever folder this is run in."""
     given = os.environ.get(variable, "")
-    return given if os.path.isabs(given) else os.path.expanduser(default)
+    path = given if os.path.isabs(given) else os.path.expanduser(default)
+    if not os.path.isabs(path):
+        raise Failure(USAGE, f"HOME is no absolute path, and {variable} is not set")
+    return path
 
 
 class Cache:
@@ -952,7 +957,9 @@ class Cache:
         try:
             token = Token(**data)
             check_token(token.token)
-            token.left() + token.refresh_expires_at  # numbers, or TypeError
+            for seconds in (token.expires_at, token.clock_offset, token.refresh_expires_at):
+                if not abs(seconds) < MAX_TIME:
+                    raise ValueError("not a time")
             described(token)
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
             warn(f"ignoring {path}: it is damaged")
@@ -964,6 +971,7 @@ class Cache:
         import tempfile
 
         self.check_folder()
+        self.remove_left_over()
         try:
             fd, temporary = tempfile.mkstemp(prefix=".new-", dir=self.folder)  # 0600
             try:
@@ -977,6 +985,13 @@ class Cache:
                 raise
         except OSError as error:
             raise Failure(CACHE, f"cannot write {path}: {error.strerror}") from None
+
+    def remove_left_over(self) -> None:
+        """What a process that was killed in `write` left an hour ago or earlier."""
+        with contextlib.suppress(OSError):
+            for entry in list(os.scandir(self.folder)):
+                if entry.name.startswith(".new-") and entry.stat().st_mtime < time.time() - 3600:
+                    os.unlink(entry.path)
 
     def remove(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -999,7 +1014,13 @@ class Cache:
         """One process at a time; the kernel lets go of it when a process dies."""
         self.check_folder()
         deadline = time.monotonic() + LOCK_SECONDS
-        with open(path + ".lock", "w", opener=private) as file:
+        try:
+            fd = os.open(
+                f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+            )
+        except OSError as error:
+            raise Failure(CACHE, f"cannot open {path}.lock: {error.strerror}") from None
+        with open(fd, "w") as file:
             while True:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1009,10 +1030,6 @@ class Cache:
                         raise Failure(CACHE, f"another process holds {path}.lock") from None
                     time.sleep(0.05)
             yield
-
-
-def private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
 def warn(text: str) -> None:
@@ -1120,7 +1137,8 @@ def mint(config: Config, cache: Cache) -> Token:
     github = GitHub(config)
     app = App(config, github)
     installation = app.installation(config.repos[0])
-    ids = pinned_ids(config, cache)
+    pins = pinned_ids(config, cache)
+    ids = list(pins.values()) if len(pins) == len(config.repos) else []
     wanted: Object = (
         {"repository_ids": ids}
         if ids
@@ -1135,13 +1153,23 @@ def mint(config: Config, cache: Cache) -> Token:
     github.take_time(reply)
     try:
         token = parse_installation_token(reply, config, ids, github.now())
-        check_names(config, token, github)
-    except BaseException:  # whatever it was: a token that is not given out does not live on
+        check_names(config, token, pins, github)
+    except BaseException as error:  # a token that is not given out does not live on
+        revoked = False
         with contextlib.suppress(Failure, KeyError, ValueError):
-            github.delete("/installation/token", check_token(reply.object()["token"]))
-        raise
+            unusable = check_token(reply.object()["token"])
+            revoked = github.delete("/installation/token", unusable).status == 204
+        raise not_given_out(error, revoked) from None
     remember_ids(config, cache, token)
     return token._replace(clock_offset=github.offset, login=str(installation.get("app_slug", "")))
+
+
+def not_given_out(error: BaseException, revoked: bool) -> BaseException:
+    """The reason, with what became of the token that is not given out."""
+    if not isinstance(error, Failure):
+        return error
+    fate = "it is revoked" if revoked else "GitHub did not revoke it: it lives until it expires"
+    return Failure(error.status, f"{error}; {fate}", error.hint)
 
 
 def not_granted(config: Config, installation: Object, reply: Reply) -> Failure:
@@ -1157,19 +1185,35 @@ def not_granted(config: Config, installation: Object, reply: Reply) -> Failure:
                    f"are they selected? {where} (made anew? --accept-new-repo)")  # fmt: skip
 
 
-def pinned_ids(config: Config, cache: Cache) -> list[int]:
-    """The ids that the repositories had when they were first used; [] when one is not known."""
+def pinned_ids(config: Config, cache: Cache) -> dict[str, int]:
+    """The ids that the repositories had when they were first used, by name in lower case.
+
+    A file that says it and cannot be read is not as good as absent: the name may mean another now.
+    """
     if config.repo_id:
-        return [config.repo_id]
-    if config.accept_new_repo:
-        return []
-    found = [cache.read(cache.id_path(config, repo)) or {} for repo in config.repos]
-    ids = [item.get("id") for item in found]
-    return [id for id in ids if isinstance(id, int)] if all(ids) else []
+        return {config.repos[0].lower(): config.repo_id}
+    pins = {}
+    for repo in () if config.accept_new_repo else config.repos:
+        path = cache.id_path(config, repo)
+        id = (cache.read(path) or {}).get("id")
+        if type(id) is int and id > 0:
+            pins[repo.lower()] = id
+        elif os.path.lexists(path):
+            raise Failure(
+                CACHE, f"{path} should say which repository {repo} is", "--accept-new-repo"
+            )
+    return pins
 
 
-def check_names(config: Config, token: Token, github: GitHub) -> None:
+def check_names(config: Config, token: Token, pins: Mapping[str, int], github: GitHub) -> None:
     """A pinned id under another name is a renamed repository, if GitHub redirects the old name."""
+    for item in token.repositories:
+        if pins.get(item["full_name"].lower(), item["id"]) != item["id"]:
+            raise Failure(
+                OTHER_REPO,
+                f"{item['full_name']} has come to mean another repository",
+                "--accept-new-repo",
+            )
     asked = {name.lower() for name in config.repos}
     other = [
         item["full_name"] for item in token.repositories if item["full_name"].lower() not in asked
@@ -1235,9 +1279,9 @@ def device_login(config: Config, cache: Cache) -> Token:
     try:
         check_user_scope(token, id, config.repos[0], github)
         who = checked(github.get("/user", token.token), "the user's name").object()
-    except BaseException:
-        revoke_user_tokens(github, [token.token, token.refresh_token])
-        raise
+    except BaseException as error:
+        revoked = revoke_user_tokens(github, [token.token, token.refresh_token])
+        raise not_given_out(error, revoked) from None
     repository = {"id": id, "full_name": config.repos[0]}
     return token._replace(login=str(who.get("login", "")), repositories=[repository])
 
@@ -1270,21 +1314,26 @@ def user_token(grant: Object, config: Config, github: GitHub) -> Token:
     """What a login or a refresh returned; Failure for what cannot be limited."""
     try:
         token = check_token(grant["access_token"])
+    except (KeyError, TypeError, ValueError):
+        raise Failure(1, "GitHub's answer has no usable token") from None
+    problem, refresh, life, refresh_life = "", "", 0.0, 0.0
+    try:
         refresh = check_token(grant["refresh_token"]) if grant.get("refresh_token") else ""
         life = float(grant.get("expires_in") or 0)
         refresh_life = float(grant.get("refresh_token_expires_in") or 0)
-    except (KeyError, TypeError, ValueError):
-        raise Failure(1, "GitHub's answer has no usable token") from None
-    problem = ""
-    if token.startswith("gho_"):
+    except (TypeError, ValueError):
+        life = -1.0
+    if not (0 <= life < MAX_TIME and 0 <= refresh_life < MAX_TIME):
+        problem = "GitHub's answer has not the documented form"
+    elif token.startswith("gho_"):
         problem = "it is an OAuth App's, which no repository limits: use a GitHub App"
     elif not life or not refresh:
         problem = (
             "it would never expire: the App's settings, Optional features, opt in to expiration"
         )
     if problem:
-        revoke_user_tokens(github, [token])
-        raise Failure(TOO_WIDE, f"this token is refused and revoked: {problem}")
+        revoked = revoke_user_tokens(github, [token, refresh])
+        raise not_given_out(Failure(TOO_WIDE, f"this token is refused: {problem}"), revoked)
     now = github.now()
     return Token(token, "user", now + life, github.offset, config.api_url, [], {},
                  refresh_token=refresh, refresh_expires_at=now + refresh_life)  # fmt: skip
@@ -1293,11 +1342,9 @@ def user_token(grant: Object, config: Config, github: GitHub) -> Token:
 def check_user_scope(token: Token, id: int, repo: str, github: GitHub) -> None:
     """GitHub ignores a repository_id that the user cannot reach: look what the token reaches."""
     found = set()
-    reply = github.get("/user/installations?per_page=100", token.token)
-    for installation in checked(reply, "the installations").object().get("installations", []):
-        path = f"/user/installations/{int(installation['id'])}/repositories?per_page=100"
-        listed = checked(github.get(path, token.token), "the repositories").object()
-        found |= {item.get("id") for item in listed.get("repositories", [])}
+    for installation in whole_list("installations", "/user/installations", token, github):
+        path = f"/user/installations/{int(installation['id'])}/repositories"
+        found |= {item.get("id") for item in whole_list("repositories", path, token, github)}
     if not found:
         raise Failure(
             NOT_INSTALLED,
@@ -1307,16 +1354,24 @@ def check_user_scope(token: Token, id: int, repo: str, github: GitHub) -> None:
     if found != {id}:
         raise Failure(
             TOO_WIDE,
-            f"the login reaches {len(found)} repositories, not {repo} alone: revoked",
+            f"the login reaches {len(found)} repositories, not {repo} alone",
             "can this user reach the repository, and is the App installed for it?",
         )
 
 
+def whole_list(name: str, path: str, token: Token, github: GitHub) -> list[Object]:
+    """A list of GitHub's; Failure when there is more of it than one page holds."""
+    listed = checked(github.get(f"{path}?per_page=100", token.token), f"the {name}").object()
+    found: list[Object] = listed.get(name, [])
+    if listed.get("total_count", len(found)) != len(found):
+        raise Failure(TOO_WIDE, f"the login reaches more {name} than one page of GitHub's lists")
+    return found
+
+
 def repository_id(config: Config, cache: Cache, github: GitHub) -> int:
     """What a login is limited to: given, known, or public."""
-    ids = pinned_ids(config, cache)
-    if ids:
-        return ids[0]
+    for id in pinned_ids(config, cache).values():
+        return id
     reply = github.get(f"/repos/{config.repos[0]}")
     if reply.status != 200:
         raise Failure(USAGE, f"the id of {config.repos[0]} is not known, and it is not public",
@@ -1362,8 +1417,9 @@ def refreshed(config: Config, cache: Cache, path: str, token: Token, refused: st
         check_user_scope(new, new.repositories[0]["id"], config.repos[0], github)
     except Failure as failure:
         if failure.status in (TOO_WIDE, NOT_INSTALLED):
-            revoke_user_tokens(github, [new.token, new.refresh_token])
+            revoked = revoke_user_tokens(github, [new.token, new.refresh_token])
             cache.remove(path)
+            raise not_given_out(failure, revoked) from None
         raise
     cache.write(path, new._asdict())  # from now on it is given out
     return new
@@ -1486,8 +1542,16 @@ def cmd_login(config: Config, options: argparse.Namespace) -> int:
     cache = Cache()
     token = device_login(config, cache)
     path = cache.token_path(config._replace(key=""))
-    with cache.lock(path):
-        cache.write(path, token._asdict())
+    github = GitHub(config)
+    try:
+        with cache.lock(path), no_signals():
+            before = cache.read_token(path)
+            cache.write(path, token._asdict())
+    except BaseException as error:
+        revoked = revoke_user_tokens(github, [token.token, token.refresh_token])
+        raise not_given_out(error, revoked) from None
+    if before and not revoke_user_tokens(github, [before.token, before.refresh_token]):
+        warn(f"GitHub did not revoke the login before, {masked(before.token)}")
     print(f"github_app_token: logged in: {described(token)}", file=sys.stderr)
     return 0
 
@@ -1516,7 +1580,9 @@ def revoke(config: Config, done: str) -> int:
             if reply.status not in (204, 401, 404):
                 raise Failure(1, f"GitHub did not revoke the token: HTTP {reply.status}")
         elif not revoke_user_tokens(github, [token.token, token.refresh_token]):
-            warn(f"GitHub did not revoke it: {config.oauth_url}/settings/apps/authorizations does")
+            cache.remove(path)
+            raise Failure(1, "it is forgotten here, but GitHub did not revoke it",
+                          f"{config.oauth_url}/settings/apps/authorizations does")  # fmt: skip
         cache.remove(path)
     print(f"github_app_token: {done}: {masked(token.token)}", file=sys.stderr)
     return 0
@@ -1749,8 +1815,12 @@ def read_profile(name: str) -> dict[str, str]:
     path = os.path.join(xdg_home("XDG_CONFIG_HOME", "~/.config"), "github-app-token.ini")
     parser = configparser.ConfigParser(interpolation=None)
     try:
-        with open(path, encoding="utf-8") as file:
-            if os.fstat(file.fileno()).st_mode & 0o022:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(fd, encoding="utf-8") as file:
+            info = os.fstat(fd)
+            if not stat.S_ISREG(info.st_mode):
+                raise Failure(USAGE, f"{path} is not a file")
+            if info.st_mode & 0o022 or info.st_uid not in (0, os.geteuid()):
                 raise Failure(USAGE, f"others can write {path}", f"chmod go-w {path}")
             parser.read_file(file)
         section = dict(parser[name])
@@ -1790,7 +1860,8 @@ def build_config(options: argparse.Namespace) -> Config:
         raise Failure(
             USAGE, "which App? --app-id ID", "the App's settings, General: App ID or Client ID"
         )
-    if values["repo_id"] and (not values["repo_id"].isdecimal() or len(repos) > 1):
+    id_is_good = re.fullmatch(r"[1-9][0-9]{0,17}", values["repo_id"]) and len(repos) == 1
+    if values["repo_id"] and not id_is_good:
         raise Failure(USAGE, "--repo-id is a number, and for one repository")
     return Config(
         api_url=parse_api_url(values["api_url"] or "github.com"),
@@ -1827,6 +1898,9 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except OSError as error:
         print(f"github_app_token: error: {redact(str(error))}", file=sys.stderr)
+        return 1
+    except Exception as error:  # no text of it: that may hold a secret
+        print(f"github_app_token: error: a fault of mine: {type(error).__name__}", file=sys.stderr)
         return 1
 
 

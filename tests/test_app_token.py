@@ -650,7 +650,150 @@ os.execv({shutil.which("openssl")!r}, ["openssl", *sys.argv[1:]])
         self.assertEqual(g.fingerprint(g.rsa_numbers(spki)), f"SHA256:{digest}")
 
 
+class PinTest(Case):
+    """A repository's name means what it meant when it was first used."""
+
+    both = ("--repo", "octo/widgets", "--repo", "octo/other")
+
+    def test_one_of_several_has_come_to_mean_another(self) -> None:
+        self.passes(self.token())  # octo/widgets is known, octo/other is not
+        self.github.repos = {"octo/widgets": 99, "octo/other": 12}
+        self.github.selected = {12, 99}
+        self.fails(self.token(*self.both), g.OTHER_REPO, "octo/widgets", "--accept-new-repo")
+        self.assertEqual(len(self.github.tokens), 1, "the first one")
+        self.fails(self.token(*self.both), g.OTHER_REPO)
+        self.passes(self.token(*self.both, "--accept-new-repo"))
+        self.passes(self.token("--min-ttl", "61m"))
+
+    def test_what_is_known_but_damaged_is_not_forgotten(self) -> None:
+        self.passes(self.token())
+        (pin,) = self.cache.glob("repository-*.json")
+        for spoil in ("", "{", "[]", '{"id": "11"}', '{"id": true}', '{"id": 0}'):
+            pin.write_text(spoil)
+            self.fails(self.token("--min-ttl", "61m"), g.CACHE, str(pin), "--accept-new-repo")
+        pin.chmod(0o644)
+        self.fails(self.token("--min-ttl", "61m"), g.CACHE)
+        pin.chmod(0o600)
+        self.passes(self.token("--accept-new-repo"))
+        self.passes(self.token("--min-ttl", "61m"))
+
+
+class RevokedTest(Case):
+    """ "revoked" is said of what GitHub has taken back, and of nothing else."""
+
+    poll = "/login/oauth/access_token"
+
+    def login(self, **more: Any) -> subprocess.CompletedProcess[str]:
+        return self.run_it("login", setup=LoginTest.quick, **more)
+
+    def test_an_installation_token_that_is_too_wide(self) -> None:
+        self.github.on("/api/v3/installation/token", error(403, "no"))
+        wide = {**self.github.grant({"repositories": ["widgets"]}).value}
+        wide["repository_selection"] = "all"
+        path = "/api/v3/app/installations/7/access_tokens"
+        self.github.on(path, Reply(201, wide))
+        done = self.token()
+        self.fails(done, g.TOO_WIDE, "did not revoke it")
+        del self.github.replies["/api/v3/installation/token"]
+        self.fails(self.token(), g.TOO_WIDE, "it is revoked")
+        self.assertNotIn(wide["token"], self.github.tokens)
+
+    def test_a_users_token_that_is_too_wide(self) -> None:
+        self.github.device_scope = {11, 12}
+        self.assertIn("it is revoked", self.login().stderr)
+        self.github.on("/api/v3/credentials/revoke", error(404, "Not Found"))
+        self.assertIn("did not revoke it", self.login().stderr)
+        self.github.device_scope = {11}
+        self.assertEqual(self.login().returncode, 0)
+        self.fails(self.run_it("revoke"), 1, "did not revoke it", "settings/apps/authorizations")
+        self.assertEqual(list(self.cache.glob("user-*.json")), [])
+
+    def test_a_login_of_an_odd_form_does_not_live_on(self) -> None:
+        odd: dict[str, Any]
+        for odd in (
+            {"expires_in": "soon"},
+            {"expires_in": 1e400},
+            {"refresh_token": 7},
+            {"refresh_token_expires_in": ["x"]},
+        ):
+            grant = {**self.github.login(self.poll, {"grant_type": ""}).value, **odd}
+            self.github.on(self.poll, Reply(200, grant))
+            done = self.login()
+            self.assertNotEqual(done.returncode, 0)
+            self.assertNotIn(grant["access_token"], self.github.tokens, odd)
+            self.assertEqual(list(self.cache.glob("user-*.json")), [])
+
+    def test_a_login_that_cannot_be_stored_does_not_live_on(self) -> None:
+        self.github.on("/api/v3/repos/octo/widgets", error(404, "Not Found"))
+        setup = LoginTest.quick + (
+            "\nimport tempfile\ndef full(**k): raise OSError(28, 'No space left on device')"
+            "\ntempfile.mkstemp = full"
+        )
+        done = self.run_it("login", "--repo-id", "11", setup=setup)
+        self.assertEqual(done.returncode, g.CACHE, done.stderr)
+        self.assertIn("it is revoked", done.stderr)
+        self.assertEqual(self.github.tokens, {})
+
+    def test_a_new_login_ends_the_one_before(self) -> None:
+        self.assertEqual(self.login().returncode, 0)
+        (path,) = self.cache.glob("user-*.json")
+        before = json.loads(path.read_text())["token"]
+        self.assertEqual(self.login().returncode, 0)
+        self.assertNotIn(before, self.github.tokens)
+        self.assertIn(self.passes(self.run_it("token")), self.github.tokens)
+
+    def test_a_user_of_more_installations_than_one_page(self) -> None:
+        many = {"total_count": 101, "installations": [{"id": 7}]}
+        self.github.on("/api/v3/user/installations", Reply(200, many))
+        self.assertEqual(self.login().returncode, g.TOO_WIDE)
+        self.github.replies.clear()
+        path = "/api/v3/user/installations/7/repositories"
+        self.github.on(path, Reply(200, {"total_count": 2, "repositories": [{"id": 11}]}))
+        self.assertEqual(self.login().returncode, g.TOO_WIDE)
+        self.assertEqual(self.github.tokens, {})
+
+
 class CacheTest(Case):
+    def test_a_lock_that_cannot_be_had_costs_no_token(self) -> None:
+        self.passes(self.token())
+        lock = Path(f"{self.file()}.lock")
+        lock.unlink()
+        lock.mkdir()
+        done = self.token("--min-ttl", "59m")
+        self.passes(done)
+        self.fails(self.token("--min-ttl", "x"), g.USAGE)
+        lock.rmdir()
+        lock.symlink_to(self.home / "elsewhere")
+        self.file().write_text("{")
+        self.passes(self.token())
+        self.assertFalse((self.home / "elsewhere").exists())
+
+    def test_what_a_killed_process_left_is_removed(self) -> None:
+        self.passes(self.token())
+        old, new = self.cache / ".new-old", self.cache / ".new-new"
+        for path in (old, new):
+            path.write_text("x")
+        os.utime(old, (time.time() - 7200,) * 2)
+        self.passes(self.token("--min-ttl", "61m"))
+        self.assertEqual((old.exists(), new.exists()), (False, True))
+
+    def test_times_that_none_has(self) -> None:
+        self.passes(self.token())
+        good = self.file().read_text()
+        for odd in (1e300, float("inf"), float("nan"), -1e300):
+            for name in ("expires_at", "clock_offset"):
+                self.file().write_text(json.dumps({**json.loads(good), name: odd}))
+                self.passes(self.token("--format", "json"))
+
+    def test_no_home(self) -> None:
+        here = self.home / "here"
+        here.mkdir()
+        command = self.command("token", "--key", str(self.key), "--permissions", "dev")
+        done = subprocess.run(command, env={**self.env, "HOME": "there"}, cwd=here,
+                              capture_output=True, text=True, timeout=TIMEOUT)  # fmt: skip
+        self.fails(done, g.USAGE, "HOME")
+        self.assertEqual(list(here.iterdir()), [])
+
     def file(self) -> Path:
         (path,) = self.cache.glob("installation-*.json")
         return path
@@ -1133,6 +1276,9 @@ class CommandTest(Case):
         self.fails(self.run_it("token", "--profile", "w", **env), g.USAGE, "token is not a setting")
         ini.chmod(0o666)
         self.fails(self.run_it("token", "--profile", "w", **env), g.USAGE, "chmod go-w")
+        ini.unlink()
+        os.mkfifo(ini, 0o600)
+        self.fails(self.run_it("token", "--profile", "w", **env), g.USAGE, "is not a file")
 
     def test_settings_of_the_folder_it_is_run_in_do_not_count(self) -> None:
         here = self.home / "project"
@@ -1154,6 +1300,11 @@ class CommandTest(Case):
     def test_wrong_flags_and_help(self) -> None:
         self.assertEqual(self.run_it("--nonsense").returncode, 2)
         self.assertEqual(self.run_it("token", "--token", "x").returncode, 2)
+        for id in ("0", "9" * 5000, "-1", "\u0663"):
+            self.fails(self.token(f"--repo-id={id}"), g.USAGE, "--repo-id is a number")
+        self.fails(self.token("--repo", "o/\xfc", PYTHONIOENCODING="ascii"), g.USAGE)
+        done = self.run_it("git-credential", "get", data=b"host=\xff\n", PYTHONIOENCODING="utf-8")
+        self.assertIn(done.returncode, (0, 1, 2))
         self.assertEqual(self.run_it().returncode, 2)
         self.assertIn(g.__version__, self.run_it("--version").stdout)
         for verb in ("token", "login", "logout", "status", "revoke", "git-credential"):

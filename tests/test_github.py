@@ -187,6 +187,14 @@ class GitHubWorld(WorldTest):
         wait_for(refused, "the proxy's port is closed")
 
 
+def read(path: Path) -> bytes:
+    """A file of /proc, b"" when its process has gone or is another user's."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
 LOOK = """sh:cp ~/.claude.json claude.json; cp ~/.agent-vm/gitconfig gitconfig
 cp ~/.claude/CLAUDE.md briefing; git config --list --global > global
 stat -c '%a %n' ~/.claude.json ~/.agent-vm/* > modes
@@ -223,6 +231,22 @@ class GitHubRunTest(GitHubWorld):
         found = subprocess.run(["grep", "-rlE", f"{TOKEN}|{self.secret}", self.box.state],
                                capture_output=True, text=True, check=False)  # fmt: skip
         self.assertEqual(found.stdout, "")
+
+    def test_the_proxy_has_its_token_and_no_other_secret(self) -> None:
+        if not Path("/proc/self/environ").exists():
+            self.skipTest("no /proc")
+        others = {"GH_TOKEN": "gho_" + "x" * 30, "ANTHROPIC_API_KEY": "sk-ant-" + "x" * 30}
+        process = self.box.start("run", "--github", "--", "sh:touch up; sleep 60", **others)
+        self.box.wait_for_file("up")
+        (proxy,) = [
+            entry for entry in Path("/proc").glob("[0-9]*")
+            if b"github_mcp_proxy" in read(entry / "cmdline") and str(self.box.state).encode() in read(entry / "cmdline")
+        ]  # fmt: skip
+        environ = read(proxy / "environ").decode()
+        self.box.kill(process)
+        self.assertIn("GITHUB_MCP_OWNER=octo", environ)
+        for secret in others.values():
+            self.assertNotIn(secret, environ)
 
     def test_the_proxy_ends_with_the_run(self) -> None:
         self.run_and_look("--github")
