@@ -1960,7 +1960,8 @@ def beside(name: str) -> Path:
 
 # Of the host's environment, what the proxy does not need; the names are gh's.
 OTHER_SECRETS = (
-    "GITHUB_MCP_SECRET", "GH_TOKEN", "GITHUB_TOKEN", "GH_ENTERPRISE_TOKEN", "GITHUB_ENTERPRISE_TOKEN",
+    "GITHUB_MCP_SECRET", "GH_TOKEN", "GITHUB_TOKEN", "GH_ENTERPRISE_TOKEN",
+    "GITHUB_ENTERPRISE_TOKEN",
 )  # fmt: skip
 # A module that is run as a script keeps its syntax tree as long as it runs: 8 MB.
 IMPORTED = """

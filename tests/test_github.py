@@ -235,7 +235,10 @@ class GitHubRunTest(GitHubWorld):
     def test_the_proxy_has_its_token_and_no_other_secret(self) -> None:
         if not Path("/proc/self/environ").exists():
             self.skipTest("no /proc")
-        others = {"GH_TOKEN": "gho_" + "x" * 30, "ANTHROPIC_API_KEY": "sk-ant-" + "x" * 30}
+        others: dict[str, Any] = {
+            "GH_TOKEN": "gho_" + "x" * 30,
+            "ANTHROPIC_API_KEY": "sk-ant-" + "x" * 30,
+        }
         process = self.box.start("run", "--github", "--", "sh:touch up; sleep 60", **others)
         self.box.wait_for_file("up")
         (proxy,) = [
