@@ -2126,18 +2126,16 @@ def audit_path(context: Context, name: str) -> Path:
     return context.folders.state / "audit" / f"{name}.jsonl"
 
 
+AUDIT_KEYS = ("time", "method", "tool", "verdict", "reason", "target")
+
+
 def read_audit(path: Path) -> list[dict[str, Any]]:
     """The proxy's decisions; a line that is torn (a full disk) is left out."""
     result = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             entry = json.loads(line)
-            result.append(
-                {
-                    key: entry[key]
-                    for key in ("time", "method", "tool", "verdict", "reason", "target")
-                }
-            )
+            result.append({key: entry[key] for key in AUDIT_KEYS})
     return result
 
 
@@ -2158,14 +2156,8 @@ def cmd_log(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps(line))
             continue
-        target = " ".join(f"{key}={value}" for key, value in (line["target"] or {}).items())
-        words = (
-            line["time"],
-            line["verdict"],
-            line["tool"] or line["method"],
-            target,
-            line["reason"],
-        )
+        url = (line["target"] or {}).get("url", "")
+        words = (line["time"], line["verdict"], audit_words(line), url, line["reason"])
         print(printable("  ".join(str(word) for word in words if word)))
     return 0
 
