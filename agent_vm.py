@@ -83,7 +83,7 @@ PASSED_ENV = (
 GITHUB_TOKEN = "GITHUB_MCP_TOKEN"  # for the proxy alone
 GITHUB_PROXY = "github_mcp_proxy.py"
 # GitHub takes no repository that is called so: "." and "..", or x.git and x.wiki.
-OWNER_REPO = r"([A-Za-z0-9][A-Za-z0-9-]*/(?!\.{1,2}/?$)[A-Za-z0-9._-]+?(?<!\.git)(?<!\.wiki))"
+OWNER_REPO = r"([A-Za-z0-9][A-Za-z0-9_-]*/(?!\.{1,2}/?$)[A-Za-z0-9._-]+?(?<!\.git)(?<!\.wiki))"
 GITHUB_URL = re.compile(
     r"(?:https?://(?:[^@/]*@)?(?:www\.)?github\.com(?::443)?/"
     r"|ssh://git@(?:ssh\.)?github\.com(?::\d+)?/|git@(?:ssh\.)?github\.com:/?)"
@@ -552,7 +552,7 @@ def guest_git_config(github: GitHub) -> str:
     ]
     written = [f"{form}{github.repo}{end}" for form in GITHUB_FORMS for end in ("", ".git")]
     lines += [
-        f"\tinsteadOf = {json.dumps(url)}"
+        f"\tinsteadOf = {json.dumps(url, ensure_ascii=False)}"
         for url in dict.fromkeys([*written, github.remote])
         if url
     ]
@@ -579,7 +579,8 @@ There is no GitHub credential in this VM.
   `repo` may be left out.
 - `git fetch`, `pull`, `clone` and `push` work with the usual addresses of {github.repo}.
 - {write}
-  Refused: pushes to the default branch, deletions, tags, LFS, the wiki.
+  Refused: pushes to the default branch (unless the user's policy allows them), deletions, tags,
+  LFS, the wiki.
 - `gh` and api.github.com have no credential: use the tools. Of other repositories only public ones
   can be read, by https.
 - A refusal says its reason. It is a decision, not a fault: tell the user, look for no way round.
@@ -635,25 +636,36 @@ def github_receipt(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     stopped: dict[str, int] = {}
     for line in lines:
         words, verdict = audit_words(line), line["verdict"]
-        if verdict in ("done", "failed") and words in unanswered:
+        if verdict in ("done", "failed", "unknown") and words in unanswered:
             unanswered.remove(words)
         if verdict == "done":
             result.append(f"done: {words} {(line['target'] or {}).get('url', '')}".rstrip())
         elif verdict in NOT_PASSED:
             text = f"{NOT_PASSED[verdict]}: {words}: {line['reason']}"
             stopped[text] = stopped.get(text, 0) + 1
-    reads, count = len(sent) - len(writes), sum(stopped.values())
-    result += [f"sent, without an answer: {words}" for words in unanswered]
+    result += [f"not known what became of it: {words}" for words in unanswered]
     result += [text + (f" ({count} times)" if count > 1 else "") for text, count in stopped.items()]
-    counts = f"{number(reads, 'read')}, {number(len(writes), 'write')} sent, {count} not passed"
+    refused = sum(line["verdict"] in ("refuse", "withheld") for line in lines)
+    reads = number(len(sent) - len(writes), "read")
+    counts = f"{reads}, {number(len(writes), 'write')}, {refused} refused"
+    if len(result) > MAX_RECEIPT:
+        result[MAX_RECEIPT:] = [f"and {len(result) - MAX_RECEIPT} more: agent-vm log"]
     return [line[:300] for line in (counts, *result)]
 
 
 def audit_words(line: Mapping[str, Any]) -> str:
-    """What a line of the audit is about: the call and its target, but for what came of it."""
+    """What a line of the audit is about: the call and its target, but for what came of it.
+
+    What the guest chose is quoted, so that it does not read like words of ours.
+    """
     name = str(line["tool"] or line["method"])
     target = (line["target"] or {}).items()
-    pairs = (f"{key}={value}" for key, value in target if key != "url")
+    plain = re.compile(r"[\w./@+-]+", re.ASCII).fullmatch
+    pairs = (
+        f"{key}={value if plain(str(value)) else json.dumps(value)}"
+        for key, value in target
+        if key != "url"
+    )
     return " ".join([GIT_SERVICES.get(name, name), *pairs])
 
 
@@ -661,7 +673,11 @@ def number(count: int, noun: str) -> str:
     return f"{count} {noun}" + "s" * (count != 1)
 
 
-NOT_PASSED = {"refuse": "refused", "withheld": "withheld", "failed": "failed"}
+MAX_RECEIPT = 20  # lines
+NOT_PASSED = {
+    "refuse": "refused", "withheld": "withheld", "failed": "failed",
+    "unknown": "not known what became of it",
+}  # fmt: skip
 GIT_SERVICES = {"git-upload-pack": "git fetch", "git-receive-pack": "git push"}
 # What the audit calls a read; whatever is not known to be one counts as a write.
 READS = re.compile(r"get_|list_|search_|\w+_read( |$)|git fetch|git push$")
@@ -1317,6 +1333,9 @@ def try_remove(lima: Lima, leases: Leases, name: str) -> bool:
     return True
 
 
+CLONE_SECONDS = 120  # until `limactl clone` has made a folder, on any host
+
+
 def collect_garbage(lima: Lima, leases: Leases) -> list[str]:
     """Remove the clones whose run is gone (kill -9, crash, power loss) and say so."""
     removed = []
@@ -1328,6 +1347,8 @@ def collect_garbage(lima: Lima, leases: Leases) -> list[str]:
             if not free or lease.name not in {orphan.name for orphan in leases.orphans()}:
                 continue
             existed = (leases.folders.lima_home / lease.name).is_dir()
+            if not existed and time.time() - lease.created < CLONE_SECONDS:
+                continue  # its limactl may have outlived it, and be about to make it
             if try_remove(lima, leases, lease.name) and existed:
                 log.info(f"removed {lease.name}: its run ended without cleaning up")
                 removed.append(lease.name)
@@ -1425,6 +1446,7 @@ class Context(NamedTuple):
             "agent-vm's data": self.folders.data,
             "Lima's home": self.folders.lima_home,
             "your ssh keys": Path(os.path.expanduser("~/.ssh")),
+            "your GitHub tokens": self.folders.state.parent / "github-app-token",
             "agent-vm itself": Path(__file__),
             "limactl": Path(self.lima.binary or "/nonexistent"),
         }
@@ -1697,9 +1719,9 @@ def run_hook(guest: Guest, path: Path, inside: bool, workdir: str = ".") -> None
         raise AgentVMError(f"the hook {path} ended with status {result.returncode}", details=lines)
 
 
-def prune_logs(folder: Path) -> None:
+def prune_logs(folder: Path, pattern: str = "agent-vm-*.log", keep: int = 20) -> None:
     """Keep the logs of the last ten failures."""
-    for old in sorted(folder.glob("agent-vm-*.log"), key=os.path.getmtime)[:-20]:
+    for old in sorted(folder.glob(pattern), key=os.path.getmtime)[:-keep]:
         old.unlink(missing_ok=True)
 
 
@@ -1799,8 +1821,8 @@ def run_in_clone(context: Context, args: argparse.Namespace, argv: Sequence[str]
     credential = find_credential(context)
     variables = guest_variables(context, os.environ)
     base = ensure_base(context, args)
+    chosen = choose_github(context, project, mounts)
     mounts.append(session_mount(context, project, base.home))
-    chosen = choose_github(context, project, args.yes)
     with contextlib.ExitStack() as stack:
         name = stack.enter_context(disposable(context, project, args.keep))
         github = stack.enter_context(github_proxy(context, chosen, name)) if chosen else None
@@ -1816,9 +1838,11 @@ def run_in_clone(context: Context, args: argparse.Namespace, argv: Sequence[str]
             raise AgentVMError("the VM could not be prepared", details=prepared.stdout + logs)
         if github:
             stack.enter_context(armed(context, guest, github))
-        for path in hooks:
-            run_hook(guest, path, path.parent == Path(project), project)
-        return attach_agent(context, guest, project, argv, github.asking if github else None)
+        asking = github.asking if github else None
+        with confirming(asking, None):
+            for path in hooks:
+                run_hook(guest, path, path.parent == Path(project), project)
+        return attach_agent(context, guest, project, argv, asking)
 
 
 def attach_agent(
@@ -1853,21 +1877,21 @@ class GitHubChoice(NamedTuple):
         return f"<GitHub {self.repo}>"
 
 
-def choose_github(context: Context, project: str, yes: bool) -> GitHubChoice | None:
+def choose_github(context: Context, project: str, mounts: Sequence[Mount]) -> GitHubChoice | None:
     """The repository and the token of this run; None without GitHub. What is missing raises."""
     wanted = context.get("github")
     if wanted == "off":
+        for name in ("github-profile", "github-policy", "confirm-writes"):
+            if context.setting(name)[1] == "flag":
+                log.warn(f"--{name} does nothing without --github")
         return None
-    repo, remote = (wanted, "") if "/" in wanted else project_repository(context, project)
+    found, remote = project_repository(context, project)
+    repo, remote = (wanted, "") if "/" in wanted else (found, remote)
     if not repo:
         if wanted == "auto":
             return None
-        raise AgentVMError(f"{project} has no remote on github.com", hint="--github=OWNER/REPO")
-    if context.get("confirm-writes"):
-        try:
-            os.close(open_terminal())
-        except OSError:
-            raise AgentVMError("--confirm-writes: there is no terminal to ask at") from None
+        looked = f"the remote {masked(remote)} is not" if remote else "there is no remote"
+        raise AgentVMError(f"{looked} on github.com", hint="--github=OWNER/REPO")
     token = find_github_token(context, repo, ask=wanted != "auto")
     if token is None:
         if wanted == "auto":
@@ -1875,15 +1899,33 @@ def choose_github(context: Context, project: str, yes: bool) -> GitHubChoice | N
             return None
         raise AgentVMError(
             f"there is no GitHub token for {repo}",
-            hint=f"set {GITHUB_TOKEN}, or --github-profile NAME (see github_app_token.py --help)",
+            hint=f"set {GITHUB_TOKEN}, or --github-profile NAME (see github_app_token.py --help),"
+            " or say yes to gh's at a terminal",
         )
-    remember_repository(context, project, repo, named="/" in wanted)
+    if context.get("confirm-writes"):
+        try:
+            os.close(open_terminal())
+        except OSError:
+            raise AgentVMError("--confirm-writes: there is no terminal to ask at") from None
+    policy = os.path.realpath(context.get("github-policy") or "/")
+    for folder in (project, *(mount.source for mount in mounts if mount.writable)):
+        if inside(policy, folder):
+            raise AgentVMError(
+                f"the policy {policy} lies in {folder}, where an agent can write it",
+                hint=f"put it into {context.folders.config}",
+            )
+    if "/" not in wanted:
+        check_remote(context, project, repo)
+    if repo.lower() == found.lower():
+        accepted = {*accepted_remotes(context, project), repo.lower()}
+        remembered(context, project).write_text("\n".join(sorted(accepted)) + "\n")
     return GitHubChoice(repo, remote, *token)
 
 
 def project_repository(context: Context, project: str) -> tuple[str, str]:
-    """(OWNER/REPO, the remote's URL as written) of the project's git remote, or ("", "").
+    """(OWNER/REPO, the remote's URL as written) of the project's git remote, each "" if none is.
 
+    The remote that the branch tracks, else origin.
     Only the config file itself is read, without includes: an agent may have written it.
     """
     common = worktree_git_dir(project)
@@ -1893,12 +1935,17 @@ def project_repository(context: Context, project: str) -> tuple[str, str]:
     file = os.path.join(common or git_dir, "config")
     if os.path.realpath(file) != file or not os.path.isfile(file):
         return "", ""
+    if os.path.getsize(file) > MAX_GIT_CONFIG:
+        return "", ""
     settings = git_settings("--file", file, "--no-includes")
     remote = git_remote(settings, read_line(os.path.join(git_dir, "HEAD")))
     repo = github_repository(instead_of(remote, [*git_settings("--global"), *settings]))
     if repo and re.match(r"https?://[^/]*@", remote):
         log.warn("the remote's URL has a credential in it, which the agent can read")
-    return repo, remote if repo else ""
+    return repo, remote
+
+
+MAX_GIT_CONFIG = 1 << 20  # bytes; git takes 4 times as much memory
 
 
 def git_settings(*where: str) -> list[tuple[str, str]]:
@@ -1914,16 +1961,32 @@ def git_settings(*where: str) -> list[tuple[str, str]]:
     return [(key, value) for key, _, value in pairs]
 
 
-def remember_repository(context: Context, project: str, repo: str, named: bool) -> None:
-    """An agent can write its project's remotes: another repository than last time is asked for."""
-    path = context.folders.state / "github" / session_key(project)
-    before = read_line(str(path))
-    if before and before.lower() != repo.lower() and not named:
-        raise AgentVMError(
-            f"the remote says {repo}, and it was {before} before; an agent can change that",
-            hint=f"--github={repo}, when it is right",
-        )
-    path.write_text(repo + "\n")
+def remembered(context: Context, project: str) -> Path:
+    """The file with the repositories that the project's remotes named in earlier runs."""
+    return context.folders.state / "github" / session_key(project)
+
+
+def accepted_remotes(context: Context, project: str) -> list[str]:
+    with contextlib.suppress(OSError):
+        return remembered(context, project).read_text().lower().split()
+    return []
+
+
+def check_remote(context: Context, project: str, repo: str) -> None:
+    """An agent can write the remotes of a project, or make one below its own: then you name it."""
+    before = accepted_remotes(context, project)
+    if repo.lower() in before:
+        return
+    sessions = context.folders.state / "sessions"
+    folders = (Path(project), *Path(project).parents)
+    if before:
+        were = ", ".join(before)
+        why = f"the remote says {repo}, and it was {were} before; an agent can change that"
+    elif any((sessions / session_key(str(folder))).exists() for folder in folders):
+        why = f"the remote says {repo}; an agent was here before, and can have written that"
+    else:
+        return
+    raise AgentVMError(why, hint=f"--github={repo}, when it is right")
 
 
 def find_github_token(
@@ -1935,7 +1998,7 @@ def find_github_token(
     profile = context.get("github-profile")
     if profile:
         script = str(beside("github_app_token.py"))
-        command = [sys.executable, script, "token", "--profile", profile, "--repo", repo]
+        command = [sys.executable, "-I", script, "token", "--profile", profile, "--repo", repo]
         return {}, ("--token-command", shlex.join([*command, "--format", "json"]))
     allowed = context.folders.config / "gh-token-allowed"
     if not shutil.which("gh") or not (allowed.exists() or ask):
@@ -1963,10 +2026,11 @@ OTHER_SECRETS = (
     "GITHUB_MCP_SECRET", "GH_TOKEN", "GITHUB_TOKEN", "GH_ENTERPRISE_TOKEN",
     "GITHUB_ENTERPRISE_TOKEN",
 )  # fmt: skip
-# A module that is run as a script keeps its syntax tree as long as it runs: 8 MB.
+# A module that is run as a script keeps its syntax tree as long as it runs: 8 MB. With -I: a
+# PYTHONPATH into the project must not choose the modules that run on the host.
 IMPORTED = """
 import sys
-sys.path[0] = sys.argv.pop(1)
+sys.path.insert(0, sys.argv.pop(1))
 import github_mcp_proxy
 sys.exit(github_mcp_proxy.main())
 """
@@ -1976,19 +2040,20 @@ sys.exit(github_mcp_proxy.main())
 def github_proxy(context: Context, choice: GitHubChoice, name: str) -> Iterator[GitHub]:
     """A proxy for one VM. It ends with the block, and when this process is killed: its stdin."""
     owner, _, repo = choice.repo.partition("/")
-    readonly = "1" if context.get("readonly") else os.environ.get("GITHUB_MCP_READONLY", "0")
     environ = {"GITHUB_MCP_GIT": "https://github.com", **os.environ, **choice.environ}
     for other in OTHER_SECRETS:
         environ.pop(other, None)
-    environ.update(GITHUB_MCP_OWNER=owner, GITHUB_MCP_REPO=repo, GITHUB_MCP_READONLY=readonly)
+    environ.update(GITHUB_MCP_OWNER=owner, GITHUB_MCP_REPO=repo)
+    if context.chosen("readonly"):
+        environ["GITHUB_MCP_READONLY"] = "1" if context.get("readonly") else "0"
     policy, confirm = context.get("github-policy"), context.get("confirm-writes")
     audit, errors = audit_path(context, name), context.folders.state / "logs" / f"{name}.github.log"
     argv = [
-        sys.executable, "-c", IMPORTED, str(beside(GITHUB_PROXY).parent), "--print-secret",
+        sys.executable, "-I", "-c", IMPORTED, str(beside(GITHUB_PROXY).parent), "--print-secret",
         "--listen", "127.0.0.1:0", "--exit-with-stdin", "--audit", str(audit), *choice.options,
         *(("--policy", policy) if policy else ()), *(("--confirm-writes",) if confirm else ()),
     ]  # fmt: skip
-    log.info(f"GitHub: {choice.repo}{', read-only' if readonly == '1' else ''}")
+    prune_logs(errors.parent)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
     with (
         open(errors, "wb") as file,
@@ -1996,14 +2061,19 @@ def github_proxy(context: Context, choice: GitHubChoice, name: str) -> Iterator[
     ):
         assert process.stdin and process.stdout
         with process.stdin, process.stdout as lines:
-            port, secret = lines.readline().decode().strip(), lines.readline().decode().strip()
+            port, secret, rights = (lines.readline().decode().strip() for _ in range(3))
             if not port.isdigit() or not secret:
                 raise AgentVMError("the GitHub proxy did not start", details=tail(errors))
             asking = process if confirm else None
-            yield GitHub(choice.repo, int(port), secret, readonly == "1", choice.remote, asking)
-            if process.poll() is not None:
-                log.warn(f"the GitHub proxy ended before the agent: {errors}")
-    prune_logs(errors.parent)
+            readonly = rights == "read-only"
+            log.info(f"GitHub: {choice.repo}{', read-only' if readonly else ''}")
+            try:
+                yield GitHub(choice.repo, int(port), secret, readonly, choice.remote, asking)
+            finally:
+                if process.poll() is None:
+                    errors.unlink(missing_ok=True)  # the audit has what is worth keeping
+                else:
+                    log.warn(f"the GitHub proxy ended before the agent: {errors}")
 
 
 @contextlib.contextmanager
@@ -2015,20 +2085,24 @@ def armed(context: Context, guest: Guest, github: GitHub) -> Iterator[None]:
             "the GitHub proxy does not protect this VM", details=probe.stdout.strip()
         )
     audit = audit_path(context, guest.instance.name)
-    earlier = len(read_audit(audit))
+    prune_logs(audit.parent, "*.jsonl", keep=100)
+    with open(audit, "a") as file:
+        file.write(json.dumps(dict.fromkeys(AUDIT_KEYS, "")) + "\n")  # the agent's begin here
     try:
         yield
     finally:
         with shielded(), contextlib.suppress(OSError):
-            for line in github_receipt(read_audit(audit)[earlier:]):
+            counts, *lines = github_receipt(of_the_agent(read_audit(audit)))
+            log.info(f"GitHub: {counts} (agent-vm log {guest.instance.name})")
+            for line in lines:
                 log.info(f"GitHub: {printable(line)}")
 
 
 @contextlib.contextmanager
 def confirming(
-    proxy: subprocess.Popen[bytes] | None, agent: subprocess.Popen[bytes]
+    proxy: subprocess.Popen[bytes] | None, agent: subprocess.Popen[bytes] | None
 ) -> Iterator[None]:
-    """While the agent runs, the proxy's questions are asked at the terminal."""
+    """Meanwhile the proxy's questions are asked at the terminal; `agent`: who else reads there."""
     if proxy is None:
         yield
         return
@@ -2060,7 +2134,16 @@ def open_terminal() -> int:
     return os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
 
 
-def ask_user(question: Mapping[str, Any], agent: subprocess.Popen[bytes], ended: int) -> str:
+# The guest has drawn on the terminal and set its modes. Ends a sequence that is open, takes back
+# margins, scroll region, origin mode, character sets, colours, and clears the screen: what the
+# question says is to be read as it is meant.
+FRESH_SCREEN = (
+    "\x18\x1b\\\x1b[!p\x1b[?69l\x1b[r\x1b[?6l\x1b[?7h\x1b(B\x0f\x1b[0m"
+    "\x1b]104\x1b\\\x1b]110\x1b\\\x1b]111\x1b\\\x1b[2J\x1b[H\x1b[?25h"
+)
+
+
+def ask_user(question: Mapping[str, Any], agent: subprocess.Popen[bytes] | None, ended: int) -> str:
     """Why a write may not pass, "" when it may. The agent's ssh stops reading the terminal."""
     import termios
 
@@ -2071,22 +2154,38 @@ def ask_user(question: Mapping[str, Any], agent: subprocess.Popen[bytes], ended:
     try:
         if os.tcgetpgrp(terminal) != os.getpgrp():
             return "agent-vm is in the background and cannot ask"
-        agent.send_signal(signal.SIGSTOP)
+        if agent:
+            agent.send_signal(signal.SIGSTOP)
         with line_mode(terminal):
-            text = printable(f"{question['tool']} {question['about']}")
-            os.write(terminal, f"\x1b[0m\r\n\aThe agent wants to: {text}\nallow? y/n ".encode())
+            text = re.sub(" {2,}", " ", printable(f"{question['tool']} {question['about']}"))
+            asked = f"\aThe agent wants to: {text}\nallow? y/n (Ctrl-C ends the run) "
+            os.write(terminal, (FRESH_SCREEN + asked).encode())
             return read_answer(terminal, question["until"], ended)
     except (OSError, termios.error):
         return "the terminal has gone"
     finally:
-        for signum in (signal.SIGCONT, signal.SIGWINCH):  # on again, and look at the terminal anew
-            agent.send_signal(signum)
+        if agent:
+            agent.send_signal(signal.SIGCONT)
+            with contextlib.suppress(OSError):
+                redraw(terminal)
         os.close(terminal)
+
+
+def redraw(terminal: int) -> None:
+    """A size that changes makes the guest's program draw anew; the same size would not."""
+    import fcntl
+    import termios
+
+    size = fcntl.ioctl(terminal, termios.TIOCGWINSZ, bytes(8))
+    rows = int.from_bytes(size[:2], sys.byteorder)
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, (rows + 1).to_bytes(2, sys.byteorder) + size[2:])
+    time.sleep(0.2)
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
 
 
 @contextlib.contextmanager
 def line_mode(terminal: int) -> Iterator[None]:
-    """A terminal that ssh has made raw takes lines; Ctrl-C is a character, and means no."""
+    """A terminal that ssh has made raw takes lines; Ctrl-C is a character, which is read here."""
     import termios
 
     before = termios.tcgetattr(terminal)
@@ -2094,7 +2193,7 @@ def line_mode(terminal: int) -> Iterator[None]:
     lines[0] |= termios.ICRNL
     lines[1] |= termios.OPOST | termios.ONLCR
     lines[3] = (lines[3] | termios.ICANON | termios.ECHO | termios.ECHOE) & ~termios.ISIG
-    lines[6][termios.VMIN], lines[6][termios.VTIME] = 1, 0
+    lines[6][termios.VEOL] = b"\x03"  # ends a line, as Enter does
     time.sleep(0.3)  # whoever was typing to the agent has not meant this
     termios.tcsetattr(terminal, termios.TCSAFLUSH, lines)
     try:
@@ -2117,6 +2216,8 @@ def read_answer(terminal: int, until: float, ended: int) -> str:
         word = re.sub(rb"\x1b\[[0-9;?<>]*[A-Za-z~]", b"", data).strip().lower()
         if word in (b"y", b"yes"):
             return ""
+        if b"\x03" in data:
+            os.kill(os.getpid(), signal.SIGINT)
         if word in (b"n", b"no") or b"\x03" in data or not data:
             return "the user said no"
         os.write(terminal, b"y or n: ")
@@ -2126,16 +2227,23 @@ def audit_path(context: Context, name: str) -> Path:
     return context.folders.state / "audit" / f"{name}.jsonl"
 
 
+def of_the_agent(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without what the probe before it caused, which ends with a line of nothing."""
+    ends = [at for at, line in enumerate(lines) if not line["verdict"]]
+    return list(lines[max(ends, default=-1) + 1 :])
+
+
 AUDIT_KEYS = ("time", "method", "tool", "verdict", "reason", "target")
 
 
 def read_audit(path: Path) -> list[dict[str, Any]]:
     """The proxy's decisions; a line that is torn (a full disk) is left out."""
     result = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            entry = json.loads(line)
-            result.append({key: entry[key] for key in AUDIT_KEYS})
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                entry = json.loads(line)
+                result.append({key: entry[key] for key in AUDIT_KEYS})
     return result
 
 
@@ -2152,7 +2260,7 @@ def cmd_log(args: argparse.Namespace) -> int:
         )
     if not args.json:
         log.info(found[-1].stem)
-    for line in read_audit(found[-1]):
+    for line in of_the_agent(read_audit(found[-1])):
         if args.json:
             print(json.dumps(line))
             continue
@@ -2692,7 +2800,18 @@ def cmd_list(args: argparse.Namespace) -> int:
 
 
 def printable(text: str) -> str:
-    return "".join(char if char.isprintable() else "?" for char in text)
+    """Text for a terminal that shows what it says: nothing that is invisible or moves the rest."""
+    return "".join(char if is_plain(char) else "?" for char in text)
+
+
+def is_plain(char: str) -> bool:
+    import unicodedata
+
+    if char.isascii():
+        return char.isprintable()
+    blank = char in "\u2800\u3164\u115f\u1160\uffa0"
+    turned = unicodedata.bidirectional(char) in ("NSM", "R", "AL", "AN")
+    return char.isprintable() and not blank and not turned
 
 
 def instance_named(context: Context, name: str) -> Instance:
@@ -3222,6 +3341,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = build_parser()
     # Not nargs="?", which would take the agent's first word for the repository.
     ours = ["--github=on" if word == "--github" else word for word in argv[:at]]
+    for word, after in zip(argv[:at], argv[1:at]):
+        if word == "--github" and (after in ("off", "auto") or re.fullmatch(OWNER_REPO, after)):
+            parser.error(f"--github={after}, in one word; the agent's own words go after --")
     args, unknown = parser.parse_known_args(ours)
     rest = argv[at:]
     if unknown:

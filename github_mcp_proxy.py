@@ -57,6 +57,7 @@ MAX_STRINGS = 20_000
 MAX_HELD = 96 * 1024 * 1024  # bytes held of all clients' requests and answers
 MAX_TOKEN = 4096
 MAX_PACK = 4 * 1024**3  # GitHub refuses more than 2 GiB
+MAX_REFUSALS = 100  # in a minute that are recorded one by one
 MAX_COMMANDS = 256 * 1024  # bytes of what a push says before its pack
 MAX_CLIENTS = 1024
 MAX_SESSIONS = 1024
@@ -104,6 +105,10 @@ class Refusal(Exception):
 
 class UpstreamError(Exception):
     """The upstream gave no usable answer; the text is for the VM, so it holds no secret."""
+
+
+class AnswerLost(UpstreamError):
+    """What was sent may have been carried out."""
 
 
 # --- nouns ---
@@ -1224,6 +1229,14 @@ class Command(NamedTuple):
     ref: str
 
 
+class Push(NamedTuple):
+    """A push, as far as it is read: its commands are whole."""
+
+    begun: bytes = b""
+    refs: tuple[str, ...] = ()
+    side_band: bool = False
+
+
 def git_service(scope: Scope, policy: Policy, method: str, target: str) -> str:
     """The service that a request asks for, of this repository; GitRefusal for all others."""
     match = GIT_SERVICE.fullmatch(target)
@@ -1313,13 +1326,31 @@ def push_report(commands: list[Command], refusals: Mapping[str, str], capabiliti
     return pkt(b"\x02" + remarks.encode()[:60_000]) + pkt(b"\x01" + status[:60_000]) + b"0000"
 
 
-def pushed_refs(report: bytes) -> list[tuple[str, str]]:
-    """(ref, why it was not taken or "") of the upstream's answer to a push (gitprotocol-pack)."""
-    rows = re.findall(rb"[0-9a-f]{4}(ok|ng) (refs/[^ \n]+)(?: ([^\n]+))?\n", report)
-    return [
-        (ref.decode(errors="replace"), (why.decode(errors="replace") or "?") * (word == b"ng"))
-        for word, ref, why in rows
-    ]
+def pkt_lines(data: bytes) -> Iterator[bytes]:
+    """The payloads of pkt-lines, as far as they are whole (gitprotocol-common)."""
+    at = 0
+    while re.fullmatch(b"[0-9a-f]{4}", data[at : at + 4]):
+        size = max(4, int(data[at : at + 4], 16))
+        if at + size > len(data):
+            return
+        yield data[at + 4 : at + size]
+        at += size
+
+
+def pushed_refs(report: bytes, push: Push) -> list[tuple[str, str]]:
+    """(ref, why it was not taken or "") of the upstream's answer to a push (gitprotocol-pack).
+
+    The side-band's other bands have what the upstream says of file names: the pusher's words.
+    """
+    if push.side_band:
+        report = b"".join(line[1:] for line in pkt_lines(report) if line[:1] == b"\x01")
+    found: dict[str, str] = {}
+    for line in pkt_lines(report):
+        word, _, rest = line.decode(errors="replace").rstrip("\n").partition(" ")
+        ref, _, why = rest.partition(" ")
+        if word in ("ok", "ng") and ref in push.refs:
+            found.setdefault(ref, (why or "?") * (word == "ng"))
+    return list(found.items())
 
 
 # --- pure core: mirrored headers (2026-07-28) ---
@@ -2035,6 +2066,14 @@ def parse_token_output(output: bytes) -> tuple[str, float]:
         raise UpstreamError("the host's token command gave no usable token") from None
 
 
+TOKEN_COMMANDS: set[Any] = set()  # that run: none of them outlives the proxy
+
+
+def end_token_commands() -> None:
+    for child in set(TOKEN_COMMANDS):
+        child.kill()
+
+
 def run_token_command(command: str, refused: str) -> bytes:
     """Its output; `refused` is the SHA-256 of the last token, which its cache may still have."""
     import shlex
@@ -2042,20 +2081,22 @@ def run_token_command(command: str, refused: str) -> bytes:
 
     env = {**os.environ, "GITHUB_TOKEN_REFUSED": refused}
     try:
-        done = subprocess.run(
-            shlex.split(command),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            timeout=120,
-            env=env,
-        )
+        with subprocess.Popen(
+            shlex.split(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=env
+        ) as child:
+            TOKEN_COMMANDS.add(child)
+            try:
+                output, _ = child.communicate(timeout=120)
+            finally:
+                TOKEN_COMMANDS.discard(child)
+                child.kill()
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         log(f"token command: {type(error).__name__}")
         raise UpstreamError("the host's token command could not be run") from None
-    if done.returncode:
-        log(f"token command: exit status {done.returncode}")
+    if child.returncode:
+        log(f"token command: exit status {child.returncode}")
         raise UpstreamError("the host's token command failed: its user has to look at it")
-    return done.stdout
+    return output
 
 
 # --- shell: connections ---
@@ -2158,7 +2199,7 @@ class UpstreamConnection(Connection):
     async def more(self) -> None:
         """Wait for the next bytes; UpstreamError when there will be none."""
         if self.failure or self.closed:
-            raise UpstreamError(self.failure or "it closed the connection")
+            raise AnswerLost(self.failure or "it closed the connection")
         if self.paused:
             self.paused = False
             self.transport.resume_reading()
@@ -2168,7 +2209,7 @@ class UpstreamConnection(Connection):
         finally:
             self.waiter = None
         if self.failure and not self.incoming.body:
-            raise UpstreamError(self.failure)
+            raise AnswerLost(self.failure)
 
     def release(self, *, answered: bool = False) -> None:
         """Back to the pool when the exchange is over; closed at once when it was broken off."""
@@ -2561,12 +2602,12 @@ class Proxy:
         if modern:
             check_mirrored(request.headers, message)
         verdict: Verdict
-        question = self.question(message, session)
-        if question and self.questions:
+        tool, about = self.question(message, session)
+        if tool and self.questions:
             message = {}
-            reason = await self.questions.ask(*question)
+            reason = await self.questions.ask(tool, about)
             message = parse_message(data)
-            verdict = Refuse(reason, tool=question[0])
+            verdict = Refuse(reason, tool=tool)
             verdict = self.recorded(message, verdict) if reason else self.judge(message, session)
         else:
             verdict = self.judge(message, session)
@@ -2586,8 +2627,9 @@ class Proxy:
         except UpstreamError as error:
             if "id" not in verdict.message or "method" not in verdict.message:
                 raise
-            method = verdict.message["method"]
-            self.record(method, verdict.tool, "failed", str(error), verdict.target)
+            lost = verdict.write and isinstance(error, AnswerLost)
+            method, became = verdict.message["method"], "unknown" if lost else "failed"
+            self.record(method, verdict.tool, became, str(error), verdict.target)
             self.fail(client, verdict, f"GitHub's MCP server cannot be used: {error}")
 
     def fail(self, client: Client, forward: Forward, reason: str) -> None:
@@ -2599,18 +2641,15 @@ class Proxy:
         else:
             client.answer(200, error)
 
-    def question(self, message: Object, session: str) -> tuple[str, str] | None:
-        """(tool, its arguments) of a write that the host's user has to allow, else None."""
+    def question(self, message: Object, session: str) -> tuple[str, str]:
+        """(tool, its arguments) of a write that the host's user has to allow, else ("", "")."""
         if not self.questions or self.moved:
-            return None
+            return "", ""
         seen = Seen(self.recent_writes(), self.asked(session))
         verdict = decide(self.scope, self.policy, message, seen)
         if isinstance(verdict, Refuse) or not verdict.write:
-            return None
-        arguments = {**target_of(verdict.message), **verdict.message["params"]["arguments"]}
-        for key in ("owner", "repo"):  # the one repository, whatever the message said
-            arguments.pop(key, None)
-        return verdict.tool, json.dumps(arguments, ensure_ascii=False)
+            return "", ""
+        return verdict.tool, question_text(verdict.message)
 
     def judge(self, message: Object, session: str) -> Verdict:
         """`decide` with what it must know, its verdict recorded and counted."""
@@ -2636,7 +2675,7 @@ class Proxy:
         """The verdict, once it is in the audit: what cannot be recorded does not pass."""
         method = str(message.get("method", "answer"))
         if isinstance(verdict, Refuse):
-            self.record(method, verdict.tool, "refuse", verdict.reason)
+            self.record(method, verdict.tool, "refuse", verdict.reason, asked_for(message))
         elif not self.record(method, verdict.tool, "forward", "", target_of(verdict.message)):
             return Refuse(UNRECORDED, UPSTREAM_FAILED, verdict.tool)
         return verdict
@@ -2709,7 +2748,7 @@ class Proxy:
         if status == 200 and forward and request:
             out, final = self.convert(body, forward, session)
             if not final:
-                raise UpstreamError("its answer does not belong to the request")
+                raise AnswerLost("its answer does not belong to the request")
             client.answer_bytes(200, out, *headers)
         elif status < 300:
             client.answer_bytes(status if status in (202, 204) else 200, b"")
@@ -2760,6 +2799,7 @@ class Proxy:
     async def serve_git(self, client: Client, request: Incoming, method: str, target: str) -> None:
         """A fetch, or a push that is within the policy, passed on both ways as it comes."""
         client.last = True  # the rest of a body that is not wanted is not read
+        service = ""
         try:
             if self.git is None:
                 raise GitRefusal("git is not served here (--git)")
@@ -2767,17 +2807,20 @@ class Proxy:
             if self.moved:
                 raise GitRefusal(f"the name {self.scope} has come to mean another repository")
             service = git_service(self.scope, self.policy, method, target)
-            begun = b""
+            lengths = request.headers.keys() & {"content-length", "transfer-encoding"}
+            if method == "GET" and lengths:
+                raise GitRefusal("a GET has no body")
+            push = Push()
             if service == "git-receive-pack" and method == "POST":
-                begun, refused = await self.read_push(client, request)
+                push, refused = await self.read_push(client, request)
                 if refused is not None:
                     return client.answer_bytes(200, refused, kind=f"application/x-{service}-result")
             elif not self.record("git", service, "forward", ""):
                 raise GitRefusal(UNRECORDED)
-            await self.relay_git(client, request, service, begun)
+            await self.relay_git(client, request, service, push)
         except (GitRefusal, UpstreamError) as error:
             kind = "refuse" if isinstance(error, GitRefusal) else "failed"
-            self.record("git", target[:64], kind, str(error))
+            self.record("git", service, kind, str(error), {"path": target[:200]})
             if client.streaming:
                 return client.transport.abort()
             text = ("refused: " if kind == "refuse" else "GitHub: ") + str(error) + "\n"
@@ -2785,8 +2828,8 @@ class Proxy:
             client.answer_bytes(status, text.encode(), kind="text/plain")
         return None
 
-    async def read_push(self, client: Client, request: Incoming) -> tuple[bytes, bytes | None]:
-        """(what has been read, the answer of a refusal); a refused push is read to its end."""
+    async def read_push(self, client: Client, request: Incoming) -> tuple[Push, bytes | None]:
+        """(the push as far as it is read, the answer of a refusal); a refused one is read whole."""
         if "content-encoding" in request.headers:
             raise GitRefusal("a push must not be compressed as a whole")
         begun = bytearray()
@@ -2800,22 +2843,23 @@ class Proxy:
             if parsed is None:
                 await client.more()
         commands, capabilities, _ = parsed
-        if not commands:
-            return bytes(begun), None
+        push = Push(bytes(begun), tuple(c.ref for c in commands), "side-band" in capabilities)
+        if not commands:  # git asks so whether it may, before it sends much
+            if begun != b"0000" or not request.complete:
+                raise GitRefusal("this push has no commands")
+            return push, None
         await self.know_repository(wait=not self.policy.default_branch)
-        refusals = judge_push(self.scope, self.policy, commands)
-        if self.recent_writes() + len(commands) > self.policy.writes_per_hour:
-            refusals = {c.ref: "too many writes in the last hour" for c in commands}
+        refusals = self.refused_refs(commands)
         if self.questions and not refusals:
             moves = (f"{c.ref} {c.old[:12]}..{c.new[:12]}" for c in commands)
             reason = await self.questions.ask("git push", ", ".join(moves))
-            refusals = {c.ref: reason for c in commands if reason}
+            refusals = {c.ref: reason for c in commands} if reason else self.refused_refs(commands)
         if not refusals:
             for c in commands:
                 if not self.record("git", "git-receive-pack", "forward", "", {"ref": c.ref}):
                     raise GitRefusal(UNRECORDED)
             self.writes.extend([time.monotonic()] * len(commands))
-            return bytes(begun), None
+            return push, None
         refs = " ".join(c.ref for c in commands)[:1000]
         why = "; ".join(f"{ref}: {why}" for ref, why in refusals.items())[:1000]
         self.record("git", "git-receive-pack", "refuse", why, {"ref": refs})
@@ -2823,11 +2867,17 @@ class Proxy:
             request.take()
             await client.more()
         request.take()
-        return b"", push_report(commands, refusals, capabilities)
+        return push, push_report(commands, refusals, capabilities)
 
-    async def relay_git(
-        self, client: Client, request: Incoming, service: str, begun: bytes
-    ) -> None:
+    def refused_refs(self, commands: list[Command]) -> dict[str, str]:
+        """`judge_push` with what is only known now."""
+        if self.moved:
+            raise GitRefusal(f"the name {self.scope} has come to mean another repository")
+        if self.recent_writes() + len(commands) > self.policy.writes_per_hour:
+            return {c.ref: "too many writes in the last hour" for c in commands}
+        return judge_push(self.scope, self.policy, commands)
+
+    async def relay_git(self, client: Client, request: Incoming, service: str, push: Push) -> None:
         assert self.git
         sent = request.headers
         length = sent.get("content-length", "")
@@ -2851,8 +2901,9 @@ class Proxy:
                 await asyncio.shield(self.git.token.renew())
                 connection = await self.git.begin(method, f"/{self.scope}.git/{asked}", headers)
         try:
-            await self.send_body(client, request, connection, begun, chunked=not length)
-            await self.answer_git(client, connection, service)
+            if method == "POST":
+                await self.send_body(client, request, connection, push.begun, chunked=not length)
+            await self.answer_git(client, connection, service, push)
         finally:
             connection.transport.abort()
 
@@ -2861,7 +2912,6 @@ class Proxy:
         *, chunked: bool,
     ) -> None:  # fmt: skip
         """Pass on a request's body, until it ends or the upstream has answered."""
-        chunked = chunked and (request.start or ("",))[0] == "POST"
         while not connection.incoming.start and not connection.closed:
             over = request.complete
             data, begun = begun + request.take(), b""
@@ -2879,7 +2929,7 @@ class Proxy:
                 await client.more()
 
     async def answer_git(
-        self, client: Client, connection: UpstreamConnection, service: str
+        self, client: Client, connection: UpstreamConnection, service: str, push: Push
     ) -> None:
         incoming = connection.incoming
         while incoming.start is None:
@@ -2896,12 +2946,12 @@ class Proxy:
         while True:
             over = incoming.complete
             data = incoming.take()
-            if kind.endswith("-receive-pack-result") and len(report) < HIGH_WATER:
+            if push.refs and len(report) < HIGH_WATER:
                 report += data
             if data:
                 client.write(chunk(data))
             if over:
-                for ref, why in pushed_refs(report):
+                for ref, why in pushed_refs(report, push):
                     verdict = "failed" if why else "done"
                     self.record("git", service, verdict, why, {"ref": ref})
                 return client.end_stream()
@@ -2956,7 +3006,7 @@ class Proxy:
                 connection.set_deadline(self.upstream.timeout if forward else float("inf"))
                 await connection.more()
         if forward and not resumable:
-            raise UpstreamError("it ended the stream without an answer")
+            raise AnswerLost("it ended the stream without an answer")
         client.start_stream(*headers)
         client.end_stream()
         return True
@@ -2977,7 +3027,7 @@ class Proxy:
         try:
             message = json.loads(data)
         except (ValueError, RecursionError):
-            raise UpstreamError("its answer is not JSON") from None
+            raise AnswerLost("its answer is not JSON") from None
         kind = kind_of(message, forward)
         if kind == "question":
             asked = self.asked(session)
@@ -3127,7 +3177,7 @@ def check_status(status: int, forward: Forward | None) -> None:
     if status == 429:
         raise UpstreamError("its rate limit is reached (HTTP 429): try again in some minutes")
     if status >= 500:
-        raise UpstreamError(f"it answered HTTP {status}")
+        raise AnswerLost(f"it answered HTTP {status}")
 
 
 def relayed_error(body: Bytes, forward: Forward | None, clean: Callable[[Bytes], Bytes]) -> Object:
@@ -3168,6 +3218,8 @@ class Questions:
 
     async def ask(self, tool: str, about: str) -> str:
         """Why the write may not pass, "" when it may."""
+        if len(about) > MAX_QUESTION:
+            return "it names more than one question to the user can show: write less at a time"
         until = time.monotonic() + CONFIRM_SECONDS
         try:
             return await asyncio.wait_for(self.ask_in_turn(tool, about, until), CONFIRM_SECONDS)
@@ -3180,7 +3232,6 @@ class Questions:
         async with self.turn:
             self.id += 1
             self.answer = asyncio.get_running_loop().create_future()
-            about = about if len(about) <= 800 else about[:799] + "…"
             question = {"id": self.id, "tool": tool, "about": about, "until": until}
             line = json.dumps(question, ensure_ascii=False) + "\n"
             os.write(1, line.encode(errors="replace"))  # less than PIPE_BUF: whole, or not at all
@@ -3197,6 +3248,7 @@ class Questions:
             self.answer.set_result(refused)
 
 
+MAX_QUESTION = 900  # characters: with what is around them less than PIPE_BUF, 4096 bytes
 # Less than the 60 s after which the TypeScript SDK's clients give a call up.
 CONFIRM_SECONDS = 50
 
@@ -3218,6 +3270,35 @@ def target_of(message: Object) -> Object:
     return target
 
 
+def asked_for(message: Object) -> Object:
+    """The target of a call that is refused, as far as it is of short and simple values."""
+    params = message.get("params")
+    arguments = params.get("arguments") if isinstance(params, dict) else None
+    if not isinstance(arguments, dict):
+        return {}
+    found = {key: arguments[key] for key in TARGETS if key in arguments}
+    return {key: value for key, value in found.items()
+            if isinstance(value, (int, str)) and len(str(value)) <= 200}  # fmt: skip
+
+
+def question_text(message: Object) -> str:
+    """A call's arguments for the user who has to allow it: names in full, long texts begun.
+
+    The shortest come first, so that no text hides what else is asked for.
+    """
+    arguments = {**target_of(message), **message["params"]["arguments"]}
+    for key in ("owner", "repo", "files" if "paths" in arguments else ""):
+        arguments.pop(key, None)  # the one repository; the files by their paths
+    target = target_of(message)
+    for key in arguments.keys() - target.keys():
+        value = arguments[key]
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        if len(text) > 120:
+            arguments[key] = f"{text[:100]}… (+{len(text) - 100} characters)"
+    shown = sorted(arguments.items(), key=lambda item: (item[0] not in target, len(str(item[1]))))
+    return json.dumps(dict(shown), ensure_ascii=False)
+
+
 class Audit:
     """Every decision: a line of JSON in the audit file, and on stderr when it is worth one."""
 
@@ -3225,6 +3306,7 @@ class Audit:
         self.debug = debug
         self.fd = -1
         self.torn = False  # the last line is there in part
+        self.minute, self.refused = 0.0, 0  # its beginning, the refusals in it
         if path:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             try:
@@ -3235,6 +3317,15 @@ class Audit:
 
     def write(self, method: str, tool: str, verdict: str, reason: str, target: Object) -> bool:
         """False when the file cannot take it: a disk is full, say."""
+        if verdict == "refuse":
+            self.refused = self.refused + 1 if time.monotonic() < self.minute + 60 else 1
+            self.minute = self.minute if self.refused > 1 else time.monotonic()
+            if self.refused > MAX_REFUSALS:
+                return True
+            if self.refused == MAX_REFUSALS:
+                tool, target, reason = "", {}, "too many: the next of this minute are left out"
+        if not re.fullmatch(r"[\w-]*", tool, re.ASCII):
+            tool = "?"  # the guest's word for no tool of ours
         if self.debug or verdict not in ("forward", "done"):
             what = " ".join(filter(None, [method, tool, verdict]))
             log(f"{what}: {reason}" if reason else what)
@@ -3270,19 +3361,28 @@ async def serve(proxy: Proxy, options: argparse.Namespace) -> int:
 
     loop.add_signal_handler(signal.SIGTERM, stop, 0)
     loop.add_signal_handler(signal.SIGINT, stop, 130)
+    if options.confirm_writes:
+        proxy.questions = Questions()
+    if options.exit_with_stdin or proxy.questions:
+        watch_stdin(loop, stop, proxy.questions)
+    if proxy.upstream.token.command:  # what does not work is said at once
+        fresh = asyncio.ensure_future(proxy.upstream.token.fresh())
+        either: set[asyncio.Future[Any]] = {fresh, stopped}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if stopped.done():
+            end_token_commands()
+            return stopped.result()
+        fresh.result()
     address, port = options.listen
     try:
         server = await loop.create_server(lambda: Client(proxy), address, port, backlog=512)
     except OSError as error:
         raise ProxyError(f"cannot listen on {address}:{port}: {error.strerror}", status=1) from None
     proxy.hosts.add(f"[{address}]" if ":" in address else address)
-    announce(server.sockets[0].getsockname()[1], options)
+    announce(server.sockets[0].getsockname()[1], options, proxy.policy.readonly)
     gc.freeze()  # the tables stay: no collection has to look at them
-    if options.confirm_writes:
-        proxy.questions = Questions()
+    if proxy.questions:
         os.set_blocking(1, False)  # whoever does not read cannot stop the proxy
-    if options.exit_with_stdin or proxy.questions:
-        watch_stdin(loop, stop, proxy.questions)
     await proxy.know_repository(wait=False)
     sweeper = asyncio.ensure_future(sweep(proxy))
     try:
@@ -3290,17 +3390,22 @@ async def serve(proxy: Proxy, options: argparse.Namespace) -> int:
     finally:
         sweeper.cancel()
         server.close()
+        end_token_commands()
         for connection in proxy.connections():
             connection.transport.abort()
 
 
-def announce(port: int, options: argparse.Namespace) -> None:
+def announce(port: int, options: argparse.Namespace, readonly: bool) -> None:
     lines = [str(port)]
     if options.print_secret:
-        lines.append(options.secret)
+        lines += [options.secret, "read-only" if readonly else "read-write"]
     if not options.secret:
         log("no secret is set: every process and VM that can reach the port can use the token")
-    print("\n".join(lines), flush=True)
+    try:
+        print("\n".join(lines), flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again at its end
+        raise ProxyError(f"cannot write to stdout: {error.strerror}", status=1) from None
 
 
 def watch_stdin(
@@ -3367,6 +3472,13 @@ def listen_address(value: str) -> tuple[str, int]:
     return match[1].strip("[]"), int(match[2])
 
 
+def given(value: str) -> str:
+    """Not empty: as a shell's unset variable is."""
+    if not value:
+        raise argparse.ArgumentTypeError("it is empty")
+    return value
+
+
 def seconds(value: str) -> float:
     if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]+)?", value) or not float(value):
         raise argparse.ArgumentTypeError(f"{value!r} is not a number of seconds")
@@ -3379,12 +3491,14 @@ def read_policy(path: str) -> Policy:
 
     parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=("#",))
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             parser.read_file(file)
+        if not parser.has_section("policy"):
+            raise ProxyError(f"{path} has no section [policy]")
         section = dict(parser["policy"])
     except OSError as error:
         raise ProxyError(f"cannot read the policy file {path}: {error.strerror}") from None
-    except (configparser.Error, KeyError, UnicodeDecodeError) as error:
+    except (configparser.Error, UnicodeDecodeError) as error:
         raise ProxyError(f"{path} is not an INI file with a section [policy]: {error}") from None
     policy = Policy()
     for key, value in section.items():
@@ -3405,8 +3519,10 @@ def policy_value(path: str, key: str, value: str) -> Json:
         return value.strip()
     if key == "readonly" and value.lower() in FLAGS:
         return FLAGS[value.lower()]
-    if key == "writes_per_hour" and value.isdecimal():
+    if key == "writes_per_hour" and re.fullmatch("[0-9]{1,9}", value):
         return int(value)
+    if key in Policy._fields:
+        raise ProxyError(f"{path}: {key} = {value!r:.100} is not a value that it can have")
     known = ", ".join(Policy._fields)
     raise ProxyError(f"{path}: {key} = {value!r} is not a policy setting", f"known: {known}")
 
@@ -3509,10 +3625,19 @@ def build_parser() -> argparse.ArgumentParser:
         help="default 127.0.0.1:0, any free port")  # fmt: skip
     add("--token-command", metavar="CMD", default="",
         help='a program that prints {"token": …, "expires_at": …}; again in time')  # fmt: skip
-    add("--secret-file", metavar="FILE", default="", help="the secret that requests must carry")
-    add("--print-secret", action="store_true", help="make one, and print it as the second line")
-    add("--policy", metavar="FILE", default="", help="what may be written: an INI file")
-    add("--audit", metavar="FILE", default="", help="append every decision to FILE, as JSON Lines")
+    add("--secret-file", metavar="FILE", type=given,
+        help="the secret that requests must carry")  # fmt: skip
+    add("--print-secret", action="store_true",
+        help="make one; the second line, before read-only or read-write")  # fmt: skip
+    add(
+        "--policy",
+        metavar="FILE",
+        type=given,
+        default=None,
+        help="what may be written: an INI file",
+    )
+    add("--audit", metavar="FILE", type=given,
+        help="append every decision to FILE, as JSON Lines")  # fmt: skip
     add("--ca-file", metavar="FILE", default="", help="CA certificates for the upstream")
     add("--timeout", metavar="SECONDS", type=seconds, default=300.0,
         help="how long the upstream may be silent in a call (default 300)")  # fmt: skip
@@ -3535,13 +3660,21 @@ def build_proxy(options: argparse.Namespace) -> Proxy:
     debug = env_flag("GITHUB_MCP_PROXY_DEBUG", "0")
     token = env_token(options.token_command)
     options.secret = read_secret(options)
-    if options.ca_file and not os.access(options.ca_file, os.R_OK):
-        raise ProxyError(f"cannot read the CA file {options.ca_file}")
+    if options.ca_file:
+        import ssl
+
+        try:
+            ssl.create_default_context(cafile=options.ca_file)
+        except OSError:  # ssl.SSLError is one
+            raise ProxyError(f"cannot read certificates from {options.ca_file}") from None
     headers = upstream_headers(policy)
     upstream = Upstream(options.upstream, token, headers, options.ca_file, options.timeout)
-    git = (
-        Upstream(options.git, token, {}, options.ca_file, options.timeout) if options.git else None
-    )
+    git = None
+    if options.git:
+        try:
+            git = Upstream(options.git, token, {}, options.ca_file, options.timeout)
+        except ProxyError as error:
+            raise ProxyError(str(error).replace("--upstream", "--git")) from None
     return Proxy(scope, policy, upstream, options.secret, Audit(options.audit, debug), git)
 
 

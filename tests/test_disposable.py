@@ -211,6 +211,15 @@ class OrphanTest(WorldTest):
                 self.assertIn(f"removed {clone}", result.err)
                 self.assert_nothing_left()
 
+    def test_a_clone_that_appears_after_kill_9_is_not_forgotten(self) -> None:
+        process = self.box.start("run", FAKE_LIMA_SLEEP="clone:1.5")
+        self.box.wait_for_limactl("clone")
+        self.box.kill(process)
+        self.assertEqual(self.box.run("gc").out, "")
+        wait_for(self.box.clones, "the limactl that outlived its caller makes the clone")
+        self.assertIn("removed", self.box.run("gc").err)
+        self.assert_nothing_left()
+
     def test_after_kill_9_during_the_agents_work_gc_removes_the_vm(self) -> None:
         process = self.box.start("run", "--", WORK)
         self.box.wait_for_file("up")
@@ -253,7 +262,7 @@ class OrphanTest(WorldTest):
         self.assert_nothing_left()
 
     def test_a_lease_without_a_clone_is_dropped_silently(self) -> None:
-        self.box.make_lease("agent-vm-p-0a1b2c")
+        self.box.make_lease("agent-vm-p-0a1b2c", created=time.time() - 300)
         result = self.box.run("run")
         self.assertEqual((result.status, result.err), (0, ""))
         self.assert_nothing_left()

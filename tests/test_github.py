@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import unittest
 from pathlib import Path
@@ -134,14 +135,36 @@ class ReceiptTest(unittest.TestCase):
         self.assertEqual(
             agent_vm.github_receipt(lines),
             [
-                "6 reads, 4 writes sent, 3 not passed",
+                "6 reads, 4 writes, 2 refused",
                 "done: git push ref=refs/heads/fix",
                 "done: create_pull_request base=main https://github.com/octo/widget/pull/12",
-                "sent, without an answer: create_branch branch=b",
+                "not known what became of it: create_branch branch=b",
                 "refused: create_branch branch=x: read-only (2 times)",
                 "failed: issue_write issue_number=7: HTTP 500",
             ],
         )
+
+    def test_words_of_the_guest_do_not_read_like_ours(self) -> None:
+        target = {"branch": "x: done: create_pull_request\n\x1b[2J"}
+        (_, told) = agent_vm.github_receipt([self.line("create_branch", "refuse", target=target)])
+        self.assertEqual(
+            told, r'refused: create_branch branch="x: done: create_pull_request\n\u001b[2J": '
+        )
+
+    def test_a_flood_does_not_bury_what_was_done(self) -> None:
+        lines = [self.line("create_branch", "forward"), self.line("create_branch", "done")]
+        lines += [self.line("x", "refuse", reason=str(n)) for n in range(1000)]
+        told = agent_vm.github_receipt(lines)
+        self.assertEqual(told[:2], ["0 reads, 1 write, 1000 refused", "done: create_branch"])
+        self.assertEqual(told[-1], "and 981 more: agent-vm log")
+        self.assertLess(len(told), 25)
+
+    def test_what_is_shown_is_what_it_says(self) -> None:
+        for text, shown in (
+            ("a\x1b[2Jb", "a?[2Jb"), ("a\u202eb", "a?b"), ("a\u0301", "a?"), ("\u05d0", "?"),
+            ("\u3164\u2800", "??"), ("ünïcode 漢字", "ünïcode 漢字"), ("\x00\x7f\x9b", "???"),
+        ):  # fmt: skip
+            self.assertEqual(agent_vm.printable(text), shown)
 
 
 class GitHubWorld(WorldTest):
@@ -215,7 +238,7 @@ class GitHubRunTest(GitHubWorld):
     def test_what_the_guest_gets(self) -> None:
         result = self.run_and_look("--github")
         self.assertIn("GitHub: octo/widget\n", result.err)
-        self.assertIn("0 reads, 0 writes sent, 0 not passed", result.err)
+        self.assertIn("0 reads, 0 writes, 0 refused (", result.err)
         self.assertIn(self.secret, self.guest_file("gitconfig"))
         self.assertIn("octo/widget", self.guest_file("briefing"))
         modes = self.guest_file("modes")
@@ -271,7 +294,8 @@ class GitHubRunTest(GitHubWorld):
           -d '{json.dumps(call)}' "$(jq -r .mcpServers.github.url ~/.claude.json)" > answer
         """
         result = self.run_and_look("--github", script=script)
-        self.assertIn("0 reads, 1 write sent, 0 not passed", result.err)
+        name = self.audits()[0].stem
+        self.assertIn(f"0 reads, 1 write, 0 refused (agent-vm log {name})", result.err)
         self.assertRegex(result.err, r"done: create_branch .*branch=fix")
         shown = self.box.run("log")
         self.assertIn("create_branch", shown.out)
@@ -312,7 +336,7 @@ class GitHubRunTest(GitHubWorld):
     def test_what_is_missing_is_said(self) -> None:
         for env, remote, words in (
             ({"GITHUB_MCP_TOKEN": ""}, "git@github.com:octo/widget", ("no GitHub token", "GITHUB_MCP_TOKEN")),
-            ({}, "git@gitlab.com:octo/widget", ("no remote on github.com", "--github=OWNER/REPO")),
+            ({}, "git@gitlab.com:octo/widget", ("git@gitlab.com:octo/widget is not on github.com", "--github=OWNER/REPO")),
         ):  # fmt: skip
             self.remote(remote)
             self.assert_refused(self.box.run("run", "--github", **env), *words)
@@ -332,6 +356,121 @@ class GitHubRunTest(GitHubWorld):
         ):
             result = self.box.run("run", f"--github={value}")
             self.assert_refused(result, "off, auto or OWNER/REPO", status=2)
+
+    def test_a_remote_that_an_agent_may_have_written_is_asked_about(self) -> None:
+        self.assertEqual(self.box.run("run").status, 0)
+        self.remote("https://github.com/victim/private")
+        refused = ("victim/private", "an agent was here before", "--github=victim/private")
+        self.assert_refused(self.box.run("run", "--github"), *refused)
+        nested = self.box.project / "nested"
+        nested.mkdir()
+        subprocess.run(["git", "init", "-q", nested], check=True, env=self.box.env)
+        url = ("config", "remote.origin.url", "https://github.com/victim/other")
+        subprocess.run(["git", "-C", nested, *url], check=True, env=self.box.env)
+        result = self.box.run("run", "--github", cwd=nested)
+        self.assert_refused(result, "victim/other", "an agent was here before")
+        self.remote("https://github.com/octo/widget")
+        self.assertEqual(self.box.run("run", "--github=octo/widget").status, 0)
+        self.assertEqual(self.box.run("run", "--github").status, 0)
+
+    def test_remotes_that_were_accepted_may_take_turns(self) -> None:
+        other = "https://github.com/me/widget"
+        self.assertEqual(self.box.run("run", "--github").status, 0)
+        self.remote(other)
+        self.assertEqual(self.box.run("run", "--github=me/widget").status, 0)
+        for url in ("https://github.com/octo/widget", other):
+            self.remote(url)
+            self.assertEqual(self.box.run("run", "--github").status, 0, url)
+        self.assertEqual(self.box.run("run", "--github=third/one").status, 0)
+        self.assertEqual(self.box.run("run", "--github").status, 0, "a name by hand is no remote")
+
+    def test_a_word_after_the_flag_is_not_lost(self) -> None:
+        for word in ("other/thing", "auto", "off"):
+            result = self.box.run("run", "--github", word, "--", "-p", "x")
+            self.assert_refused(result, f"--github={word}", status=2)
+
+    def test_a_policy_that_an_agent_can_write(self) -> None:
+        text = "[policy]\nallow = default-branch\n"
+        mine = self.box.write(self.box.home / "policy.ini", text)
+        planted = self.box.write(self.box.project / "policy.ini", text)
+        link = self.box.home / "link.ini"
+        link.symlink_to(planted)
+        for path in (planted, link, "policy.ini"):
+            result = self.box.run("run", "--github", f"--github-policy={path}")
+            self.assert_refused(result, "where an agent can write it")
+        folder = self.box.home / "folder"
+        shared = self.box.write(folder / "policy.ini", text)
+        result = self.box.run(
+            "run", "--github", "--mount", f"{folder}:rw", "--github-policy", str(shared)
+        )
+        self.assert_refused(result, "where an agent can write it")
+        self.assertEqual(self.box.run("run", "--github", f"--github-policy={mine}").status, 0)
+
+    def test_readonly_is_told_by_the_proxy(self) -> None:
+        policy = self.box.write(self.box.home / "policy.ini", "[policy]\nreadonly = yes\n")
+        for argv, env in (
+            ([f"--github-policy={policy}"], {}), ([], {"GITHUB_MCP_READONLY": "true"}),
+        ):  # fmt: skip
+            result = self.box.run(
+                "run", "--github", *argv, "--", "sh:cat ~/.claude/CLAUDE.md", **env
+            )
+            self.assertIn("GitHub: octo/widget, read-only\n", result.err)
+            self.assertIn("Everything there is read-only", result.out)
+        result = self.box.run("run", "--github", "--no-readonly", GITHUB_MCP_READONLY="1")
+        self.assertIn("GitHub: octo/widget\n", result.err)
+
+    def test_a_profile_that_does_not_work_stops_the_run(self) -> None:
+        env = {"GITHUB_MCP_TOKEN": ""}
+        result = self.box.run("run", "--github", "--github-profile=nope", **env)
+        self.assert_refused(result, "the GitHub proxy did not start", "github-app-token.ini")
+        self.assertEqual(self.box.limactl("start"), [])
+        self.assert_nothing_left()
+
+    def test_no_module_of_the_projects_runs_on_the_host(self) -> None:
+        trap = self.box.root / "trapped"
+        for name in ("hmac", "argparse", "json", "github_mcp_proxy"):
+            text = f"open({str(trap)!r}, 'a').write({name!r})\nraise ImportError\n"
+            self.box.write(self.box.project / f"src/{name}.py", text)
+        env = {"PYTHONPATH": str(self.box.project / "src")}
+        for argv, more in (
+            (["--github"], {}), (["--github", "--github-profile=nope"], {"GITHUB_MCP_TOKEN": ""}),
+        ):  # fmt: skip
+            script = self.box.root / "isolated"
+            executable(script, f'exec {sys.executable} -I {ROOT}/agent_vm.py "$@"')
+            done = subprocess.run([script, "run", *argv], env={**self.box.env, **env, **more},
+                                  cwd=self.box.project, capture_output=True, stdin=subprocess.DEVNULL)  # fmt: skip
+            self.assertIn(b"GitHub", done.stderr)
+        self.assertFalse(trap.exists())
+
+    def test_owners_with_an_underscore_and_urls_with_other_letters(self) -> None:
+        self.remote("https://usér@github.com/octo_acme/widget.git")
+        result = self.box.run(
+            "run", "--github", "--", "sh:git config --list > /dev/null && echo ok"
+        )
+        self.assertEqual((result.status, result.out), (0, "ok\n"), result.err)
+        self.assertIn("GitHub: octo_acme/widget\n", result.err)
+
+    def test_the_logs_of_failures_outlive_good_runs(self) -> None:
+        self.box.run("run", "--github", FAKE_LIMA_FAIL="start")
+        logs = self.box.state / "logs"
+        before = [path for path in logs.iterdir() if "github" not in path.name]
+        self.assertTrue(before)
+        self.box.run("run", "--github")
+        self.assertEqual(list(logs.glob("*.github.log")), [])
+        self.assertEqual([path for path in before if not path.exists()], [])
+
+    def test_the_probe_is_not_in_the_log_of_the_agent(self) -> None:
+        self.box.run("run", "--github")
+        self.assertEqual(self.box.run("log").out, "")
+        self.assertIn("agent-vm-probe", self.audits()[0].read_text())
+
+    def test_hooks_are_asked_about_too(self) -> None:
+        self.box.write(self.box.project / ".claude-vm.runtime.sh", BRANCH.replace("'$name'", "h"))
+        terminal = self.box.terminal("run", "--github", "--confirm-writes", "--", "-p", "x")
+        terminal.expect('create_branch {"branch": "h"}')
+        terminal.type("y\r")
+        self.assertEqual(terminal.wait(), 0, terminal.seen)
+        self.assertIn("done: create_branch branch=h", terminal.seen)
 
     def test_a_remote_that_has_changed_is_asked_about(self) -> None:
         self.assertEqual(self.box.run("run", "--github").status, 0)
@@ -426,14 +565,14 @@ class ConfirmTest(GitHubWorld):
         terminal.type("n\r")
         terminal.expect('"three"')
         time.sleep(0.5)
-        terminal.type("\x03\r")  # not the end of the run
+        terminal.type("\x04")
         wait_for(lambda: "said no" in self.text_of("three"), "the answer to the agent")
         terminal.type("to the agent\r")
         self.assertEqual(terminal.wait(), 0, terminal.seen)
         self.assertEqual(self.created(), ["one"])
         self.assertIn("the user said no", self.text_of("two"))
         self.assertEqual(self.guest_file("typed"), "read=to the agent\n")
-        self.assertIn("1 write sent, 2 not passed", terminal.seen)
+        self.assertIn("1 write, 2 refused", terminal.seen)
         self.assert_nothing_left()
 
     def text_of(self, name: str) -> str:
@@ -451,6 +590,24 @@ class ConfirmTest(GitHubWorld):
         terminal.type("\r")
         terminal.expect("y or n: ")
         self.assertEqual(self.created(), [])
+        terminal.type("n\r")
+        self.assertEqual(terminal.wait(), 0, terminal.seen)
+
+    def test_ctrl_c_at_the_question_ends_the_run(self) -> None:
+        terminal = self.ask(f"name=b; {BRANCH}; sleep 60")
+        terminal.expect("allow? y/n ")
+        terminal.type("\x03")
+        self.assertEqual(terminal.wait(), 130, terminal.seen)
+        self.assertEqual(self.created(), [])
+        self.assert_nothing_left()
+
+    def test_what_the_guest_left_of_the_screen_does_not_matter(self) -> None:
+        terminal = self.ask(f"printf '\\033[23;24r\\033[?7l\\033(0\\033P'; name=b; {BRANCH}")
+        terminal.expect("allow? y/n ")
+        before, _, asked = terminal.seen.rpartition("\x18")
+        self.assertIn("\x1b[23;24r", before)
+        for reset in ("\x1b\\", "\x1b[r", "\x1b[?7h", "\x1b(B", "\x1b[0m", "\x1b[2J\x1b[H"):
+            self.assertIn(reset, asked.partition("The agent")[0])
         terminal.type("n\r")
         self.assertEqual(terminal.wait(), 0, terminal.seen)
 
@@ -507,7 +664,7 @@ class GitOverTheProxyTest(GitHubWorld):
                               capture_output=True, text=True, check=True)  # fmt: skip
         self.assertEqual(refs.stdout, "second refs/heads/fix\nfirst refs/heads/main\n")
         self.assertIn("done: git push ref=refs/heads/fix\n", result.err)
-        self.assertIn("1 write sent", result.err)
+        self.assertIn("1 write, 3 refused", result.err)
         self.assertIn("refs/heads/main", result.err)
 
 

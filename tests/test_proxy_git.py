@@ -74,6 +74,26 @@ class PushTest(unittest.TestCase):
                 refusals = proxy.judge_push(SCOPE, policy, [proxy.Command(ZERO, new, ref)])
                 self.assertEqual(bool(refusals), refused, refusals)
 
+    def test_what_became_of_it(self) -> None:
+        refs = ("refs/heads/fix", "refs/heads/b")
+        status = b"".join(map(proxy.pkt, [b"unpack ok\n", b"ok refs/heads/fix\n", b"ng refs/heads/b declined\n",
+                                          b"ok refs/heads/main\n", b"ng refs/heads/fix again\n"])) + b"0000"  # fmt: skip
+        expected = [("refs/heads/fix", ""), ("refs/heads/b", "declined")]
+        self.assertEqual(proxy.pushed_refs(status, proxy.Push(b"", refs, False)), expected)
+        forged = proxy.pkt(b"\x02a 0000ng refs/heads/fix no\n000eok refs/heads/b\n")
+        banded = (
+            forged
+            + proxy.pkt(b"\x01" + status[:20])
+            + forged
+            + proxy.pkt(b"\x01" + status[20:])
+            + b"0000"
+        )
+        self.assertEqual(proxy.pushed_refs(banded, proxy.Push(b"", refs, True)), expected)
+        for cut in range(len(banded)):
+            found = proxy.pushed_refs(banded[:cut], proxy.Push(b"", refs, True))
+            self.assertEqual(found, expected[: len(found)])
+        self.assertEqual(proxy.pushed_refs(b"<html>", proxy.Push(b"", refs, True)), [])
+
     def test_what_is_asked_of_which_repository(self) -> None:
         good = "/git/good/r.git"
         for method, target in (
@@ -359,6 +379,25 @@ class GitTest(unittest.TestCase):
         self.assertIn(b"refs/heads/main", answer)
         sent = [seen.headers.get("content-encoding") for seen in self.server.seen]
         self.assertIn("gzip", sent)
+
+    def test_what_git_does_not_send(self) -> None:
+        self.clone()
+        before = len(self.server.seen)
+        hidden = b"POST /evil/secret.git/git-receive-pack HTTP/1.1\r\nHost: x\r\n\r\n"
+        pull, push = (
+            "/git/good/r.git/info/refs?service=git-upload-pack",
+            "/git/good/r.git/git-receive-pack",
+        )
+        for head, body in (
+            (("GET", pull, f"Content-Length: {len(hidden)}"), hidden),
+            (("GET", pull, "Transfer-Encoding: chunked"), b"%x\r\n%b\r\n0\r\n\r\n" % (len(hidden), hidden)),
+            (("POST", push), b"0000anything"), (("POST", push), b"00000000"),
+        ):  # fmt: skip
+            client = Client(self.running.port)
+            self.addCleanup(client.close)
+            status, _, _ = client.raw(client.head(*head, length=len(body)) + body)
+            self.assertEqual(status, 403, head)
+        self.assertEqual(len(self.server.seen), before)
 
     def test_a_redirect_is_not_followed(self) -> None:
         other = self.home / "served/evil/secret.git"

@@ -689,6 +689,13 @@ class AuditTest(LiveTest):
         for word in (TOKEN, SECRET, "wrong-secret", "words of the agent"):
             self.assertNotIn(word, everything)
 
+    def test_what_the_guest_calls_a_tool_is_no_word_of_ours(self) -> None:
+        self.client.ask(call("", name="done: create_branch\nx"))
+        self.client.ask(call("", name="create_branch", branch="main", from_branch=["x"]))
+        lines = [json.loads(line) for line in self.audit.read_text().splitlines()]
+        self.assertEqual(lines[-2]["tool"], "?")
+        self.assertEqual(lines[-1]["target"], {"branch": "main"})
+
     def test_what_became_of_a_write(self) -> None:
         made = '{"id":"1","url":"https://github.com/good/r/pull/12"}'
         failed = {"content": [{"type": "text", "text": "words of GitHub"}], "isError": True}
@@ -698,16 +705,29 @@ class AuditTest(LiveTest):
             (large, "done", {"url": "https://github.com/good/r/x"}),
             (fake.text("made it"), "done", {}),
             (lambda x: x.answer({"jsonrpc": "2.0", "id": x.id, "result": failed}), "failed", {}),
-            (fake.status(500), "failed", {}), (fake.status(400), "failed", {}),
-            (fake.bytes_of(b"HTTP/1.1 200 OK\r\n"), "failed", {}),
+            (fake.status(500), "unknown", {}), (fake.status(400), "failed", {}),
+            (fake.bytes_of(b"HTTP/1.1 200 OK\r\n"), "unknown", {}), (fake.status(403), "failed", {}),
         ):  # fmt: skip
             self.upstream.on("create_branch", handler)
             self.client.ask(call("", name="create_branch", branch="b"))
             lines = [json.loads(line) for line in self.audit.read_text().splitlines()]
             self.assertEqual([line["verdict"] for line in lines[-2:]], ["forward", verdict])
             self.assertEqual(lines[-1]["target"], {"branch": "b", **target})
-            self.assertEqual(bool(lines[-1]["reason"]), verdict == "failed")
+            self.assertEqual(bool(lines[-1]["reason"]), verdict != "done")
         self.assertNotIn("words of GitHub", self.audit.read_text())
+
+
+class FloodTest(LiveTest):
+    def test_a_flood_of_refusals_does_not_fill_the_disk(self) -> None:
+        for n in range(300):
+            self.client.ask(call("", name=f"no_such_tool_{n}"))
+        self.client.ask(call("", name="create_branch", branch="b"))
+        lines = [json.loads(line) for line in self.audit.read_text().splitlines()]
+        refused = [line for line in lines if line["verdict"] == "refuse"]
+        self.assertEqual(len(refused), 100)
+        self.assertIn("left out", refused[-1]["reason"])
+        self.assertEqual([line["verdict"] for line in lines[-2:]], ["forward", "done"])
+        self.assertLess(len(self.proxy.stderr().splitlines()), 110)
 
 
 class ConfirmTest(unittest.TestCase):
@@ -790,6 +810,25 @@ class ConfirmTest(unittest.TestCase):
         line = self.proxy.process.stdout.readline()  # type: ignore[union-attr]
         self.assertLess(len(line.encode()), 4096)
         self.assertIn('{"branch": "fix", "paths": ["dir/0", "dir/1"', json.loads(line)["about"])
+
+    def test_what_cannot_be_shown_is_not_asked(self) -> None:
+        files = [{"path": f"{'d' * 40}/{n}", "content": "x"} for n in range(40)]
+        client = Client(self.proxy.port)
+        self.addCleanup(client.close)
+        answer = client.ask(call("", name="push_files", branch="b", message="m", files=files))
+        self.assertIn("write less at a time", text_of(answer))
+        self.assertFalse(self.asks_more())
+
+    def test_a_long_text_hides_nothing(self) -> None:
+        client = Client(self.proxy.port)
+        self.addCleanup(client.close)
+        body = " " * 2000 + '"branch": "harmless"'
+        client.send(call("x", name="create_or_update_file", branch="b", content=body, message=body))
+        assert self.proxy.process.stdout
+        about = json.loads(self.proxy.process.stdout.readline())["about"]
+        self.assertIn('"branch": "b"', about[:30])
+        self.assertNotIn("harmless", about)
+        self.assertIn("… (+1920 characters)", about)
 
     def test_a_host_that_does_not_read_cannot_be_waited_for(self) -> None:
         clients = [self.send(f"{n}", from_branch="y" * 200) for n in range(3)]
@@ -1129,8 +1168,38 @@ print(json.dumps({"token": f"token-number-{number}-0123456789", "expires_at": ti
         self.assertGreaterEqual(runs, 3)
 
     def test_its_failure_is_said(self) -> None:
-        answers, _, _ = self.run_with("fail", None, 1)
-        self.assertIn("token command", answers[0]["error"]["message"])
+        with tempfile.TemporaryDirectory() as folder, fake.Upstream() as upstream:
+            script = Path(folder, "command.py")
+            script.write_text(self.COMMAND)
+            command = f"{sys.executable} {script} {folder}/count fail"
+            running = Proxy(upstream.url, "--token-command", command)
+            self.assertEqual(running.process.wait(TIMEOUT), 1)
+            running.stop()
+        self.assertEqual(running.port, 0)
+        self.assertIn("error: ", running.stderr())
+        self.assertIn("the host's token command failed", running.stderr())
+
+    def test_it_does_not_outlive_the_proxy(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            script, mark = Path(folder, "command.py"), Path(folder, "pid")
+            text = (
+                f"import os, time\nopen({str(mark)!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)"
+            )
+            script.write_text(text)
+            process = subprocess.Popen(
+                [sys.executable, str(SCRIPT), "--exit-with-stdin", "--token-command",
+                 f"{sys.executable} {script}"],
+                env={**BARE, "GITHUB_MCP_OWNER": "o", "GITHUB_MCP_REPO": "r"},
+                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            deadline = time.monotonic() + TIMEOUT
+            while not (mark.exists() and mark.read_text()) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert process.stdin
+            process.stdin.close()
+            self.assertEqual(process.wait(10), 0)
+            with self.assertRaises(ProcessLookupError):
+                os.kill(int(mark.read_text()), 0)
 
 
 class CommandLineTest(unittest.TestCase):
@@ -1163,6 +1232,10 @@ class CommandLineTest(unittest.TestCase):
             (("--upstream", "https://example.com/?x"), {}),
             (("--policy", "/nonexistent"), {}),
             (("--ca-file", "/nonexistent"), {}),
+            (("--ca-file", "/"), {}),
+            (("--ca-file", "/dev/null"), {}),
+            (("--git", "http://example.com"), {}),
+            (("--git", "ftp://x"), {}),
             (("--secret-file", "/nonexistent"), {}),
             (("--audit", "/nonexistent/x"), {}),
         ):
@@ -1177,6 +1250,34 @@ class CommandLineTest(unittest.TestCase):
     def test_wrong_flags(self) -> None:
         for argv in (["--nonsense"], ["--listen", "x"], ["--timeout", "-1"], ["--timeout", "0"]):
             self.assertEqual(self.run_script(*argv).returncode, 2)
+
+    def test_what_is_wrong_is_named(self) -> None:
+        self.assertIn("--git must be https", self.run_script("--git", "http://x").stderr)
+        for option in ("--policy", "--audit", "--secret-file"):
+            self.assertIn("it is empty", self.run_script(option, "").stderr)
+        with tempfile.TemporaryDirectory() as folder:
+            policy = Path(folder, "policy.ini")
+            for text, words in (
+                ("", "has no section [policy]"), ("[policy]\nwrites_per_hour = -1", "not a value"),
+                ("[policy]\nwrites_per_hour = " + "9" * 5000, "not a value"),
+                ("[policy]\nreadonly = maybe", "not a value"), ("[policy]\nx = y", "known: "),
+            ):  # fmt: skip
+                policy.write_text(text)
+                done = self.run_script("--policy", str(policy))
+                self.assertIn(words, done.stderr)
+                self.assertEqual(done.returncode, 2)
+            policy.write_text("[policy]\nreadonly = yes\n", encoding="utf-8-sig")
+            argv = [sys.executable, str(SCRIPT), "--policy", str(policy)]
+            env = {
+                **BARE,
+                "GITHUB_MCP_TOKEN": TOKEN,
+                "GITHUB_MCP_OWNER": "o",
+                "GITHUB_MCP_REPO": "r",
+            }
+            with open("/dev/full", "w") as full:
+                done = subprocess.run(argv, env=env, stdout=full, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)  # fmt: skip
+            self.assertEqual(done.returncode, 1, done.stderr)
+            self.assertIn("cannot write to stdout: No space left", done.stderr)
 
     def test_version_and_help(self) -> None:
         self.assertIn(proxy.__version__, self.run_script("--version").stdout)
