@@ -1869,7 +1869,7 @@ class GitHubChoice(NamedTuple):
     """What a proxy is started with: the repository, and where its token is from."""
 
     repo: str
-    remote: str  # as written in the project, "" when the repository was named
+    remote: str  # as written in the project, "" when it names another repository
     environ: Mapping[str, str]
     options: tuple[str, ...]
 
@@ -1886,7 +1886,8 @@ def choose_github(context: Context, project: str, mounts: Sequence[Mount]) -> Gi
                 log.warn(f"--{name} does nothing without --github")
         return None
     found, remote = project_repository(context, project)
-    repo, remote = (wanted, "") if "/" in wanted else (found, remote)
+    named = "/" in wanted
+    repo = wanted if named else found
     if not repo:
         if wanted == "auto":
             return None
@@ -1903,23 +1904,26 @@ def choose_github(context: Context, project: str, mounts: Sequence[Mount]) -> Gi
             " or say yes to gh's at a terminal",
         )
     if context.get("confirm-writes"):
-        try:
-            os.close(open_terminal())
-        except OSError:
-            raise AgentVMError("--confirm-writes: there is no terminal to ask at") from None
-    policy = os.path.realpath(context.get("github-policy") or "/")
-    for folder in (project, *(mount.source for mount in mounts if mount.writable)):
-        if inside(policy, folder):
+        need_terminal()
+    check_policy(context, [project, *(mount.source for mount in mounts if mount.writable)])
+    if not named:
+        check_remote(context, project, repo)
+    if repo.lower() != found.lower():
+        return GitHubChoice(repo, "", *token)
+    accepted = {*accepted_remotes(context, project), repo.lower()}
+    remembered(context, project).write_text("\n".join(sorted(accepted)) + "\n")
+    return GitHubChoice(repo, remote, *token)
+
+
+def check_policy(context: Context, folders: Sequence[str]) -> None:
+    """What an agent can write must not say what it may write."""
+    policy = context.get("github-policy")
+    for folder in folders if policy else ():
+        if inside(os.path.realpath(policy), folder):
             raise AgentVMError(
                 f"the policy {policy} lies in {folder}, where an agent can write it",
                 hint=f"put it into {context.folders.config}",
             )
-    if "/" not in wanted:
-        check_remote(context, project, repo)
-    if repo.lower() == found.lower():
-        accepted = {*accepted_remotes(context, project), repo.lower()}
-        remembered(context, project).write_text("\n".join(sorted(accepted)) + "\n")
-    return GitHubChoice(repo, remote, *token)
 
 
 def project_repository(context: Context, project: str) -> tuple[str, str]:
@@ -1936,6 +1940,7 @@ def project_repository(context: Context, project: str) -> tuple[str, str]:
     if os.path.realpath(file) != file or not os.path.isfile(file):
         return "", ""
     if os.path.getsize(file) > MAX_GIT_CONFIG:
+        log.warn(f"{file} is not read: it is larger than any that git writes")
         return "", ""
     settings = git_settings("--file", file, "--no-includes")
     remote = git_remote(settings, read_line(os.path.join(git_dir, "HEAD")))
@@ -2132,6 +2137,13 @@ def confirming(
 
 def open_terminal() -> int:
     return os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+
+
+def need_terminal() -> None:
+    try:
+        os.close(open_terminal())
+    except OSError:
+        raise AgentVMError("--confirm-writes: there is no terminal to ask at") from None
 
 
 # The guest has drawn on the terminal and set its modes. Ends a sequence that is open, takes back
