@@ -2989,7 +2989,11 @@ class Check(NamedTuple):
 
 def cmd_doctor(args: argparse.Namespace) -> int:
     context = Context.open(args, need_lima=False)
-    checks = [*host_checks(context), *lima_checks(context), *run_checks(context)]
+    checks = [
+        check
+        for checks in (host_checks, lima_checks, run_checks, github_checks)
+        for check in checks(context)
+    ]
     for check in checks:
         if args.json:
             print(json.dumps(check._asdict()))
@@ -3078,6 +3082,24 @@ def run_checks(context: Context) -> Iterator[Check]:
     ok = f"{credential.name} from {credential.origin}; it enters the guest" if credential else ""
     fix = "agent-vm auth set, unless the base instance is logged in"
     yield verdict("credential", ok, "none on the host", fix)
+
+
+def github_checks(context: Context) -> Iterator[Check]:
+    """What a run with GitHub needs, where config.ini or the environment asks for it."""
+    try:
+        if context.get("github") == "off":
+            return
+        context.get("github-policy")
+        profile = context.get("github-profile")
+        for script in (GITHUB_PROXY, *(["github_app_token.py"] if profile else [])):
+            beside(script)
+    except AgentVMError as error:
+        yield Check("GitHub", "fail", str(error), error.hint)
+        return
+    gh = "gh" if (context.folders.config / "gh-token-allowed").exists() else ""
+    source = GITHUB_TOKEN if context.secrets.get(GITHUB_TOKEN) else profile or gh
+    ok = f"{context.get('github')}, with the token of {source}" if source else ""
+    yield verdict("GitHub", ok, "there is no token", f"{GITHUB_TOKEN} or github-profile")
 
 
 def cmd_template(args: argparse.Namespace) -> int:

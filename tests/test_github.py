@@ -525,6 +525,23 @@ class GitHubRunTest(GitHubWorld):
             self.box.kill(process)
         self.assert_the_proxy_is_gone(port)
 
+    def test_doctor_looks_at_it_where_it_is_asked_for(self) -> None:
+        def line() -> str:
+            found = [x for x in self.box.run("doctor").out.splitlines() if " GitHub: " in x]
+            return found[0] if found else ""
+
+        self.assertEqual(line(), "")
+        for config, words in (
+            ("github = auto", "ok    GitHub: auto, with the token of GITHUB_MCP_TOKEN"),
+            ("github = sometimes", "fail  GitHub: config.ini: github: 'sometimes' is not"),
+            ("github = auto\ngithub-policy = /nope", "fail  GitHub: config.ini: github-policy"),
+        ):
+            self.box.write_config(config)
+            self.assertIn(words, line())
+        self.box.write_config("github = auto")
+        self.box.env.pop("GITHUB_MCP_TOKEN")
+        self.assertIn("warn  GitHub: there is no token", line())
+
     def test_the_agents_words_are_its_own(self) -> None:
         self.box.run("run", "--github", "--", "--github", "-p", "x")
         self.assertEqual(
