@@ -52,12 +52,14 @@ def run(names: list[str]) -> list[Outcome]:
     with ProcessPoolExecutor((os.cpu_count() or 1) + 1) as pool:
         outcomes = []
         for name, outcome in zip(names, pool.map(run_class, names)):
-            print(
-                f"{name}: {outcome.ran} run" + f", {outcome.failed} FAILED" * bool(outcome.failed)
-            )
-            sys.stdout.write(outcome.text)
+            report(name, outcome)
             outcomes.append(outcome)
     return outcomes
+
+
+def report(name: str, outcome: Outcome) -> None:
+    print(f"{name}: {outcome.ran} run" + f", {outcome.failed} FAILED" * bool(outcome.failed))
+    sys.stdout.write(outcome.text)
 
 
 def main(argv: list[str]) -> int:
@@ -71,7 +73,11 @@ def main(argv: list[str]) -> int:
         suite = loader.discover(str(FOLDER), top_level_dir=str(FOLDER.parent))
     # The largest classes first: none of them is left for the end, when other workers are idle.
     names = [name for name, _ in Counter(class_names(suite)).most_common()]
-    outcomes = [run_class(names[0])] if argv == ["--vm"] else run(names)
+    if argv == ["--vm"]:  # in this process: what stops it is for the tests as well
+        outcomes = [run_class(names[0])]
+        report(names[0], outcomes[0])
+    else:
+        outcomes = run(names)
     for outcome in outcomes:
         for reason in outcome.skipped:
             print(f"SKIP {reason}")

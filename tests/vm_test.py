@@ -331,7 +331,7 @@ class VMTest(unittest.TestCase):
         argv = ("--github=good/r", "--", "-p", "use mcp__github__list_issues")
         result = self.agent_vm("run", *argv, cwd=self.project())
         self.assertEqual((result.returncode, result.stdout), (0, "all done\n"), result.stderr)
-        self.assertIn("1 read, 0 writes sent, 0 not passed", result.stderr)
+        self.assertIn("1 read, 0 writes, 0 refused", result.stderr)
 
     def test_git_in_the_guest_reaches_one_repository_and_no_token(self) -> None:
         bare, project = self.serve_github(), self.project()
