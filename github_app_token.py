@@ -27,6 +27,7 @@ import signal
 import stat
 import sys
 import time
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -543,7 +544,8 @@ def run_child(
     for (_, write_end), secret in zip(pipes, secrets):
         os.write(write_end, secret)
         os.close(write_end)
-    argv = [re.sub(r"\{(\d)\}", lambda found: str(pipes[int(found[1])][0]), word) for word in argv]
+    for number, (read_end, _) in enumerate(pipes):
+        argv = [word.replace(f"{{{number}}}", str(read_end)) for word in argv]
     name = os.path.basename(argv[0]) if argv else "command"
     try:
         child = subprocess.Popen(
@@ -592,7 +594,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 class OpensslKey:
     """A key in PEM that the openssl CLI signs with."""
 
-    def __init__(self, raw: bytes, passphrase: str) -> None:
+    def __init__(self, raw: bytes, passphrase: Callable[[], bytes]) -> None:
         import shutil
 
         _, pem = normal_key(raw)
@@ -602,9 +604,7 @@ class OpensslKey:
         if not os.path.isabs(self.openssl):
             raise Failure(SIGNER, "openssl is not on PATH", "install it, or use --key agent")
         if is_encrypted(pem):
-            if not passphrase:
-                raise bad_key("encrypted", "--passphrase FILE, fd:N, env:NAME or command:CMD")
-            self.secrets.append(read_secret(passphrase, "the passphrase").rstrip(b"\r\n") + b"\n")
+            self.secrets.append(passphrase().rstrip(b"\r\n") + b"\n")
             self.passin = "fd:{1}"
             try:
                 public = self.run("rsa", "-in", "/dev/fd/{0}", "-pubout", "-outform", "DER")
@@ -612,7 +612,10 @@ class OpensslKey:
                 raise bad_key("not opened by this passphrase", str(failure)) from None
         else:
             body = b"".join(pem.split(b"\n")[1:-2])
-            public = base64.b64decode(body + b"=" * (-len(body) % 4))
+            try:
+                public = base64.b64decode(body + b"=" * (-len(body) % 4))
+            except ValueError:
+                raise bad_key("damaged or cut off") from None
         self.public = rsa_numbers(public)
 
     def run(self, *argv: str, data: bytes = b"") -> bytes:
@@ -706,7 +709,17 @@ def rsa_of_blob(blob: bytes) -> PublicKey:
 def load_key(config: Config) -> OpensslKey | AgentKey:
     if config.key == "agent" or config.key.startswith("agent:"):
         return AgentKey(config.key[6:])
-    return OpensslKey(read_secret(config.key, "the private key"), config.passphrase)
+    source, first = config.passphrase, b""
+    if source.startswith("env:"):  # the command that prints the key must not inherit it
+        first = read_secret(source, "the passphrase")
+    raw = read_secret(config.key, "the private key")
+
+    def passphrase() -> bytes:
+        if not source:
+            raise bad_key("encrypted", "--passphrase FILE, fd:N, env:NAME or command:CMD")
+        return first or read_secret(source, "the passphrase")
+
+    return OpensslKey(raw, passphrase)
 
 
 # --- shell: HTTP ---
@@ -950,6 +963,16 @@ class Cache:
                 return None
         return value if isinstance(value, dict) else None
 
+    def is_absent(self, path: str) -> bool:
+        """False also when nobody can tell."""
+        try:
+            os.lstat(path)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            pass
+        return False
+
     def read_token(self, path: str) -> Token | None:
         data = self.read(path)
         if data is None:
@@ -960,6 +983,8 @@ class Cache:
             for seconds in (token.expires_at, token.clock_offset, token.refresh_expires_at):
                 if not abs(seconds) < MAX_TIME:
                     raise ValueError("not a time")
+            if not all(type(item["id"]) is int for item in token.repositories or [{}]):
+                raise ValueError("of no repository")
             described(token)
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
             warn(f"ignoring {path}: it is damaged")
@@ -1025,7 +1050,9 @@ class Cache:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
-                except BlockingIOError:
+                except OSError as error:
+                    if not isinstance(error, BlockingIOError):
+                        raise Failure(CACHE, f"{path}.lock: {error.strerror}") from None
                     if time.monotonic() > deadline:
                         raise Failure(CACHE, f"another process holds {path}.lock") from None
                     time.sleep(0.05)
@@ -1146,30 +1173,48 @@ def mint(config: Config, cache: Cache) -> Token:
     )
     if config.permissions:
         wanted["permissions"] = dict(config.permissions)
-    reply = app.call("POST", f"/app/installations/{int(installation['id'])}/access_tokens", wanted)
-    if reply.status == 422:
-        raise not_granted(config, installation, reply)
-    checked(reply, "the token")
-    github.take_time(reply)
+    with no_signals():
+        path = f"/app/installations/{int(installation['id'])}/access_tokens"
+        reply = app.call("POST", path, wanted)
+        if reply.status == 422:
+            raise not_granted(config, installation, reply)
+        checked(reply, "the token")
+        github.take_time(reply)
+        with given_out_or(lambda: revoked_installation(github, reply)):
+            token = parse_installation_token(reply, config, ids, github.now())
+            check_names(config, token, pins, github)
+            remember_ids(config, cache, token)
+        app_slug = str(installation.get("app_slug", ""))
+        token = token._replace(clock_offset=github.offset, login=app_slug)
+        with warned():
+            cache.write(cache.token_path(config), token._asdict())
+    return token
+
+
+def revoked_installation(github: GitHub, reply: Reply) -> bool | None:
     try:
-        token = parse_installation_token(reply, config, ids, github.now())
-        check_names(config, token, pins, github)
-    except BaseException as error:  # a token that is not given out does not live on
-        revoked = False
-        with contextlib.suppress(Failure, KeyError, ValueError):
-            unusable = check_token(reply.object()["token"])
-            revoked = github.delete("/installation/token", unusable).status == 204
-        raise not_given_out(error, revoked) from None
-    remember_ids(config, cache, token)
-    return token._replace(clock_offset=github.offset, login=str(installation.get("app_slug", "")))
+        token = check_token(reply.object()["token"])
+    except (Failure, KeyError, ValueError):
+        return None
+    return github.delete("/installation/token", token).status == 204
 
 
-def not_given_out(error: BaseException, revoked: bool) -> BaseException:
-    """The reason, with what became of the token that is not given out."""
-    if not isinstance(error, Failure):
-        return error
-    fate = "it is revoked" if revoked else "GitHub did not revoke it: it lives until it expires"
-    return Failure(error.status, f"{error}; {fate}", error.hint)
+@contextlib.contextmanager
+def given_out_or(take_back: Callable[[], bool | None]) -> Iterator[None]:
+    """A token that is not given out does not live on: whatever goes wrong, `take_back` is called.
+
+    It returns whether GitHub took the token back, or None when there is none; the error says it.
+    """
+    try:
+        yield
+    except BaseException as error:
+        revoked: bool | None = False
+        with contextlib.suppress(Failure):
+            revoked = take_back()
+        if revoked is None or not isinstance(error, Failure):
+            raise
+        fate = "it is revoked" if revoked else "GitHub did not revoke it: it lives on"
+        raise Failure(error.status, f"{error}; {fate}", error.hint) from None
 
 
 def not_granted(config: Config, installation: Object, reply: Reply) -> Failure:
@@ -1198,7 +1243,7 @@ def pinned_ids(config: Config, cache: Cache) -> dict[str, int]:
         id = (cache.read(path) or {}).get("id")
         if type(id) is int and id > 0:
             pins[repo.lower()] = id
-        elif os.path.lexists(path):
+        elif not cache.is_absent(path):
             raise Failure(
                 CACHE, f"{path} should say which repository {repo} is", "--accept-new-repo"
             )
@@ -1218,7 +1263,7 @@ def check_names(config: Config, token: Token, pins: Mapping[str, int], github: G
     other = [
         item["full_name"] for item in token.repositories if item["full_name"].lower() not in asked
     ]
-    if other and not github.renamed:
+    if other and not (github.renamed and len(config.repos) == 1):
         raise Failure(
             OTHER_REPO,
             f"{', '.join(config.repos)} has come to mean another repository; "
@@ -1260,6 +1305,8 @@ def device_login(config: Config, cache: Cache) -> Token:
                       "the App's settings, General, Client ID")  # fmt: skip
     id = repository_id(config, cache, github)
     cache.check_folder()
+    with cache.lock(cache.token_path(config)):
+        pass  # what would fail afterwards fails now
     data = github.form("/login/device/code", client_id=config.app_id)
     if "error" in data or "device_code" not in data:
         raise device_flow_failure(str(data.get("error", "unauthorized_client")),
@@ -1274,40 +1321,48 @@ def device_login(config: Config, cache: Cache) -> Token:
         f"rights the token shall have. It will be for {config.repos[0]} alone.",
         file=sys.stderr,
     )
-    grant = poll(github, data, expires, config.app_id, id)
-    token = user_token(grant, config, github)
-    try:
-        check_user_scope(token, id, config.repos[0], github)
-        who = checked(github.get("/user", token.token), "the user's name").object()
-    except BaseException as error:
-        revoked = revoke_user_tokens(github, [token.token, token.refresh_token])
-        raise not_given_out(error, revoked) from None
-    repository = {"id": id, "full_name": config.repos[0]}
-    return token._replace(login=str(who.get("login", "")), repositories=[repository])
-
-
-def poll(github: GitHub, data: Object, expires: float, client_id: str, id: int) -> Object:
     deadline = time.monotonic() + expires
     interval = float(data.get("interval", 5))
     while True:
         time.sleep(interval * 1.2)  # the clocks of VMs run fast, and GitHub counts
         if time.monotonic() > deadline:
             raise Failure(EXPIRED, "the code expired before it was entered", "login again")
-        try:
-            answer = github.form(
-                "/login/oauth/access_token",
-                client_id=client_id,
-                repository_id=str(id),
-                device_code=str(data["device_code"]),
-                grant_type=DEVICE_GRANT,
-            )
-        except Failure as failure:
-            if failure.status not in (NETWORK, SERVER, RATE):
-                raise
-            continue
-        step, interval = device_step(answer, interval)
-        if step == "done":
-            return answer
+        with no_signals():  # what is granted is stored or revoked
+            try:
+                answer = github.form(
+                    "/login/oauth/access_token",
+                    client_id=config.app_id,
+                    repository_id=str(id),
+                    device_code=str(data["device_code"]),
+                    grant_type=DEVICE_GRANT,
+                )
+            except Failure as failure:
+                if failure.status not in (NETWORK, SERVER, RATE):
+                    raise
+                continue
+            step, interval = device_step(answer, interval)
+            if step == "done":
+                return logged_in(answer, config, cache, github, id)
+
+
+def logged_in(grant: Object, config: Config, cache: Cache, github: GitHub, id: int) -> Token:
+    """The token of a login, checked and stored; the login before is over."""
+    token = user_token(grant, config, github)
+    with given_out_or(lambda: revoke_user_tokens(github, [token.token, token.refresh_token])):
+        name = check_user_scope(token, id, config.repos[0], github)
+        if name.lower() != config.repos[0].lower():
+            raise Failure(OTHER_REPO, f"{config.repos[0]} was {id}, which is now {name}",
+                          "--accept-new-repo, or the new name")  # fmt: skip
+        who = checked(github.get("/user", token.token), "the user's name").object()
+        repository = {"id": id, "full_name": name}
+        token = token._replace(login=str(who.get("login", "")), repositories=[repository])
+        path = cache.token_path(config)
+        with cache.lock(path):
+            before = cache.read_token(path)
+            cache.write(path, token._asdict())
+    if before and not revoke_user_tokens(github, [before.token, before.refresh_token]):
+        warn(f"GitHub did not revoke the login before, {masked(before.token)}")
+    return token
 
 
 def user_token(grant: Object, config: Config, github: GitHub) -> Token:
@@ -1321,7 +1376,7 @@ def user_token(grant: Object, config: Config, github: GitHub) -> Token:
         refresh = check_token(grant["refresh_token"]) if grant.get("refresh_token") else ""
         life = float(grant.get("expires_in") or 0)
         refresh_life = float(grant.get("refresh_token_expires_in") or 0)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         life = -1.0
     if not (0 <= life < MAX_TIME and 0 <= refresh_life < MAX_TIME):
         problem = "GitHub's answer has not the documented form"
@@ -1332,31 +1387,36 @@ def user_token(grant: Object, config: Config, github: GitHub) -> Token:
             "it would never expire: the App's settings, Optional features, opt in to expiration"
         )
     if problem:
-        revoked = revoke_user_tokens(github, [token, refresh])
-        raise not_given_out(Failure(TOO_WIDE, f"this token is refused: {problem}"), revoked)
+        with given_out_or(lambda: revoke_user_tokens(github, [token, refresh])):
+            raise Failure(TOO_WIDE, f"this token is refused: {problem}")
     now = github.now()
     return Token(token, "user", now + life, github.offset, config.api_url, [], {},
                  refresh_token=refresh, refresh_expires_at=now + refresh_life)  # fmt: skip
 
 
-def check_user_scope(token: Token, id: int, repo: str, github: GitHub) -> None:
-    """GitHub ignores a repository_id that the user cannot reach: look what the token reaches."""
-    found = set()
+def check_user_scope(token: Token, id: int, repo: str, github: GitHub) -> str:
+    """GitHub ignores a repository_id that the user cannot reach: look what the token reaches.
+
+    Its name there.
+    """
+    found = {}
     for installation in whole_list("installations", "/user/installations", token, github):
         path = f"/user/installations/{int(installation['id'])}/repositories"
-        found |= {item.get("id") for item in whole_list("repositories", path, token, github)}
+        for item in whole_list("repositories", path, token, github):
+            found[item["id"]] = str(item["full_name"])
     if not found:
         raise Failure(
             NOT_INSTALLED,
             f"the login reaches no repository, not {repo} either",
             "install the App there; for an organization with SSO, log in to that first",
         )
-    if found != {id}:
+    if found.keys() != {id}:
         raise Failure(
             TOO_WIDE,
             f"the login reaches {len(found)} repositories, not {repo} alone",
             "can this user reach the repository, and is the App installed for it?",
         )
+    return found[id]
 
 
 def whole_list(name: str, path: str, token: Token, github: GitHub) -> list[Object]:
@@ -1370,8 +1430,9 @@ def whole_list(name: str, path: str, token: Token, github: GitHub) -> list[Objec
 
 def repository_id(config: Config, cache: Cache, github: GitHub) -> int:
     """What a login is limited to: given, known, or public."""
-    for id in pinned_ids(config, cache).values():
-        return id
+    known = pinned_ids(config, cache).get(config.repos[0].lower())
+    if known:
+        return known
     reply = github.get(f"/repos/{config.repos[0]}")
     if reply.status != 200:
         raise Failure(USAGE, f"the id of {config.repos[0]} is not known, and it is not public",
@@ -1412,14 +1473,15 @@ def refreshed(config: Config, cache: Cache, path: str, token: Token, refused: st
             raise login_needed(config, f"GitHub does not know the login any more{lost}")
         new = user_token(grant, config, github)
         new = new._replace(login=token.login, repositories=token.repositories)
-        cache.write(path, new._replace(refreshing=True, unchecked=True)._asdict())
+        with given_out_or(lambda: revoke_user_tokens(github, [new.token, new.refresh_token])):
+            cache.write(path, new._replace(refreshing=True, unchecked=True)._asdict())
     try:
         check_user_scope(new, new.repositories[0]["id"], config.repos[0], github)
     except Failure as failure:
         if failure.status in (TOO_WIDE, NOT_INSTALLED):
-            revoked = revoke_user_tokens(github, [new.token, new.refresh_token])
             cache.remove(path)
-            raise not_given_out(failure, revoked) from None
+            with given_out_or(lambda: revoke_user_tokens(github, [new.token, new.refresh_token])):
+                raise
         raise
     cache.write(path, new._asdict())  # from now on it is given out
     return new
@@ -1467,9 +1529,11 @@ def get_token(config: Config, cache: Cache, refused: str = "") -> tuple[Token, b
                     and alive(token, refused))  # fmt: skip
 
     if config.kind == "user":
-        refuse_permissions(config)
+        check_for_login(config)
     path = cache.token_path(config)
     token = cache.read_token(path)
+    if config.kind == "user" and token:
+        check_login(config, cache, token)
     if token and usable(token) and not config.accept_new_repo:
         return token, True
     if config.kind == "installation":
@@ -1479,10 +1543,7 @@ def get_token(config: Config, cache: Cache, refused: str = "") -> tuple[Token, b
                 token = None if config.accept_new_repo else cache.read_token(path)
                 if token and usable(token):
                     return token, True
-            new = mint(config, cache)
-            with warned():
-                cache.write(path, new._asdict())
-            return new, False
+            return mint(config, cache), False
     with cache.lock(path):
         token = cache.read_token(path)
         if not token:
@@ -1530,28 +1591,27 @@ def cmd_token(config: Config, options: argparse.Namespace) -> int:
     return 0
 
 
-def refuse_permissions(config: Config) -> None:
+def check_login(config: Config, cache: Cache, token: Token) -> None:
+    """A login is for the repository that it was made for, whatever its name means by now."""
+    repo = config.repos[0]
+    id = token.repositories[0]["id"]
+    if config.accept_new_repo or pinned_ids(config, cache).get(repo.lower(), id) != id:
+        why = f"the login is for the repository {id}, which may not be {repo} any more"
+        raise Failure(OTHER_REPO, why, login_needed(config, "").hint)
+
+
+def check_for_login(config: Config) -> None:
     """A login has the rights that the App and the user share: nothing narrows them."""
+    if len(config.repos) > 1:
+        raise Failure(USAGE, "a login is for one repository", "--key, for a token of several")
     if config.permissions:
         raise Failure(USAGE, "--permissions narrow a token only with --key",
                       "--permissions inherit: all that the login may do")  # fmt: skip
 
 
 def cmd_login(config: Config, options: argparse.Namespace) -> int:
-    refuse_permissions(config)
-    cache = Cache()
-    token = device_login(config, cache)
-    path = cache.token_path(config._replace(key=""))
-    github = GitHub(config)
-    try:
-        with cache.lock(path), no_signals():
-            before = cache.read_token(path)
-            cache.write(path, token._asdict())
-    except BaseException as error:
-        revoked = revoke_user_tokens(github, [token.token, token.refresh_token])
-        raise not_given_out(error, revoked) from None
-    if before and not revoke_user_tokens(github, [before.token, before.refresh_token]):
-        warn(f"GitHub did not revoke the login before, {masked(before.token)}")
+    check_for_login(config)
+    token = device_login(config._replace(key=""), Cache())
     print(f"github_app_token: logged in: {described(token)}", file=sys.stderr)
     return 0
 
@@ -1577,12 +1637,16 @@ def revoke(config: Config, done: str) -> int:
         github = GitHub(config)
         if token.type == "installation":
             reply = github.delete("/installation/token", token.token)
-            if reply.status not in (204, 401, 404):
+            if reply.status == 401:
+                done = "it was not valid any more"
+            elif reply.status != 204:
                 raise Failure(1, f"GitHub did not revoke the token: HTTP {reply.status}")
-        elif not revoke_user_tokens(github, [token.token, token.refresh_token]):
-            cache.remove(path)
-            raise Failure(1, "it is forgotten here, but GitHub did not revoke it",
-                          f"{config.oauth_url}/settings/apps/authorizations does")  # fmt: skip
+        else:  # a GitHub that cannot be asked raises: then this is to be done again
+            both = {"credentials": [token.token, token.refresh_token]}
+            if github.post("/credentials/revoke", "", both).status >= 300:
+                cache.remove(path)
+                raise Failure(1, "it is forgotten here, but GitHub did not revoke it",
+                              f"{config.oauth_url}/settings/apps/authorizations does")  # fmt: skip
         cache.remove(path)
     print(f"github_app_token: {done}: {masked(token.token)}", file=sys.stderr)
     return 0
@@ -1592,31 +1656,22 @@ def cmd_git_credential(config: Config, options: argparse.Namespace) -> int:
     """git's helper: answers for the repository alone, and for no other is there an answer."""
     asked = read_credential(sys.stdin.read(64 * 1024))
     repo = re.sub(r"(\.wiki)?(\.git)?(/info/lfs)?/?$", "", asked.get("path", ""))
-    host = host_of(config.oauth_url)
-    ours = asked.get("host", "").lower() == host and repo.lower() in [
-        r.lower() for r in config.repos
-    ]
-    if asked.get("protocol") != config.oauth_url.split(":")[0] or not ours:
-        if (
-            asked.get("host", "").lower() == host
-            and not asked.get("path")
-            and options.action == "get"
-        ):
-            where = f"credential.https://{host}.useHttpPath"
-            warn(f"git must send the path: git config --global {where} true")
+    site = f"{asked.get('protocol')}://{asked.get('host', '').lower()}"
+    if site != config.oauth_url or repo.lower() not in [name.lower() for name in config.repos]:
+        if site == config.oauth_url and not asked.get("path") and options.action == "get":
+            warn(f"git must send the path: git config --global credential.{site}.useHttpPath true")
         return 0
     cache = Cache()
     if options.action == "erase":
         path = cache.token_path(config)
         token = cache.read_token(path)
-        if token and token.token == asked.get("password") and token.type == "installation":
-            cache.remove(path)  # git was refused with it
+        if token and token.token == asked.get("password"):  # git was refused with it
+            if token.type == "installation":
+                cache.remove(path)
+            else:
+                cache.write(path, token._replace(refreshing=True)._asdict())
     elif options.action == "get":
-        try:
-            token, _ = get_token(config, cache)
-        except Failure:
-            print("quit=1")  # or git would ask the terminal, or a helper with a wider token
-            raise
+        token, _ = get_token(config, cache)
         print(f"username=x-access-token\npassword={token.token}\n"
               f"password_expiry_utc={int(token.expires_at - token.clock_offset)}")  # fmt: skip
     return 0
@@ -1849,9 +1904,10 @@ def build_config(options: argparse.Namespace) -> Config:
         if name == "key" and os.environ.get(variable) == "" and not options.key:
             raise Failure(USAGE, "GITHUB_APP_KEY is set and empty", "unset it to use the login")
         given = getattr(options, name)
-        if given:
+        if given is not None:
             values[name] = " ".join(given) if name == "repo" else given
-    repos = tuple(parse_repo(word) for word in re.split(r"[,\s]+", values["repo"]) if word)
+    named = [parse_repo(word) for word in re.split(r"[,\s]+", values["repo"]) if word]
+    repos = tuple({name.lower(): name for name in reversed(named)}.values())[::-1]
     if not repos:
         raise Failure(USAGE, "for which repository? --repo OWNER/NAME")
     if len({repo.split("/")[0].lower() for repo in repos}) > 1:
@@ -1883,7 +1939,12 @@ def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     os.umask(0o077)
     try:
-        status: int = options.function(build_config(options), options)
+        try:
+            status: int = options.function(build_config(options), options)
+        except BaseException:
+            if options.function is cmd_git_credential:
+                print("quit=1")  # or git would ask the terminal, or a helper with a wider token
+            raise
         sys.stdout.flush()
         return status
     except Failure as failure:
@@ -1893,11 +1954,10 @@ def main(argv: list[str] | None = None) -> int:
         return failure.status
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
     except OSError as error:
-        print(f"github_app_token: error: {redact(str(error))}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again at its end
+        if not isinstance(error, BrokenPipeError):
+            print(f"github_app_token: error: {redact(str(error))}", file=sys.stderr)
         return 1
     except Exception as error:  # no text of it: that may hold a secret
         print(f"github_app_token: error: a fault of mine: {type(error).__name__}", file=sys.stderr)

@@ -514,6 +514,13 @@ class KeyTest(Case):
                 self.fails(self.token(key=str(self.write("k", data))), g.KEY, word)
         self.assertEqual(self.github.seen, [])
 
+    def test_a_passphrase_of_the_environment_is_not_the_key_commands(self) -> None:
+        key = self.write("encrypted.pem", KEYS["encrypted"])
+        seen = self.home / "seen"
+        command = f"command:sh -c 'env > {seen}; cat {key}'"
+        self.passes(self.token("--passphrase", "env:PW", key=command, PW=PASSPHRASE))
+        self.assertNotIn(PASSPHRASE, seen.read_text())
+
     def test_passphrases(self) -> None:
         secret = str(self.write("pass", PASSPHRASE.encode() + b"\n"))
         for kind in ("encrypted", "encrypted pkcs1"):
@@ -626,12 +633,12 @@ os.execv({shutil.which("openssl")!r}, ["openssl", *sys.argv[1:]])
                 check=True,
                 stderr=subprocess.DEVNULL,
             )
-        shown = g.fingerprint(g.OpensslKey(KEYS["pkcs8"], "").public)
+        shown = g.fingerprint(g.OpensslKey(KEYS["pkcs8"], bytes).public)
         self.fails(self.token(key="agent", SSH_AUTH_SOCK=sock), g.KEY, "2 such keys", shown)
         self.passes(self.token(key=f"agent:{shown}", SSH_AUTH_SOCK=sock))
         by_agent = self.github.seen[0].authorization.partition(" ")[2]
         data, _, signature = by_agent.rpartition(".")
-        key = g.OpensslKey(KEYS["pkcs8"], "").public
+        key = g.OpensslKey(KEYS["pkcs8"], bytes).public
         self.assertTrue(
             g.is_signature(base64.urlsafe_b64decode(signature + "=="), data.encode(), key)
         )
@@ -665,6 +672,31 @@ class PinTest(Case):
         self.passes(self.token(*self.both, "--accept-new-repo"))
         self.passes(self.token("--min-ttl", "61m"))
 
+    def test_the_redirect_of_one_does_not_excuse_another(self) -> None:
+        self.github.selected = {11, 12}
+        self.passes(self.token(*self.both))
+        self.github.repos = {"octo/w2": 11, "octo/moved": 12, "octo/other": 44}
+        self.github.renamed = {"octo/widgets": "octo/w2"}
+        self.github.selected = {11, 12, 44}
+        self.fails(self.token(*self.both, "--min-ttl", "61m"), g.OTHER_REPO)
+
+    def test_a_name_written_twice_is_one(self) -> None:
+        self.passes(self.token("--repo", "octo/widgets", "--repo", "Octo/Widgets"))
+        self.github.repos = {"octo/gadgets": 11, "octo/widgets": 99}
+        self.github.selected = {11, 99}
+        twice = ("--repo", "octo/widgets", "--repo", "OCTO/widgets")
+        self.fails(self.token(*twice, "--min-ttl", "61m"), g.OTHER_REPO)
+
+    def test_what_cannot_be_looked_at_is_not_forgotten(self) -> None:
+        self.passes(self.token())
+        setup = (
+            "import os\nreal = os.lstat, os.open\n"
+            "def no(path, *a, **k):\n"
+            " if 'repository-' in str(path): raise PermissionError(13, 'Permission denied')\n"
+            " return real[len(a) > 0](path, *a, **k)\nos.lstat = os.open = no"
+        )
+        self.fails(self.token("--min-ttl", "61m", setup=setup), g.CACHE, "--accept-new-repo")
+
     def test_what_is_known_but_damaged_is_not_forgotten(self) -> None:
         self.passes(self.token())
         (pin,) = self.cache.glob("repository-*.json")
@@ -697,6 +729,33 @@ class RevokedTest(Case):
         del self.github.replies["/api/v3/installation/token"]
         self.fails(self.token(), g.TOO_WIDE, "it is revoked")
         self.assertNotIn(wide["token"], self.github.tokens)
+
+    def test_ctrl_c_when_it_is_granted(self) -> None:
+        for at in (2, 3):
+            self.github.tokens.clear()
+            shutil.rmtree(self.cache, ignore_errors=True)
+            setup = (
+                "import signal, os\nsend = g.GitHub.send\ncount = [0]\n"
+                "def cut(*a):\n reply = send(*a); count[0] += 1\n"
+                f" if count[0] == {at}: os.kill(os.getpid(), signal.SIGINT)\n"
+                " return reply\ng.GitHub.send = cut"
+            )
+            self.assertIn(self.token(setup=setup).returncode, (0, 130))
+            stored = [
+                json.loads(path.read_text())["token"]
+                for path in self.cache.glob("installation-*.json")
+            ]
+            self.assertEqual(list(self.github.tokens), stored)
+
+    def test_revoke_says_what_github_said(self) -> None:
+        argv = ("revoke", "--key", str(self.key), "--permissions", "dev")
+        self.passes(self.token())
+        self.github.on("/api/v3/installation/token", error(404, "Not Found"))
+        self.fails(self.run_it(*argv), 1, "HTTP 404")
+        self.github.on("/api/v3/installation/token", error(401, "Bad credentials"))
+        done = self.run_it(*argv)
+        self.assertEqual(done.returncode, 0)
+        self.assertIn("was not valid any more", done.stderr)
 
     def test_a_users_token_that_is_too_wide(self) -> None:
         self.github.device_scope = {11, 12}
@@ -753,6 +812,85 @@ class RevokedTest(Case):
         self.assertEqual(self.github.tokens, {})
 
 
+class LoginIsForOneTest(Case):
+    """A login is for the repository that it was made for, and for no other by the same name."""
+
+    def login(self, *argv: str, **more: Any) -> subprocess.CompletedProcess[str]:
+        return self.run_it("login", *argv, setup=LoginTest.quick + more.pop("setup", ""), **more)
+
+    def test_several_repositories(self) -> None:
+        self.github.selected = {11, 12}
+        self.passes(self.token("--repo", "octo/other"))  # is known by its id, octo/widgets is not
+        both = ("--repo", "octo/widgets", "--repo", "octo/other")
+        self.assertEqual(self.login(*both).returncode, g.USAGE)
+        self.assertEqual(self.login().returncode, 0)
+        self.fails(self.run_it("token", *both), g.USAGE, "one repository")
+
+    def test_another_id_is_asked_for(self) -> None:
+        self.login()
+        self.fails(self.run_it("token", "--repo-id", "99"), g.OTHER_REPO, "login")
+        self.fails(self.run_it("token", "--accept-new-repo"), g.OTHER_REPO, "login")
+        self.passes(self.run_it("token", "--repo-id", "11"))
+
+    def test_an_id_of_another_name(self) -> None:
+        self.github.device_scope = {12}
+        done = self.login("--repo-id", "12")
+        self.assertEqual(done.returncode, g.OTHER_REPO, done.stderr)
+        self.assertIn("octo/other", done.stderr)
+        self.assertEqual(self.github.tokens, {})
+        self.assertEqual(list(self.cache.glob("user-*.json")), [])
+
+    def test_ctrl_c_when_it_is_granted(self) -> None:
+        """Whichever request it comes at: stored and alive, or neither; the one before is over."""
+        for at in range(1, 9):
+            shutil.rmtree(self.cache, ignore_errors=True)
+            self.github.tokens.clear()
+            self.login()
+            setup = (
+                "\nimport signal, os\nsend = g.GitHub.send\ncount = [0]\n"
+                "def cut(*a):\n reply = send(*a); count[0] += 1\n"
+                f" if count[0] == {at}: os.kill(os.getpid(), signal.SIGINT)\n"
+                " return reply\ng.GitHub.send = cut"
+            )
+            done = self.login(setup=setup)
+            self.assertIn(done.returncode, (0, 130), done.stderr)
+            (path,) = self.cache.glob("user-*.json")
+            stored = json.loads(path.read_text())["token"]
+            self.assertEqual(list(self.github.tokens), [stored], at)
+
+    def test_a_refresh_that_cannot_be_stored_does_not_live_on(self) -> None:
+        self.login()
+        (path,) = self.cache.glob("user-*.json")
+        data = json.loads(path.read_text())
+        path.write_text(json.dumps({**data, "expires_at": time.time() - 1}))
+        setup = (
+            "import os\nreplace = os.replace\ncount = [0]\ndef full(*a):\n count[0] += 1\n"
+            " if count[0] == 2: raise OSError(28, 'No space left on device')\n return replace(*a)\n"
+            "os.replace = full"
+        )
+        self.fails(self.run_it("token", setup=setup), g.CACHE, "it is revoked")
+        self.assertEqual((self.github.tokens, self.github.refresh_tokens), ({}, set()))
+
+    def test_logout_while_github_is_down_can_be_repeated(self) -> None:
+        self.login()
+        self.github.on("/api/v3/credentials/revoke", error(503, ""))
+        done = self.run_it("logout", setup="g.time.sleep = lambda s: None")
+        self.assertEqual(done.returncode, g.SERVER, done.stderr)
+        self.assertEqual(len(list(self.cache.glob("user-*.json"))), 1)
+        self.github.replies.clear()
+        self.assertEqual(self.run_it("logout").returncode, 0)
+        self.assertEqual(self.github.tokens, {})
+
+    def test_git_was_refused_with_it(self) -> None:
+        self.login()
+        token = self.passes(self.run_it("token"))
+        host = self.github.url.partition("//")[2]
+        asked = f"protocol=http\nhost={host}\npath=octo/widgets.git\n"
+        given = f"{asked}username=x\npassword={token}\n".encode()
+        self.assertEqual(self.run_it("git-credential", "erase", data=given).returncode, 0)
+        self.assertNotEqual(self.passes(self.run_it("token")), token)
+
+
 class CacheTest(Case):
     def test_a_lock_that_cannot_be_had_costs_no_token(self) -> None:
         self.passes(self.token())
@@ -776,6 +914,10 @@ class CacheTest(Case):
         os.utime(old, (time.time() - 7200,) * 2)
         self.passes(self.token("--min-ttl", "61m"))
         self.assertEqual((old.exists(), new.exists()), (False, True))
+
+    def test_a_lock_that_the_file_system_does_not_have(self) -> None:
+        setup = "def no(*a): raise OSError(37, 'No locks available')\ng.fcntl.flock = no"
+        self.passes(self.token(setup=setup))
 
     def test_times_that_none_has(self) -> None:
         self.passes(self.token())
@@ -1300,6 +1442,13 @@ class CommandTest(Case):
     def test_wrong_flags_and_help(self) -> None:
         self.assertEqual(self.run_it("--nonsense").returncode, 2)
         self.assertEqual(self.run_it("token", "--token", "x").returncode, 2)
+        self.fails(self.token("--permissions", ""), g.USAGE, "--permissions")
+        with open("/dev/full", "w") as full:
+            argv = self.command("token", "--key", str(self.key), "--permissions", "dev")
+            done = subprocess.run(
+                argv, env=self.env, stdout=full, stderr=subprocess.PIPE, text=True
+            )
+        self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
         for id in ("0", "9" * 5000, "-1", "\u0663"):
             self.fails(self.token(f"--repo-id={id}"), g.USAGE, "--repo-id is a number")
         self.fails(self.token("--repo", "o/\xfc", PYTHONIOENCODING="ascii"), g.USAGE)

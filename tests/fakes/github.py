@@ -181,7 +181,9 @@ class GitHub(ThreadingHTTPServer):
         if path == "/user/installations":
             return Reply(200, {"installations": [{"id": 7}]})
         if path == "/user/installations/7/repositories":
-            return Reply(200, {"repositories": [{"id": id} for id in self.device_scope]})
+            names = {id: name for name, id in self.repos.items()}
+            found = [{"id": id, "full_name": names.get(id, f"o/{id}")} for id in self.device_scope]
+            return Reply(200, {"repositories": found})
         return error(404, "Not Found")
 
     def login(self, path: str, form: dict[str, str]) -> Reply:
