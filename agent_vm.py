@@ -32,6 +32,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -646,8 +647,9 @@ def github_receipt(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     result += [f"not known what became of it: {words}" for words in unanswered]
     result += [text + (f" ({count} times)" if count > 1 else "") for text, count in stopped.items()]
     refused = sum(line["verdict"] in ("refuse", "withheld") for line in lines)
+    more = "at least " * any("left out" in line["reason"] for line in lines)
     reads = number(len(sent) - len(writes), "read")
-    counts = f"{reads}, {number(len(writes), 'write')}, {refused} refused"
+    counts = f"{reads}, {number(len(writes), 'write')}, {more}{refused} refused"
     if len(result) > MAX_RECEIPT:
         result[MAX_RECEIPT:] = [f"and {len(result) - MAX_RECEIPT} more: agent-vm log"]
     return [line[:300] for line in (counts, *result)]
@@ -978,7 +980,7 @@ class Folders(NamedTuple):
 
     def make_state(self) -> None:
         try:
-            for name in ("leases", "sessions", "links", "logs", "audit", "github"):
+            for name in ("leases", "sessions", "links", "logs", "audit", "github", "written"):
                 (self.state / name).mkdir(mode=0o700, parents=True, exist_ok=True)
             self.state.chmod(0o700)
         except OSError as error:
@@ -1187,6 +1189,20 @@ class Lima:
         self._run("unprotect", name)
 
 
+@contextlib.contextmanager
+def kept_terminal(tty: bool) -> Iterator[None]:
+    """An ssh that is killed leaves the terminal raw."""
+    import termios
+
+    before = termios.tcgetattr(0) if tty else None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(termios.error, OSError):
+            if before and os.tcgetpgrp(0) == os.getpgrp():
+                termios.tcsetattr(0, termios.TCSADRAIN, before)
+
+
 class Guest:
     """A running instance over ssh, through Lima's control master (0.1 s a call)."""
 
@@ -1218,7 +1234,11 @@ class Guest:
         # Lima's control master would go on reading the terminal while a question is asked there.
         own = ("-S", "none") if asking else ()
         command = [*self.ssh, *own, "-t" if tty else "-T", self.host, shlex.join(argv)]
-        with child(command, stdin=stdin) as process, confirming(asking, process):
+        with (
+            kept_terminal(tty),
+            child(command, stdin=stdin) as process,
+            confirming(asking, process),
+        ):
             return process.wait()
 
     def alive(self) -> bool:
@@ -1347,7 +1367,7 @@ def collect_garbage(lima: Lima, leases: Leases) -> list[str]:
             if not free or lease.name not in {orphan.name for orphan in leases.orphans()}:
                 continue
             existed = (leases.folders.lima_home / lease.name).is_dir()
-            if not existed and time.time() - lease.created < CLONE_SECONDS:
+            if not existed and 0 <= time.time() - lease.created < CLONE_SECONDS:
                 continue  # its limactl may have outlived it, and be about to make it
             if try_remove(lima, leases, lease.name) and existed:
                 log.info(f"removed {lease.name}: its run ended without cleaning up")
@@ -1719,10 +1739,21 @@ def run_hook(guest: Guest, path: Path, inside: bool, workdir: str = ".") -> None
         raise AgentVMError(f"the hook {path} ended with status {result.returncode}", details=lines)
 
 
-def prune_logs(folder: Path, pattern: str = "agent-vm-*.log", keep: int = 20) -> None:
+def prune_logs(
+    folder: Path, pattern: str = "agent-vm-*.log", keep: int = 20, spare: Collection[str] = ()
+) -> None:
     """Keep the logs of the last ten failures."""
-    for old in sorted(folder.glob(pattern), key=os.path.getmtime)[:-keep]:
-        old.unlink(missing_ok=True)
+    for old in sorted(folder.glob(pattern), key=changed)[:-keep]:
+        if old.stem not in spare:
+            old.unlink(missing_ok=True)
+
+
+def changed(path: Path) -> float:
+    """When; 0 of what has gone meanwhile."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def failure_logs(context: Context, name: str) -> str:
@@ -1822,6 +1853,9 @@ def run_in_clone(context: Context, args: argparse.Namespace, argv: Sequence[str]
     variables = guest_variables(context, os.environ)
     base = ensure_base(context, args)
     chosen = choose_github(context, project, mounts)
+    for mount in mounts:
+        if mount.writable:
+            written_mark(context, mount.source).touch()
     mounts.append(session_mount(context, project, base.home))
     with contextlib.ExitStack() as stack:
         name = stack.enter_context(disposable(context, project, args.keep))
@@ -1918,8 +1952,9 @@ def choose_github(context: Context, project: str, mounts: Sequence[Mount]) -> Gi
 def check_policy(context: Context, folders: Sequence[str]) -> None:
     """What an agent can write must not say what it may write."""
     policy = context.get("github-policy")
-    for folder in folders if policy else ():
-        if inside(os.path.realpath(policy), folder):
+    places = {os.path.abspath(policy), os.path.realpath(policy)} if policy else ()
+    for folder in (*folders, str(context.folders.state)):
+        if any(inside(place, folder) for place in places):
             raise AgentVMError(
                 f"the policy {policy} lies in {folder}, where an agent can write it",
                 hint=f"put it into {context.folders.config}",
@@ -1967,8 +2002,14 @@ def git_settings(*where: str) -> list[tuple[str, str]]:
 
 
 def remembered(context: Context, project: str) -> Path:
-    """The file with the repositories that the project's remotes named in earlier runs."""
-    return context.folders.state / "github" / session_key(project)
+    """The file with the repositories that its remotes named in earlier runs; worktrees share it."""
+    return context.folders.state / "github" / session_key(worktree_git_dir(project) or project)
+
+
+def written_mark(context: Context, folder: str) -> Path:
+    """The file that is there once an agent could write the folder, which may be moved since."""
+    info = os.stat(folder)
+    return context.folders.state / "written" / f"{info.st_dev}-{info.st_ino}"
 
 
 def accepted_remotes(context: Context, project: str) -> list[str]:
@@ -1982,12 +2023,13 @@ def check_remote(context: Context, project: str, repo: str) -> None:
     before = accepted_remotes(context, project)
     if repo.lower() in before:
         return
-    sessions = context.folders.state / "sessions"
-    folders = (Path(project), *Path(project).parents)
+    git_dirs = [os.path.join(project, ".git"), worktree_git_dir(project)]
+    written = {folder for place in (project, *filter(None, git_dirs)) if os.path.isdir(place)
+               for folder in (Path(place), *Path(place).parents)}  # fmt: skip
     if before:
         were = ", ".join(before)
         why = f"the remote says {repo}, and it was {were} before; an agent can change that"
-    elif any((sessions / session_key(str(folder))).exists() for folder in folders):
+    elif any(written_mark(context, str(folder)).exists() for folder in written):
         why = f"the remote says {repo}; an agent was here before, and can have written that"
     else:
         return
@@ -2090,7 +2132,8 @@ def armed(context: Context, guest: Guest, github: GitHub) -> Iterator[None]:
             "the GitHub proxy does not protect this VM", details=probe.stdout.strip()
         )
     audit = audit_path(context, guest.instance.name)
-    prune_logs(audit.parent, "*.jsonl", keep=100)
+    live = {lease.name for lease in context.leases.all()}
+    prune_logs(audit.parent, "*.jsonl", keep=100, spare=live)
     with open(audit, "a") as file:
         file.write(json.dumps(dict.fromkeys(AUDIT_KEYS, "")) + "\n")  # the agent's begin here
     try:
@@ -2100,7 +2143,7 @@ def armed(context: Context, guest: Guest, github: GitHub) -> Iterator[None]:
             counts, *lines = github_receipt(of_the_agent(read_audit(audit)))
             log.info(f"GitHub: {counts} (agent-vm log {guest.instance.name})")
             for line in lines:
-                log.info(f"GitHub: {printable(line)}")
+                log.info(f"GitHub: {one_spaced(printable(line))}")
 
 
 @contextlib.contextmanager
@@ -2147,10 +2190,10 @@ def need_terminal() -> None:
 
 
 # The guest has drawn on the terminal and set its modes. Ends a sequence that is open, takes back
-# margins, scroll region, origin mode, character sets, colours, and clears the screen: what the
-# question says is to be read as it is meant.
+# encoding, margins, scroll region, origin mode, character sets, colours, and clears the screen:
+# what the question says is to be read as it is meant.
 FRESH_SCREEN = (
-    "\x18\x1b\\\x1b[!p\x1b[?69l\x1b[r\x1b[?6l\x1b[?7h\x1b(B\x0f\x1b[0m"
+    "\x18\x1b\\\x1b%G\x1b[!p\x1b[?69l\x1b[r\x1b[?6l\x1b[?7h\x1b(B\x0f\x1b[0m"
     "\x1b]104\x1b\\\x1b]110\x1b\\\x1b]111\x1b\\\x1b[2J\x1b[H\x1b[?25h"
 )
 
@@ -2163,21 +2206,25 @@ def ask_user(question: Mapping[str, Any], agent: subprocess.Popen[bytes] | None,
         terminal = open_terminal()
     except OSError:
         return "there is no terminal to ask at"
+    text = f"The agent wants to: {question['tool']} {question['about']}"
+    text = one_spaced(printable(text.encode("ascii", "backslashreplace").decode()))
+    stopped = None
     try:
+        columns, rows = os.get_terminal_size(terminal)
         if os.tcgetpgrp(terminal) != os.getpgrp():
             return "agent-vm is in the background and cannot ask"
+        if len(text) / (columns or 80) > (rows or 24) - 4:  # 0 when a terminal does not say
+            return "the question does not fit the user's terminal"
         if agent:
             agent.send_signal(signal.SIGSTOP)
+            stopped = agent
         with line_mode(terminal):
-            text = re.sub(" {2,}", " ", printable(f"{question['tool']} {question['about']}"))
-            asked = f"\aThe agent wants to: {text}\nallow? y/n (Ctrl-C ends the run) "
-            os.write(terminal, (FRESH_SCREEN + asked).encode())
-            return read_answer(terminal, question["until"], ended)
+            return read_answer(terminal, text, question["until"], ended)
     except (OSError, termios.error):
         return "the terminal has gone"
     finally:
-        if agent:
-            agent.send_signal(signal.SIGCONT)
+        if stopped:
+            stopped.send_signal(signal.SIGCONT)
             with contextlib.suppress(OSError):
                 redraw(terminal)
         os.close(terminal)
@@ -2214,11 +2261,13 @@ def line_mode(terminal: int) -> Iterator[None]:
         termios.tcsetattr(terminal, termios.TCSAFLUSH, before)
 
 
-def read_answer(terminal: int, until: float, ended: int) -> str:
+def read_answer(terminal: int, text: str, until: float, ended: int) -> str:
     """`until` in time.monotonic() seconds; `ended` can be read when the agent has ended."""
     import select
 
-    while True:
+    while True:  # what is no answer is asked anew, on a fresh screen
+        asked = f"{FRESH_SCREEN}\a{text}\nallow? y/n (Ctrl-C ends the run) "
+        os.write(terminal, asked.encode())
         left = max(0, until - time.monotonic())
         ready = select.select([terminal, ended], [], [], left)[0]
         if terminal not in ready:
@@ -2232,7 +2281,6 @@ def read_answer(terminal: int, until: float, ended: int) -> str:
             os.kill(os.getpid(), signal.SIGINT)
         if word in (b"n", b"no") or b"\x03" in data or not data:
             return "the user said no"
-        os.write(terminal, b"y or n: ")
 
 
 def audit_path(context: Context, name: str) -> Path:
@@ -2263,7 +2311,7 @@ def cmd_log(args: argparse.Namespace) -> int:
     """The audit of a run; the newest unless one is named."""
     context = Context.open(args, need_lima=False)
     folder = context.folders.state / "audit"
-    found = sorted(folder.glob("*.jsonl"), key=os.path.getmtime)
+    found = sorted(folder.glob("*.jsonl"), key=changed)
     found = [path for path in found if args.run in ("", path.stem)]
     if not found:
         raise AgentVMError(
@@ -2278,7 +2326,7 @@ def cmd_log(args: argparse.Namespace) -> int:
             continue
         url = (line["target"] or {}).get("url", "")
         words = (line["time"], line["verdict"], audit_words(line), url, line["reason"])
-        print(printable("  ".join(str(word) for word in words if word)))
+        print("  ".join(one_spaced(printable(str(word))) for word in words if word))
     return 0
 
 
@@ -2809,6 +2857,11 @@ def cmd_list(args: argparse.Namespace) -> int:
     ]
     print_table(table)
     return 0
+
+
+def one_spaced(text: str) -> str:
+    """Without the runs of spaces that put a guest's words at the start of a line."""
+    return re.sub(" {2,}", " ", text)
 
 
 def printable(text: str) -> str:

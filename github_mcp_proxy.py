@@ -2071,7 +2071,12 @@ TOKEN_COMMANDS: set[Any] = set()  # that run: none of them outlives the proxy
 
 def end_token_commands() -> None:
     for child in set(TOKEN_COMMANDS):
-        child.kill()
+        end_group(child.pid)
+
+
+def end_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 def run_token_command(command: str, refused: str) -> bytes:
@@ -2082,14 +2087,15 @@ def run_token_command(command: str, refused: str) -> bytes:
     env = {**os.environ, "GITHUB_TOKEN_REFUSED": refused}
     try:
         with subprocess.Popen(
-            shlex.split(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=env
-        ) as child:
+            shlex.split(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=env,
+            start_new_session=True,
+        ) as child:  # fmt: skip
             TOKEN_COMMANDS.add(child)
             try:
                 output, _ = child.communicate(timeout=120)
             finally:
                 TOKEN_COMMANDS.discard(child)
-                child.kill()
+                end_group(child.pid)
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         log(f"token command: {type(error).__name__}")
         raise UpstreamError("the host's token command could not be run") from None
@@ -2676,7 +2682,9 @@ class Proxy:
         method = str(message.get("method", "answer"))
         if isinstance(verdict, Refuse):
             self.record(method, verdict.tool, "refuse", verdict.reason, asked_for(message))
-        elif not self.record(method, verdict.tool, "forward", "", target_of(verdict.message)):
+        elif method != "ping" and not self.record(
+            method, verdict.tool, "forward", "", target_of(verdict.message)
+        ):
             return Refuse(UNRECORDED, UPSTREAM_FAILED, verdict.tool)
         return verdict
 
@@ -2799,7 +2807,7 @@ class Proxy:
     async def serve_git(self, client: Client, request: Incoming, method: str, target: str) -> None:
         """A fetch, or a push that is within the policy, passed on both ways as it comes."""
         client.last = True  # the rest of a body that is not wanted is not read
-        service = ""
+        service, push = "", Push()
         try:
             if self.git is None:
                 raise GitRefusal("git is not served here (--git)")
@@ -2810,7 +2818,6 @@ class Proxy:
             lengths = request.headers.keys() & {"content-length", "transfer-encoding"}
             if method == "GET" and lengths:
                 raise GitRefusal("a GET has no body")
-            push = Push()
             if service == "git-receive-pack" and method == "POST":
                 push, refused = await self.read_push(client, request)
                 if refused is not None:
@@ -2820,7 +2827,11 @@ class Proxy:
             await self.relay_git(client, request, service, push)
         except (GitRefusal, UpstreamError) as error:
             kind = "refuse" if isinstance(error, GitRefusal) else "failed"
-            self.record("git", service, kind, str(error), {"path": target[:200]})
+            lost = push.refs if isinstance(error, AnswerLost) else ()
+            for ref in lost:
+                self.record("git", service, "unknown", str(error), {"ref": ref})
+            if not lost:
+                self.record("git", service, kind, str(error), {"path": target[:200]})
             if client.streaming:
                 return client.transport.abort()
             text = ("refused: " if kind == "refuse" else "GitHub: ") + str(error) + "\n"
@@ -2861,7 +2872,7 @@ class Proxy:
             self.writes.extend([time.monotonic()] * len(commands))
             return push, None
         refs = " ".join(c.ref for c in commands)[:1000]
-        why = "; ".join(f"{ref}: {why}" for ref, why in refusals.items())[:1000]
+        why = "; ".join(f"{quoted(ref)}: {why}" for ref, why in refusals.items())[:1000]
         self.record("git", "git-receive-pack", "refuse", why, {"ref": refs})
         while not request.complete:
             request.take()
@@ -3270,6 +3281,9 @@ def target_of(message: Object) -> Object:
     return target
 
 
+TEXTS = {"body", "content", "message", "commit_message", "description"}
+
+
 def asked_for(message: Object) -> Object:
     """The target of a call that is refused, as far as it is of short and simple values."""
     params = message.get("params")
@@ -3281,8 +3295,15 @@ def asked_for(message: Object) -> Object:
             if isinstance(value, (int, str)) and len(str(value)) <= 200}  # fmt: skip
 
 
+def shortened(value: Json) -> Json:
+    """What a guest may make long, for the audit."""
+    if isinstance(value, list):
+        return [shortened(item) for item in value[:100]]
+    return value[:299] + "…" if isinstance(value, str) and len(value) > 300 else value
+
+
 def question_text(message: Object) -> str:
-    """A call's arguments for the user who has to allow it: names in full, long texts begun.
+    """A call's arguments for the user who has to allow it: all in full but long texts.
 
     The shortest come first, so that no text hides what else is asked for.
     """
@@ -3290,9 +3311,8 @@ def question_text(message: Object) -> str:
     for key in ("owner", "repo", "files" if "paths" in arguments else ""):
         arguments.pop(key, None)  # the one repository; the files by their paths
     target = target_of(message)
-    for key in arguments.keys() - target.keys():
-        value = arguments[key]
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    for key in arguments.keys() & TEXTS:
+        text = str(arguments[key])
         if len(text) > 120:
             arguments[key] = f"{text[:100]}… (+{len(text) - 100} characters)"
     shown = sorted(arguments.items(), key=lambda item: (item[0] not in target, len(str(item[1]))))
@@ -3326,6 +3346,9 @@ class Audit:
                 tool, target, reason = "", {}, "too many: the next of this minute are left out"
         if not re.fullmatch(r"[\w-]*", tool, re.ASCII):
             tool = "?"  # the guest's word for no tool of ours
+        if not re.fullmatch(r"[\w/$-]*", method, re.ASCII):
+            method = "?"
+        target = {key: shortened(value) for key, value in target.items()}
         if self.debug or verdict not in ("forward", "done"):
             what = " ".join(filter(None, [method, tool, verdict]))
             log(f"{what}: {reason}" if reason else what)

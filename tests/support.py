@@ -10,6 +10,7 @@ import select
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -79,12 +80,20 @@ class Terminal:
 
     def __init__(self, argv: Sequence[str], env: Mapping[str, str], cwd: Path, stdout: Any) -> None:
         self.master, slave = os.openpty()
+        self.resize(24, 80)
         self.seen = ""
         self.process = subprocess.Popen(
             argv, env=env, cwd=cwd, stdin=slave, stdout=stdout or slave, stderr=slave,
             start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )  # fmt: skip
         os.close(slave)
+
+    def resize(self, rows: int, columns: int) -> None:
+        size = struct.pack("HHHH", rows, columns, 0, 0)
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, size)
+
+    def mode(self) -> Any:
+        return termios.tcgetattr(self.master)[:4]
 
     def read(self) -> bool:
         """Take what has been written; False when nobody writes any more."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -369,9 +370,38 @@ class GitHubRunTest(GitHubWorld):
         subprocess.run(["git", "-C", nested, *url], check=True, env=self.box.env)
         result = self.box.run("run", "--github", cwd=nested)
         self.assert_refused(result, "victim/other", "an agent was here before")
+        moved = self.box.home / "moved"
+        self.box.project.rename(moved)
+        result = self.box.run("run", "--github", cwd=moved)
+        self.assert_refused(result, "victim/private", "an agent was here before")
+        moved.rename(self.box.project)
         self.remote("https://github.com/octo/widget")
         self.assertEqual(self.box.run("run", "--github=octo/widget").status, 0)
         self.assertEqual(self.box.run("run", "--github").status, 0)
+
+    def test_a_worktree_shares_what_an_agent_may_have_written(self) -> None:
+        self.git(
+            "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "x"
+        )
+        trees = [self.box.home / name for name in ("one", "two")]
+        for tree in trees:
+            self.git("worktree", "add", "-q", "-b", tree.name, str(tree))
+        self.assertEqual(self.box.run("run", cwd=trees[0]).status, 0)
+        self.remote("https://github.com/victim/private")
+        for folder in (self.box.project, trees[1]):
+            result = self.box.run("run", "--github", cwd=folder)
+            self.assert_refused(result, "an agent was here before")
+        self.remote("https://github.com/octo/widget")
+        self.assertEqual(self.box.run("run", "--github=octo/widget", cwd=trees[0]).status, 0)
+        self.assertEqual(self.box.run("run", "--github", cwd=trees[1]).status, 0)
+
+    def test_another_folder_that_an_agent_could_write(self) -> None:
+        other = self.box.home / "other"
+        subprocess.run(["git", "init", "-q", other], check=True, env=self.box.env)
+        self.assertEqual(self.box.run("run", "--mount", f"{other}:rw").status, 0)
+        url = ("config", "remote.origin.url", "https://github.com/victim/other")
+        subprocess.run(["git", "-C", other, *url], check=True, env=self.box.env)
+        self.assert_refused(self.box.run("run", "--github", cwd=other), "an agent was here before")
 
     def test_remotes_that_were_accepted_may_take_turns(self) -> None:
         other = "https://github.com/me/widget"
@@ -395,7 +425,9 @@ class GitHubRunTest(GitHubWorld):
         planted = self.box.write(self.box.project / "policy.ini", text)
         link = self.box.home / "link.ini"
         link.symlink_to(planted)
-        for path in (planted, link, "policy.ini"):
+        out = self.box.project / "out.ini"
+        out.symlink_to(mine)
+        for path in (planted, link, "policy.ini", out):
             result = self.box.run("run", "--github", f"--github-policy={path}")
             self.assert_refused(result, "where an agent can write it")
         folder = self.box.home / "folder"
@@ -558,6 +590,12 @@ curl -s -H @$HOME/.agent-vm/github-header -H 'Content-Type: application/json' \\
 """
 
 
+def expect_again(terminal: Any) -> None:
+    """The question once more."""
+    terminal.seen = ""
+    terminal.expect("allow? y/n ")
+
+
 class ConfirmTest(GitHubWorld):
     """--confirm-writes: what the person at the terminal says."""
 
@@ -574,7 +612,7 @@ class ConfirmTest(GitHubWorld):
         terminal.expect("allow? y/n ")
         self.assertEqual(self.created(), [])
         terminal.type("perhaps\r")
-        terminal.expect("y or n: ")
+        expect_again(terminal)
         terminal.type("y\r")
         terminal.expect('"two"')
         self.assertEqual(self.created(), ["one"])
@@ -605,7 +643,7 @@ class ConfirmTest(GitHubWorld):
         (self.box.project / "typed").touch()
         terminal.expect("allow? y/n ")
         terminal.type("\r")
-        terminal.expect("y or n: ")
+        expect_again(terminal)
         self.assertEqual(self.created(), [])
         terminal.type("n\r")
         self.assertEqual(terminal.wait(), 0, terminal.seen)
@@ -627,6 +665,38 @@ class ConfirmTest(GitHubWorld):
             self.assertIn(reset, asked.partition("The agent")[0])
         terminal.type("n\r")
         self.assertEqual(terminal.wait(), 0, terminal.seen)
+
+    def test_a_question_that_does_not_fit_is_not_asked(self) -> None:
+        terminal = self.ask(f"touch up; while [ ! -e small ]; do sleep 0.1; done; name=b\n{BRANCH}")
+        self.box.wait_for_file("up")
+        terminal.resize(5, 20)
+        (self.box.project / "small").touch()
+        terminal.expect("does not fit")
+        self.assertEqual(terminal.wait(), 0, terminal.seen)
+        self.assertEqual(self.created(), [])
+
+    def test_the_terminal_is_as_it_was_before(self) -> None:
+        terminal = self.ask(f"name=b\n{BRANCH}")
+        before = terminal.mode()
+        terminal.expect("allow? y/n ")
+        self.assertNotEqual(terminal.mode(), before)
+        terminal.type("n\r")
+        terminal.wait()
+        self.assertEqual(terminal.mode(), before)
+
+    def test_an_ssh_that_is_killed_leaves_no_raw_terminal(self) -> None:
+        if not Path("/proc/self/cmdline").exists():
+            self.skipTest("no /proc")
+        terminal = self.ask("touch up; sleep 60")
+        before = terminal.mode()
+        self.box.wait_for_file("up")
+        self.assertNotEqual(terminal.mode(), before)
+        pid = terminal.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        (ssh,) = [int(x) for x in children if b"-S\0none" in read(Path(f"/proc/{x}/cmdline"))]
+        os.kill(ssh, signal.SIGKILL)
+        terminal.wait()
+        self.assertEqual(terminal.mode(), before)
 
     def test_an_end_during_the_question(self) -> None:
         terminal = self.ask(f"name=b; {BRANCH}")

@@ -1227,6 +1227,17 @@ class MessageTest(unittest.TestCase):
             verdict = proxy.decide(SCOPE, running.policy, call("create_branch", branch=refused))
             self.assertIsInstance(verdict, Refuse, given)
 
+    def test_a_question_names_all_but_long_texts(self) -> None:
+        people = [f"somebody-of-a-long-name-{n}" for n in range(12)]
+        asked = proxy.question_text(
+            call("issue_write", issue_number=1, body="b" * 500, assignees=people)
+        )
+        for name in people:
+            self.assertIn(name, asked)
+        self.assertNotIn("b" * 101, asked)
+        self.assertIn("(+400 characters)", asked)
+        self.assertTrue(asked.startswith('{"issue_number": 1, '), asked)
+
     def test_what_a_write_made(self) -> None:
         def became(made: Any, **more: Any) -> Any:
             content = [{"type": "text", "text": json.dumps(made)}]

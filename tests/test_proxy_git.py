@@ -339,6 +339,15 @@ class GitTest(unittest.TestCase):
             ],
         )
 
+    def test_a_push_whose_answer_is_lost(self) -> None:
+        self.commit(self.clone(), "new", "z")
+        self.server.cut = True
+        self.push("origin", "HEAD:fix")
+        lines = [json.loads(line) for line in (self.home / "audit").read_text().splitlines()]
+        told = [(line["verdict"], line["target"]) for line in lines[-2:]]
+        ref = {"ref": "refs/heads/fix"}
+        self.assertEqual(told, [("forward", ref), ("unknown", ref)])
+
     def test_a_push_that_the_user_has_to_allow(self) -> None:
         self.running = self.start("--confirm-writes")
         process, base = self.running.process, f"http://127.0.0.1:{self.running.port}"

@@ -30,6 +30,7 @@ class GitServer(ThreadingHTTPServer):
         self.root = root
         self.token = token
         self.seen: list[Seen] = []
+        self.cut = False  # the connection, in place of an answer to a push
         self.redirect = ""  # where every request is sent instead
         self.delay = 0.0  # seconds from a request to its answer
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
@@ -93,6 +94,9 @@ class Handler(BaseHTTPRequestHandler):
                 child.stdin.write(data)
             child.stdin.close()
             time.sleep(self.server.delay)
+            if self.server.cut and path.endswith("/git-receive-pack"):
+                self.close_connection = True
+                return None
             status, lines = "200", []
             while line := child.stdout.readline().decode().strip():
                 name, _, value = line.partition(": ")
