@@ -2607,17 +2607,15 @@ class Proxy:
         modern = is_modern(message)
         if modern:
             check_mirrored(request.headers, message)
-        verdict: Verdict
+        reason = ""
         tool, about = self.question(message, session)
         if tool and self.questions:
             message = {}
             reason = await self.questions.ask(tool, about)
             message = parse_message(data)
-            verdict = Refuse(reason, tool=tool)
-            verdict = self.recorded(message, verdict) if reason else self.judge(message, session)
-        else:
-            verdict = self.judge(message, session)
         del data
+        refuse = Refuse(reason, tool=tool)
+        verdict = self.recorded(message, refuse) if reason else self.judge(message, session)
         if isinstance(verdict, Refuse):
             return client.answer(*refusal_message(message, verdict))
         headers = {**self.upstream.headers, "Accept": BOTH, "Mcp-Session-Id": session}
