@@ -33,6 +33,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
+from typing import NoReturn
 
 __version__ = "0.1.0"
 
@@ -89,9 +90,7 @@ class Config(NamedTuple):
     @property
     def oauth_url(self) -> str:
         """Where people log in: https://github.com for https://api.github.com."""
-        if self.api_url.endswith("/api/v3"):
-            return self.api_url[: -len("/api/v3")]
-        return self.api_url.replace("https://api.", "https://", 1)
+        return oauth_url_of(self.api_url)
 
 
 class Token(NamedTuple):
@@ -224,6 +223,12 @@ def parse_api_url(text: str) -> str:
     if name == "github.com" or name.endswith(".ghe.com"):
         return f"https://api.{name}"
     return f"{scheme}://{host}{match[3] or ''}/api/v3"
+
+
+def oauth_url_of(api_url: str) -> str:
+    if api_url.endswith("/api/v3"):
+        return api_url[: -len("/api/v3")]
+    return api_url.replace("https://api.", "https://", 1)
 
 
 def parse_repo(text: str) -> str:
@@ -1526,10 +1531,11 @@ def get_token(config: Config, cache: Cache, refused: str = "") -> tuple[Token, b
 
     def usable(token: Token | None) -> bool:
         return bool(token and token.left() > config.min_ttl and not token.refreshing
-                    and alive(token, refused))  # fmt: skip
+                    and is_for(token, config, pins) and alive(token, refused))  # fmt: skip
 
     if config.kind == "user":
         check_for_login(config)
+    pins = pinned_ids(config, cache)
     path = cache.token_path(config)
     token = cache.read_token(path)
     if config.kind == "user" and token:
@@ -1589,6 +1595,14 @@ def cmd_token(config: Config, options: argparse.Namespace) -> int:
     else:
         print(formatted(token, options.format, cached))
     return 0
+
+
+def is_for(token: Token, config: Config, pins: Mapping[str, int]) -> bool:
+    """Whether a cached token is what its file's name says."""
+    ids = {item["id"] for item in token.repositories}
+    known = len(pins) == len(config.repos)
+    same = (token.api_url, token.type) == (config.api_url, config.kind)
+    return same and (not known or ids == set(pins.values()))
 
 
 def check_login(config: Config, cache: Cache, token: Token) -> None:
@@ -1800,8 +1814,13 @@ exit status:
 """
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(redact(message))
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="github_app_token.py",
         description=__doc__,
         epilog=EPILOG,
@@ -1891,7 +1910,8 @@ def read_profile(name: str) -> dict[str, str]:
             USAGE, f"{path} is not an INI file: {type(error).__name__}, line {line}"
         ) from None
     for key in section.keys() - set(SETTINGS):
-        raise Failure(USAGE, f"{path}: {key} is not a setting", "known: " + ", ".join(SETTINGS))
+        shown = key if re.fullmatch("[a-z_-]{1,20}", key) else "a line"  # maybe of a pasted key
+        raise Failure(USAGE, f"{path}: {shown} is not a setting", "known: " + ", ".join(SETTINGS))
     return section
 
 
@@ -1907,6 +1927,11 @@ def build_config(options: argparse.Namespace) -> Config:
         if given is not None:
             values[name] = " ".join(given) if name == "repo" else given
     named = [parse_repo(word) for word in re.split(r"[,\s]+", values["repo"]) if word]
+    api_url = parse_api_url(values["api_url"] or "github.com")
+    for word in re.split(r"[,\s]+", values["repo"]):
+        site = oauth_url_of(api_url)
+        if "://" in word and host_of(word) != host_of(site):
+            raise Failure(USAGE, f"{host_of(word)} is not {host_of(site)}", "--api-url")
     repos = tuple({name.lower(): name for name in reversed(named)}.values())[::-1]
     if not repos:
         raise Failure(USAGE, "for which repository? --repo OWNER/NAME")
@@ -1920,7 +1945,7 @@ def build_config(options: argparse.Namespace) -> Config:
     if values["repo_id"] and not id_is_good:
         raise Failure(USAGE, "--repo-id is a number, and for one repository")
     return Config(
-        api_url=parse_api_url(values["api_url"] or "github.com"),
+        api_url=api_url,
         app_id=values["app_id"],
         repos=repos,
         repo_id=int(values["repo_id"] or 0),

@@ -915,6 +915,16 @@ class CacheTest(Case):
         self.passes(self.token("--min-ttl", "61m"))
         self.assertEqual((old.exists(), new.exists()), (False, True))
 
+    def test_a_token_in_the_place_of_another_is_not_given_out(self) -> None:
+        self.github.selected = {11, 12}
+        self.passes(self.token())
+        (mine,) = self.cache.glob("installation-*.json")
+        self.passes(self.token("--repo", "octo/other"))
+        (other,) = set(self.cache.glob("installation-*.json")) - {mine}
+        mine.write_text(other.read_text())
+        shown = json.loads(self.passes(self.token("--format", "json")))
+        self.assertEqual([item["id"] for item in shown["repositories"]], [11])
+
     def test_a_lock_that_the_file_system_does_not_have(self) -> None:
         setup = "def no(*a): raise OSError(37, 'No locks available')\ng.fcntl.flock = no"
         self.passes(self.token(setup=setup))
@@ -1416,6 +1426,9 @@ class CommandTest(Case):
         self.fails(self.run_it("token", "--profile", "x", **env), g.USAGE, "[x]")
         ini.write_text("[w]\ntoken = x\n")
         self.fails(self.run_it("token", "--profile", "w", **env), g.USAGE, "token is not a setting")
+        ini.write_text("[w]\nMIIEvQIBADANBgkqhkiG9w0BAQ = x\n")
+        done = self.run_it("token", "--profile", "w", **env)
+        self.fails(done, g.USAGE, "a line is not a setting")
         ini.chmod(0o666)
         self.fails(self.run_it("token", "--profile", "w", **env), g.USAGE, "chmod go-w")
         ini.unlink()
@@ -1442,6 +1455,9 @@ class CommandTest(Case):
     def test_wrong_flags_and_help(self) -> None:
         self.assertEqual(self.run_it("--nonsense").returncode, 2)
         self.assertEqual(self.run_it("token", "--token", "x").returncode, 2)
+        pasted = "ghp_" + "x1" * 18
+        self.assertNotIn(pasted, self.run_it("token", pasted).stderr)
+        self.fails(self.token("--repo", "https://ghe.example/octo/widgets"), g.USAGE, "ghe.example")
         self.fails(self.token("--permissions", ""), g.USAGE, "--permissions")
         with open("/dev/full", "w") as full:
             argv = self.command("token", "--key", str(self.key), "--permissions", "dev")
