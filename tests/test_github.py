@@ -18,6 +18,7 @@ import agent_vm
 from agent_vm import GitHub
 from tests.fakes import mcp_upstream
 from tests.fakes.git_server import GitServer
+from tests.fakes.github import GitHub as FakeGitHub
 from tests.support import ROOT
 from tests.support import WorldTest
 from tests.support import executable
@@ -457,6 +458,45 @@ class GitHubRunTest(GitHubWorld):
         self.assert_refused(result, "the GitHub proxy did not start", "github-app-token.ini")
         self.assertEqual(self.box.limactl("start"), [])
         self.assert_nothing_left()
+
+    def test_a_profile_gives_the_token(self) -> None:
+        with FakeGitHub() as github:
+            github.repos = {"octo/widget": 11}
+            key = self.box.root / "app.pem"
+            argv = ["openssl", "genpkey", "-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048"]
+            subprocess.run([*argv, "-out", key], check=True, stderr=subprocess.DEVNULL)
+            key.chmod(0o600)
+            ini = self.box.home / ".config/github-app-token.ini"
+            text = f"[w]\napp_id = Iv1.x\nkey = {key}\npermissions = dev\napi_url = {github.url}\n"
+            self.box.write(ini, text, 0o600)
+            env = {"GITHUB_MCP_TOKEN": ""}
+            result = self.run_and_look(
+                "--github", "--github-profile=w", script=f"name=b\n({BRANCH})", **env
+            )
+        self.assertIn("1 write, 0 refused", result.err)
+        (token,) = github.tokens
+        sent = {x.headers["authorization"] for x in self.upstream.seen}
+        self.assertEqual(sent, {f"Bearer {token}"})
+        self.assertNotIn(token, json.dumps(self.box.calls()) + result.err)
+
+    def test_gh_is_asked_for_only_after_a_yes(self) -> None:
+        calls = self.box.root / "gh-calls"
+        executable(self.box.bin / "gh", f'echo "$*" >> {calls}; echo {TOKEN}')
+        self.box.env.pop("GITHUB_MCP_TOKEN")
+        self.assert_refused(
+            self.box.run("run", "--github"), "no GitHub token", "gh's at a terminal"
+        )
+        for answer, status in (("n\r", 125), ("y\r", 0)):
+            self.assertFalse(calls.exists())
+            terminal = self.box.terminal("run", "--github")
+            terminal.expect("all your repositories")
+            terminal.type(answer)
+            self.assertEqual(terminal.wait(), status, terminal.seen)
+        self.assertEqual(self.box.run("run", "--github").status, 0)
+        self.assertEqual(calls.read_text(), "auth token --hostname github.com\n" * 2)
+        self.assertEqual(
+            {x.headers["authorization"] for x in self.upstream.seen}, {f"Bearer {TOKEN}"}
+        )
 
     def test_no_module_of_the_projects_runs_on_the_host(self) -> None:
         trap = self.box.root / "trapped"
