@@ -1855,7 +1855,7 @@ def run_in_clone(context: Context, args: argparse.Namespace, argv: Sequence[str]
     chosen = choose_github(context, project, mounts)
     for mount in mounts:
         if mount.writable:
-            written_mark(context, mount.source).touch()
+            mark_written(context, mount.source)
     mounts.append(session_mount(context, project, base.home))
     with contextlib.ExitStack() as stack:
         name = stack.enter_context(disposable(context, project, args.keep))
@@ -1939,26 +1939,40 @@ def choose_github(context: Context, project: str, mounts: Sequence[Mount]) -> Gi
         )
     if context.get("confirm-writes"):
         need_terminal()
-    check_policy(context, [project, *(mount.source for mount in mounts if mount.writable)])
+    writable = [mount.source for mount in mounts if mount.writable]
+    check_policy(context, [project, str(context.folders.state / "sessions"), *writable])
     if not named:
         check_remote(context, project, repo)
     if repo.lower() != found.lower():
         return GitHubChoice(repo, "", *token)
-    accepted = {*accepted_remotes(context, project), repo.lower()}
-    remembered(context, project).write_text("\n".join(sorted(accepted)) + "\n")
+    accept_remote(context, project, repo)
     return GitHubChoice(repo, remote, *token)
 
 
 def check_policy(context: Context, folders: Sequence[str]) -> None:
     """What an agent can write must not say what it may write."""
     policy = context.get("github-policy")
-    places = {os.path.abspath(policy), os.path.realpath(policy)} if policy else ()
-    for folder in (*folders, str(context.folders.state)):
-        if any(inside(place, folder) for place in places):
+    for place in trail(policy) if policy else ():
+        if was_written(context, place) or any(inside(place, folder) for folder in folders):
             raise AgentVMError(
-                f"the policy {policy} lies in {folder}, where an agent can write it",
+                f"the policy {policy} is reached by {place}, which an agent can write",
                 hint=f"put it into {context.folders.config}",
             )
+
+
+def trail(path: str) -> Iterator[str]:
+    """Every place on the way to a file, through links."""
+    todo, here = os.path.abspath(path).split("/"), "/"
+    links = 0
+    while todo:
+        name = todo.pop(0)
+        here = os.path.normpath(os.path.join(here, name))
+        yield here
+        if os.path.islink(here) and links < 40:
+            links += 1
+            target = os.readlink(here)
+            todo = [*target.split("/"), *todo]
+            here = "/" if target.startswith("/") else os.path.dirname(here)
 
 
 def project_repository(context: Context, project: str) -> tuple[str, str]:
@@ -2001,38 +2015,61 @@ def git_settings(*where: str) -> list[tuple[str, str]]:
     return [(key, value) for key, _, value in pairs]
 
 
-def remembered(context: Context, project: str) -> Path:
-    """The file with the repositories that its remotes named in earlier runs; worktrees share it."""
-    return context.folders.state / "github" / session_key(worktree_git_dir(project) or project)
-
-
-def written_mark(context: Context, folder: str) -> Path:
-    """The file that is there once an agent could write the folder, which may be moved since."""
+def identities(folder: str) -> tuple[str, str]:
+    """File names for a folder, by its path and by its inode: it may be renamed, or mounted anew."""
     info = os.stat(folder)
-    return context.folders.state / "written" / f"{info.st_dev}-{info.st_ino}"
+    return session_key(folder), f"{info.st_dev}-{info.st_ino}"
 
 
-def accepted_remotes(context: Context, project: str) -> list[str]:
-    with contextlib.suppress(OSError):
-        return remembered(context, project).read_text().lower().split()
-    return []
+def mark_written(context: Context, folder: str) -> None:
+    """From now on an agent may have written all that is in the folder."""
+    for name in identities(folder):
+        (context.folders.state / "written" / name).touch()
+
+
+def was_written(context: Context, folder: str) -> bool:
+    """Whether an agent could ever write the folder, or one that it lies in."""
+    marks = context.folders.state / "written"
+    places = [place for place in (Path(folder), *Path(folder).parents) if place.is_dir()]
+    return any((marks / name).exists() for place in places for name in identities(str(place)))
+
+
+def git_dir_of(project: str) -> str:
+    return worktree_git_dir(project) or os.path.join(project, ".git")
+
+
+def accepted_remotes(context: Context, folder: str) -> set[str]:
+    """The repositories that its remotes named when a run was given them."""
+    found: set[str] = set()
+    for name in identities(folder):
+        with contextlib.suppress(OSError):
+            found.update((context.folders.state / "github" / name).read_text().split())
+    return found
+
+
+def accept_remote(context: Context, project: str, repo: str) -> None:
+    for folder in (project, git_dir_of(project)):
+        accepted = sorted({*accepted_remotes(context, folder), repo.lower()})
+        for name in identities(folder):
+            (context.folders.state / "github" / name).write_text("\n".join(accepted) + "\n")
 
 
 def check_remote(context: Context, project: str, repo: str) -> None:
-    """An agent can write the remotes of a project, or make one below its own: then you name it."""
-    before = accepted_remotes(context, project)
-    if repo.lower() in before:
+    """An agent can write the remotes of a project, or make one below its own: then you name it.
+
+    What its git dir's other worktrees were given counts for a project that no agent could write:
+    who can write it can lead its .git to another repository's.
+    """
+    own, git_dir = accepted_remotes(context, project), git_dir_of(project)
+    here = was_written(context, project)
+    shared = set() if own or here else accepted_remotes(context, git_dir)
+    if repo.lower() in own | shared or not (here or was_written(context, git_dir)):
         return
-    git_dirs = [os.path.join(project, ".git"), worktree_git_dir(project)]
-    written = {folder for place in (project, *filter(None, git_dirs)) if os.path.isdir(place)
-               for folder in (Path(place), *Path(place).parents)}  # fmt: skip
-    if before:
-        were = ", ".join(before)
+    if own:
+        were = ", ".join(sorted(own))
         why = f"the remote says {repo}, and it was {were} before; an agent can change that"
-    elif any(written_mark(context, str(folder)).exists() for folder in written):
-        why = f"the remote says {repo}; an agent was here before, and can have written that"
     else:
-        return
+        why = f"the remote says {repo}; an agent was here before, and can have written that"
     raise AgentVMError(why, hint=f"--github={repo}, when it is right")
 
 
@@ -2198,6 +2235,9 @@ FRESH_SCREEN = (
 )
 
 
+ALLOW = "allow? y/n (Ctrl-C ends the run) "
+
+
 def ask_user(question: Mapping[str, Any], agent: subprocess.Popen[bytes] | None, ended: int) -> str:
     """Why a write may not pass, "" when it may. The agent's ssh stops reading the terminal."""
     import termios
@@ -2213,7 +2253,8 @@ def ask_user(question: Mapping[str, Any], agent: subprocess.Popen[bytes] | None,
         columns, rows = os.get_terminal_size(terminal)
         if os.tcgetpgrp(terminal) != os.getpgrp():
             return "agent-vm is in the background and cannot ask"
-        if len(text) / (columns or 80) > (rows or 24) - 4:  # 0 when a terminal does not say
+        columns, rows = columns or 80, rows or 24  # 0 when a terminal does not say
+        if sum(-(-len(line) // columns) for line in (text, ALLOW)) >= rows:
             return "the question does not fit the user's terminal"
         if agent:
             agent.send_signal(signal.SIGSTOP)
@@ -2237,9 +2278,11 @@ def redraw(terminal: int) -> None:
 
     size = fcntl.ioctl(terminal, termios.TIOCGWINSZ, bytes(8))
     rows = int.from_bytes(size[:2], sys.byteorder)
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, (rows + 1).to_bytes(2, sys.byteorder) + size[2:])
+    other = max(rows - 1, 1).to_bytes(2, sys.byteorder) + size[2:]
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, other)
     time.sleep(0.2)
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
+    if fcntl.ioctl(terminal, termios.TIOCGWINSZ, bytes(8)) == other:  # nobody resized it meanwhile
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
 
 
 @contextlib.contextmanager
@@ -2266,7 +2309,7 @@ def read_answer(terminal: int, text: str, until: float, ended: int) -> str:
     import select
 
     while True:  # what is no answer is asked anew, on a fresh screen
-        asked = f"{FRESH_SCREEN}\a{text}\nallow? y/n (Ctrl-C ends the run) "
+        asked = f"{FRESH_SCREEN}\a{text}\n{ALLOW}"
         os.write(terminal, asked.encode())
         left = max(0, until - time.monotonic())
         ready = select.select([terminal, ended], [], [], left)[0]

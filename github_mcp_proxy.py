@@ -2825,11 +2825,10 @@ class Proxy:
             await self.relay_git(client, request, service, push)
         except (GitRefusal, UpstreamError) as error:
             kind = "refuse" if isinstance(error, GitRefusal) else "failed"
-            lost = push.refs if isinstance(error, AnswerLost) else ()
-            for ref in lost:
-                self.record("git", service, "unknown", str(error), {"ref": ref})
-            if not lost:
-                self.record("git", service, kind, str(error), {"path": target[:200]})
+            became = "unknown" if push.refs and isinstance(error, AnswerLost) else kind
+            about: list[Object] = [{"ref": ref} for ref in push.refs] or [{"path": target[:200]}]
+            for one in about:
+                self.record("git", service, became, str(error), one)
             if client.streaming:
                 return client.transport.abort()
             text = ("refused: " if kind == "refuse" else "GitHub: ") + str(error) + "\n"
@@ -3279,7 +3278,7 @@ def target_of(message: Object) -> Object:
     return target
 
 
-TEXTS = {"body", "content", "message", "commit_message", "description"}
+TEXTS = {"body", "content", "message", "commit_message", "description", "rationale"}
 
 
 def asked_for(message: Object) -> Object:

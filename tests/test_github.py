@@ -395,6 +395,48 @@ class GitHubRunTest(GitHubWorld):
         self.remote("https://github.com/octo/widget")
         self.assertEqual(self.box.run("run", "--github=octo/widget", cwd=trees[0]).status, 0)
         self.assertEqual(self.box.run("run", "--github", cwd=trees[1]).status, 0)
+        self.assertEqual(self.box.run("run", "--github").status, 0, "the main one")
+        new = self.box.home / "new"
+        self.git("worktree", "add", "-q", "-b", "new", str(new))
+        self.assertEqual(self.box.run("run", "--github", cwd=new).status, 0)
+
+    def test_a_git_file_that_leads_elsewhere_brings_no_acceptance(self) -> None:
+        """An agent in `other` leads its .git to the repository of another project."""
+        self.git(
+            "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "x"
+        )
+        self.assertEqual(self.box.run("run", "--github").status, 0)
+        for argv in ((), ("--github",)):  # never accepted there, and accepted
+            other = self.box.home / f"other{len(argv)}"
+            subprocess.run(["git", "init", "-q", other], check=True, env=self.box.env)
+            url = ("config", "remote.origin.url", "https://github.com/me/mine")
+            subprocess.run(["git", "-C", other, *url], check=True, env=self.box.env)
+            self.assertEqual(self.box.run("run", *argv, cwd=other).status, 0)
+            evil = self.box.project / f".git/worktrees/evil{len(argv)}"
+            evil.mkdir(parents=True)
+            (evil / "gitdir").write_text(f"{other}/.git\n")
+            (evil / "commondir").write_text("../..\n")
+            (evil / "HEAD").write_text("ref: refs/heads/work\n")
+            shutil.rmtree(other / ".git")
+            (other / ".git").write_text(f"gitdir: {evil}\n")
+            self.assert_refused(self.box.run("run", "--github", cwd=other), "octo/widget")
+
+    def test_a_disk_that_is_mounted_anew_and_a_folder_that_is_renamed(self) -> None:
+        self.assertEqual(self.box.run("run", "--github").status, 0)
+        moved = self.box.home / "moved"
+        self.box.project.rename(moved)
+        self.assertEqual(self.box.run("run", "--github", cwd=moved).status, 0)
+        for mark in (self.box.state / "written").glob("[0-9]*-[0-9]*"):
+            if mark.name.replace("-", "").isdigit():
+                mark.unlink()  # as if all of it had other numbers now
+        subprocess.run(["git", "-C", moved, "config", "remote.origin.url",
+                        "https://github.com/victim/private"], check=True, env=self.box.env)  # fmt: skip
+        self.assert_refused(self.box.run("run", "--github", cwd=moved), "victim/private")
+
+    def test_a_folder_that_no_vm_could_write_may_change_its_remote(self) -> None:
+        for url in ("https://github.com/octo/widget", "https://github.com/octo/gadget"):
+            self.remote(url)
+            self.assertEqual(self.box.run("run", "--github", "--readonly").status, 0)
 
     def test_another_folder_that_an_agent_could_write(self) -> None:
         other = self.box.home / "other"
@@ -430,14 +472,23 @@ class GitHubRunTest(GitHubWorld):
         out.symlink_to(mine)
         for path in (planted, link, "policy.ini", out):
             result = self.box.run("run", "--github", f"--github-policy={path}")
-            self.assert_refused(result, "where an agent can write it")
+            self.assert_refused(result, "which an agent can write")
+        top, mid = self.box.home / "top.ini", self.box.project / "mid.ini"
+        mid.symlink_to(mine)
+        top.symlink_to(mid)
+        result = self.box.run("run", "--github", f"--github-policy={top}")
+        self.assert_refused(result, "which an agent can write")
         folder = self.box.home / "folder"
         shared = self.box.write(folder / "policy.ini", text)
         result = self.box.run(
             "run", "--github", "--mount", f"{folder}:rw", "--github-policy", str(shared)
         )
-        self.assert_refused(result, "where an agent can write it")
-        self.assertEqual(self.box.run("run", "--github", f"--github-policy={mine}").status, 0)
+        self.assert_refused(result, "which an agent can write")
+        self.assertEqual(self.box.run("run", "--mount", f"{folder}:rw").status, 0)
+        result = self.box.run("run", "--github", "--github-policy", str(shared))
+        self.assert_refused(result, "which an agent can write")
+        result = self.box.run("run", "--github=octo/widget", f"--github-policy={mine}")
+        self.assertEqual(result.status, 0, result.err)
 
     def test_readonly_is_told_by_the_proxy(self) -> None:
         policy = self.box.write(self.box.home / "policy.ini", "[policy]\nreadonly = yes\n")
