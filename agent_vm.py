@@ -644,7 +644,7 @@ def github_receipt(lines: Sequence[Mapping[str, Any]]) -> list[str]:
         elif verdict in NOT_PASSED:
             text = f"{NOT_PASSED[verdict]}: {words}: {line['reason']}"
             stopped[text] = stopped.get(text, 0) + 1
-    result += [f"not known what became of it: {words}" for words in unanswered]
+    result += [f"{NOT_PASSED['unknown']}: {words}" for words in unanswered]
     result += [text + (f" ({count} times)" if count > 1 else "") for text, count in stopped.items()]
     refused = sum(line["verdict"] in ("refuse", "withheld") for line in lines)
     more = "at least " * any("left out" in line["reason"] for line in lines)
@@ -662,9 +662,8 @@ def audit_words(line: Mapping[str, Any]) -> str:
     """
     name = str(line["tool"] or line["method"])
     target = (line["target"] or {}).items()
-    plain = re.compile(r"[\w./@+-]+", re.ASCII).fullmatch
     pairs = (
-        f"{key}={value if plain(str(value)) else json.dumps(value)}"
+        f"{key}={value if PLAIN_WORD(str(value)) else json.dumps(value)}"
         for key, value in target
         if key != "url"
     )
@@ -675,6 +674,7 @@ def number(count: int, noun: str) -> str:
     return f"{count} {noun}" + "s" * (count != 1)
 
 
+PLAIN_WORD = re.compile(r"[\w./@+-]+", re.ASCII).fullmatch
 MAX_RECEIPT = 20  # lines
 NOT_PASSED = {
     "refuse": "refused", "withheld": "withheld", "failed": "failed",
@@ -1742,7 +1742,7 @@ def run_hook(guest: Guest, path: Path, inside: bool, workdir: str = ".") -> None
 def prune_logs(
     folder: Path, pattern: str = "agent-vm-*.log", keep: int = 20, spare: Collection[str] = ()
 ) -> None:
-    """Keep the logs of the last ten failures."""
+    """Keep the newest files (of a failure there are two logs), and those of the names to spare."""
     for old in sorted(folder.glob(pattern), key=changed)[:-keep]:
         if old.stem not in spare:
             old.unlink(missing_ok=True)
@@ -2120,9 +2120,7 @@ sys.exit(github_mcp_proxy.main())
 """
 
 
-@contextlib.contextmanager
-def github_proxy(context: Context, choice: GitHubChoice, name: str) -> Iterator[GitHub]:
-    """A proxy for one VM. It ends with the block, and when this process is killed: its stdin."""
+def proxy_environ(context: Context, choice: GitHubChoice) -> dict[str, str]:
     owner, _, repo = choice.repo.partition("/")
     environ = {"GITHUB_MCP_GIT": "https://github.com", **os.environ, **choice.environ}
     for other in OTHER_SECRETS:
@@ -2130,6 +2128,12 @@ def github_proxy(context: Context, choice: GitHubChoice, name: str) -> Iterator[
     environ.update(GITHUB_MCP_OWNER=owner, GITHUB_MCP_REPO=repo)
     if context.chosen("readonly"):
         environ["GITHUB_MCP_READONLY"] = "1" if context.get("readonly") else "0"
+    return environ
+
+
+@contextlib.contextmanager
+def github_proxy(context: Context, choice: GitHubChoice, name: str) -> Iterator[GitHub]:
+    """A proxy for one VM. It ends with the block, and when this process is killed: its stdin."""
     policy, confirm = context.get("github-policy"), context.get("confirm-writes")
     audit, errors = audit_path(context, name), context.folders.state / "logs" / f"{name}.github.log"
     argv = [
@@ -2137,16 +2141,14 @@ def github_proxy(context: Context, choice: GitHubChoice, name: str) -> Iterator[
         "--listen", "127.0.0.1:0", "--exit-with-stdin", "--audit", str(audit), *choice.options,
         *(("--policy", policy) if policy else ()), *(("--confirm-writes",) if confirm else ()),
     ]  # fmt: skip
-    prune_logs(errors.parent)
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
-    with (
-        open(errors, "wb") as file,
-        child(argv, **pipes, stderr=file, env=environ, cwd="/", start_new_session=True) as process,
-    ):
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0, "cwd": "/"}
+    options.update(env=proxy_environ(context, choice), start_new_session=True)
+    with open(errors, "wb") as file, child(argv, **options, stderr=file) as process:
         assert process.stdin and process.stdout
         with process.stdin, process.stdout as lines:
             port, secret, rights = (lines.readline().decode().strip() for _ in range(3))
             if not port.isdigit() or not secret:
+                prune_logs(errors.parent)
                 raise AgentVMError("the GitHub proxy did not start", details=tail(errors))
             asking = process if confirm else None
             readonly = rights == "read-only"
@@ -2158,6 +2160,7 @@ def github_proxy(context: Context, choice: GitHubChoice, name: str) -> Iterator[
                     errors.unlink(missing_ok=True)  # the audit has what is worth keeping
                 else:
                     log.warn(f"the GitHub proxy ended before the agent: {errors}")
+                    prune_logs(errors.parent)
 
 
 @contextlib.contextmanager
@@ -2169,8 +2172,6 @@ def armed(context: Context, guest: Guest, github: GitHub) -> Iterator[None]:
             "the GitHub proxy does not protect this VM", details=probe.stdout.strip()
         )
     audit = audit_path(context, guest.instance.name)
-    live = {lease.name for lease in context.leases.all()}
-    prune_logs(audit.parent, "*.jsonl", keep=100, spare=live)
     with open(audit, "a") as file:
         file.write(json.dumps(dict.fromkeys(AUDIT_KEYS, "")) + "\n")  # the agent's begin here
     try:
@@ -2180,7 +2181,9 @@ def armed(context: Context, guest: Guest, github: GitHub) -> Iterator[None]:
             counts, *lines = github_receipt(of_the_agent(read_audit(audit)))
             log.info(f"GitHub: {counts} (agent-vm log {guest.instance.name})")
             for line in lines:
-                log.info(f"GitHub: {one_spaced(printable(line))}")
+                log.info(f"GitHub: {guest_words(line)}")
+            live = {lease.name for lease in context.leases.all()}
+            prune_logs(audit.parent, "*.jsonl", keep=100, spare=live)
 
 
 @contextlib.contextmanager
@@ -2192,7 +2195,6 @@ def confirming(
         yield
         return
     import select
-    import threading
 
     ended, end = os.pipe()
 
@@ -2247,7 +2249,7 @@ def ask_user(question: Mapping[str, Any], agent: subprocess.Popen[bytes] | None,
     except OSError:
         return "there is no terminal to ask at"
     text = f"The agent wants to: {question['tool']} {question['about']}"
-    text = one_spaced(printable(text.encode("ascii", "backslashreplace").decode()))
+    text = guest_words(text.encode("ascii", "backslashreplace").decode())
     stopped = None
     try:
         columns, rows = os.get_terminal_size(terminal)
@@ -2273,7 +2275,6 @@ def ask_user(question: Mapping[str, Any], agent: subprocess.Popen[bytes] | None,
 
 def redraw(terminal: int) -> None:
     """A size that changes makes the guest's program draw anew; the same size would not."""
-    import fcntl
     import termios
 
     size = fcntl.ioctl(terminal, termios.TIOCGWINSZ, bytes(8))
@@ -2369,7 +2370,7 @@ def cmd_log(args: argparse.Namespace) -> int:
             continue
         url = (line["target"] or {}).get("url", "")
         words = (line["time"], line["verdict"], audit_words(line), url, line["reason"])
-        print("  ".join(one_spaced(printable(str(word))) for word in words if word))
+        print("  ".join(guest_words(str(word)) for word in words if word))
     return 0
 
 
@@ -2902,21 +2903,21 @@ def cmd_list(args: argparse.Namespace) -> int:
     return 0
 
 
-def one_spaced(text: str) -> str:
-    """Without the runs of spaces that put a guest's words at the start of a line."""
-    return re.sub(" {2,}", " ", text)
-
-
 def printable(text: str) -> str:
     """Text for a terminal that shows what it says: nothing that is invisible or moves the rest."""
     return "".join(char if is_plain(char) else "?" for char in text)
 
 
-def is_plain(char: str) -> bool:
-    import unicodedata
+def guest_words(text: str) -> str:
+    """`printable`, and without the runs of spaces that would begin a line with a guest's words."""
+    return re.sub(" {2,}", " ", printable(text))
 
+
+def is_plain(char: str) -> bool:
     if char.isascii():
         return char.isprintable()
+    import unicodedata
+
     blank = char in "\u2800\u3164\u115f\u1160\uffa0"
     turned = unicodedata.bidirectional(char) in ("NSM", "R", "AL", "AN")
     return char.isprintable() and not blank and not turned
@@ -3086,10 +3087,9 @@ class Check(NamedTuple):
 def cmd_doctor(args: argparse.Namespace) -> int:
     context = Context.open(args, need_lima=False)
     checks = [
-        check
-        for checks in (host_checks, lima_checks, run_checks, github_checks)
-        for check in checks(context)
-    ]
+        *host_checks(context), *lima_checks(context), *run_checks(context),
+        *github_checks(context),
+    ]  # fmt: skip
     for check in checks:
         if args.json:
             print(json.dumps(check._asdict()))
