@@ -2066,12 +2066,12 @@ def parse_token_output(output: bytes) -> tuple[str, float]:
         raise UpstreamError("the host's token command gave no usable token") from None
 
 
-TOKEN_COMMANDS: set[Any] = set()  # that run: none of them outlives the proxy
+TOKEN_COMMANDS: set[int] = set()  # process groups that run: none of them outlives the proxy
 
 
 def end_token_commands() -> None:
-    for child in set(TOKEN_COMMANDS):
-        end_group(child.pid)
+    for pid in set(TOKEN_COMMANDS):
+        end_group(pid)
 
 
 def end_group(pid: int) -> None:
@@ -2090,11 +2090,11 @@ def run_token_command(command: str, refused: str) -> bytes:
             shlex.split(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=env,
             start_new_session=True,
         ) as child:  # fmt: skip
-            TOKEN_COMMANDS.add(child)
+            TOKEN_COMMANDS.add(child.pid)
             try:
                 output, _ = child.communicate(timeout=120)
             finally:
-                TOKEN_COMMANDS.discard(child)
+                TOKEN_COMMANDS.discard(child.pid)
                 end_group(child.pid)
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         log(f"token command: {type(error).__name__}")
@@ -2238,9 +2238,10 @@ class Upstream:
     """The one server that requests go to, with the one path and the headers made here."""
 
     def __init__(
-        self, url: str, token: Token, headers: Mapping[str, str], ca_file: str, timeout: float
-    ) -> None:
-        self.secure, self.host, self.port, self.path = parse_upstream(url)
+        self, url: str, token: Token, headers: Mapping[str, str], ca_file: str, timeout: float,
+        option: str = "--upstream",
+    ) -> None:  # fmt: skip
+        self.secure, self.host, self.port, self.path = parse_upstream(url, option)
         self.token = token
         self.timeout = timeout
         self.ca_file = ca_file
@@ -2343,16 +2344,19 @@ class Upstream:
                 client.hold(len(incoming.body))
 
 
-def parse_upstream(url: str) -> tuple[bool, str, int, str]:
-    """(TLS, host, port, path). https, or http to loopback; no user, query or fragment."""
+def parse_upstream(url: str, option: str) -> tuple[bool, str, int, str]:
+    """(TLS, host, port, path). https, or http to loopback; no user, query or fragment.
+
+    `option`: what is wrong when the URL is.
+    """
     match = re.fullmatch(
         r"(https?)://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+)(?::([0-9]{1,5}))?(/[!-~]*)?", url
     )
     if not match or re.search(r"[?#%\\]|/\.", match[4] or ""):
-        raise ProxyError("--upstream is not an address like https://HOST[:PORT]/PATH")
+        raise ProxyError(f"{option} is not an address like https://HOST[:PORT]/PATH")
     secure = match[1] == "https"
     if not secure and match[2].lower() not in ("127.0.0.1", "localhost", "[::1]"):
-        raise ProxyError("--upstream must be https: the token would go over the network in clear")
+        raise ProxyError(f"{option} must be https: the token would go over the network in clear")
     port = int(match[3] or (443 if secure else 80))
     return secure, match[2].strip("[]").lower(), port, match[4] or "/"
 
@@ -2824,16 +2828,16 @@ class Proxy:
                 raise GitRefusal(UNRECORDED)
             await self.relay_git(client, request, service, push)
         except (GitRefusal, UpstreamError) as error:
-            kind = "refuse" if isinstance(error, GitRefusal) else "failed"
-            became = "unknown" if push.refs and isinstance(error, AnswerLost) else kind
+            refused_here = isinstance(error, GitRefusal)
+            lost = bool(push.refs) and isinstance(error, AnswerLost)
+            verdict = "refuse" if refused_here else "unknown" if lost else "failed"
             about: list[Object] = [{"ref": ref} for ref in push.refs] or [{"path": target[:200]}]
             for one in about:
-                self.record("git", service, became, str(error), one)
+                self.record("git", service, verdict, str(error), one)
             if client.streaming:
                 return client.transport.abort()
-            text = ("refused: " if kind == "refuse" else "GitHub: ") + str(error) + "\n"
-            status = 403 if kind == "refuse" else 502
-            client.answer_bytes(status, text.encode(), kind="text/plain")
+            text = f"{'refused' if refused_here else 'GitHub'}: {error}\n"
+            client.answer_bytes(403 if refused_here else 502, text.encode(), kind="text/plain")
         return None
 
     async def read_push(self, client: Client, request: Incoming) -> tuple[Push, bytes | None]:
@@ -2861,14 +2865,14 @@ class Proxy:
         if self.questions and not refusals:
             moves = (f"{c.ref} {c.old[:12]}..{c.new[:12]}" for c in commands)
             reason = await self.questions.ask("git push", ", ".join(moves))
-            refusals = {c.ref: reason for c in commands} if reason else self.refused_refs(commands)
+            refusals = dict.fromkeys(push.refs, reason) if reason else self.refused_refs(commands)
         if not refusals:
-            for c in commands:
-                if not self.record("git", "git-receive-pack", "forward", "", {"ref": c.ref}):
+            for ref in push.refs:
+                if not self.record("git", "git-receive-pack", "forward", "", {"ref": ref}):
                     raise GitRefusal(UNRECORDED)
             self.writes.extend([time.monotonic()] * len(commands))
             return push, None
-        refs = " ".join(c.ref for c in commands)[:1000]
+        refs = " ".join(push.refs)[:1000]
         why = "; ".join(f"{quoted(ref)}: {why}" for ref, why in refusals.items())[:1000]
         self.record("git", "git-receive-pack", "refuse", why, {"ref": refs})
         while not request.complete:
@@ -3287,8 +3291,7 @@ def asked_for(message: Object) -> Object:
     arguments = params.get("arguments") if isinstance(params, dict) else None
     if not isinstance(arguments, dict):
         return {}
-    found = {key: arguments[key] for key in TARGETS if key in arguments}
-    return {key: value for key, value in found.items()
+    return {key: value for key in TARGETS for value in [arguments.get(key)]
             if isinstance(value, (int, str)) and len(str(value)) <= 200}  # fmt: skip
 
 
@@ -3304,10 +3307,10 @@ def question_text(message: Object) -> str:
 
     The shortest come first, so that no text hides what else is asked for.
     """
-    arguments = {**target_of(message), **message["params"]["arguments"]}
-    for key in ("owner", "repo", "files" if "paths" in arguments else ""):
-        arguments.pop(key, None)  # the one repository; the files by their paths
     target = target_of(message)
+    arguments = {**target, **message["params"]["arguments"]}
+    for key in ("owner", "repo", "files"):  # the one repository; the files are there by their paths
+        arguments.pop(key, None)
     for key in arguments.keys() & TEXTS:
         text = str(arguments[key])
         if len(text) > 120:
@@ -3385,14 +3388,22 @@ async def serve(proxy: Proxy, options: argparse.Namespace) -> int:
         proxy.questions = Questions()
     if options.exit_with_stdin or proxy.questions:
         watch_stdin(loop, stop, proxy.questions)
-    if proxy.upstream.token.command:  # what does not work is said at once
-        fresh = asyncio.ensure_future(proxy.upstream.token.fresh())
-        either: set[asyncio.Future[Any]] = {fresh, stopped}
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if stopped.done():
-            end_token_commands()
-            return stopped.result()
-        fresh.result()
+    try:
+        if proxy.upstream.token.command:  # what does not work is said at once
+            fresh = asyncio.ensure_future(proxy.upstream.token.fresh())
+            either: set[asyncio.Future[Any]] = {fresh, stopped}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if stopped.done():
+                return stopped.result()
+            fresh.result()
+        return await listen(proxy, options, stopped)
+    finally:
+        end_token_commands()
+
+
+async def listen(proxy: Proxy, options: argparse.Namespace, stopped: asyncio.Future[int]) -> int:
+    """Serve whoever connects until there is a status to stop with."""
+    loop = asyncio.get_running_loop()
     address, port = options.listen
     try:
         server = await loop.create_server(lambda: Client(proxy), address, port, backlog=512)
@@ -3410,7 +3421,6 @@ async def serve(proxy: Proxy, options: argparse.Namespace) -> int:
     finally:
         sweeper.cancel()
         server.close()
-        end_token_commands()
         for connection in proxy.connections():
             connection.transport.abort()
 
@@ -3649,13 +3659,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="the secret that requests must carry")  # fmt: skip
     add("--print-secret", action="store_true",
         help="make one; the second line, before read-only or read-write")  # fmt: skip
-    add(
-        "--policy",
-        metavar="FILE",
-        type=given,
-        default=None,
-        help="what may be written: an INI file",
-    )
+    add("--policy", metavar="FILE", type=given, help="what may be written: an INI file")
     add("--audit", metavar="FILE", type=given,
         help="append every decision to FILE, as JSON Lines")  # fmt: skip
     add("--ca-file", metavar="FILE", default="", help="CA certificates for the upstream")
@@ -3691,10 +3695,7 @@ def build_proxy(options: argparse.Namespace) -> Proxy:
     upstream = Upstream(options.upstream, token, headers, options.ca_file, options.timeout)
     git = None
     if options.git:
-        try:
-            git = Upstream(options.git, token, {}, options.ca_file, options.timeout)
-        except ProxyError as error:
-            raise ProxyError(str(error).replace("--upstream", "--git")) from None
+        git = Upstream(options.git, token, {}, options.ca_file, options.timeout, option="--git")
     return Proxy(scope, policy, upstream, options.secret, Audit(options.audit, debug), git)
 
 
