@@ -1326,13 +1326,20 @@ def device_login(config: Config, cache: Cache) -> Token:
         f"rights the token shall have. It will be for {config.repos[0]} alone.",
         file=sys.stderr,
     )
+    return poll(github, data, expires, config, cache, id)
+
+
+def poll(
+    github: GitHub, data: Object, expires: float, config: Config, cache: Cache, id: int
+) -> Token:
+    """Wait for the code to be entered; a grant is stored or revoked before a signal counts."""
     deadline = time.monotonic() + expires
     interval = float(data.get("interval", 5))
     while True:
         time.sleep(interval * 1.2)  # the clocks of VMs run fast, and GitHub counts
         if time.monotonic() > deadline:
             raise Failure(EXPIRED, "the code expired before it was entered", "login again")
-        with no_signals():  # what is granted is stored or revoked
+        with no_signals():
             try:
                 answer = github.form(
                     "/login/oauth/access_token",
@@ -1353,7 +1360,7 @@ def device_login(config: Config, cache: Cache) -> Token:
 def logged_in(grant: Object, config: Config, cache: Cache, github: GitHub, id: int) -> Token:
     """The token of a login, checked and stored; the login before is over."""
     token = user_token(grant, config, github)
-    with given_out_or(lambda: revoke_user_tokens(github, [token.token, token.refresh_token])):
+    with given_out_or(lambda: revoked_login(github, token.token, token.refresh_token)):
         name = check_user_scope(token, id, config.repos[0], github)
         if name.lower() != config.repos[0].lower():
             raise Failure(OTHER_REPO, f"{config.repos[0]} was {id}, which is now {name}",
@@ -1365,7 +1372,7 @@ def logged_in(grant: Object, config: Config, cache: Cache, github: GitHub, id: i
         with cache.lock(path):
             before = cache.read_token(path)
             cache.write(path, token._asdict())
-    if before and not revoke_user_tokens(github, [before.token, before.refresh_token]):
+    if before and not revoked_login(github, before.token, before.refresh_token):
         warn(f"GitHub did not revoke the login before, {masked(before.token)}")
     return token
 
@@ -1392,7 +1399,7 @@ def user_token(grant: Object, config: Config, github: GitHub) -> Token:
             "it would never expire: the App's settings, Optional features, opt in to expiration"
         )
     if problem:
-        with given_out_or(lambda: revoke_user_tokens(github, [token, refresh])):
+        with given_out_or(lambda: revoked_login(github, token, refresh)):
             raise Failure(TOO_WIDE, f"this token is refused: {problem}")
     now = github.now()
     return Token(token, "user", now + life, github.offset, config.api_url, [], {},
@@ -1478,14 +1485,14 @@ def refreshed(config: Config, cache: Cache, path: str, token: Token, refused: st
             raise login_needed(config, f"GitHub does not know the login any more{lost}")
         new = user_token(grant, config, github)
         new = new._replace(login=token.login, repositories=token.repositories)
-        with given_out_or(lambda: revoke_user_tokens(github, [new.token, new.refresh_token])):
+        with given_out_or(lambda: revoked_login(github, new.token, new.refresh_token)):
             cache.write(path, new._replace(refreshing=True, unchecked=True)._asdict())
     try:
         check_user_scope(new, new.repositories[0]["id"], config.repos[0], github)
     except Failure as failure:
         if failure.status in (TOO_WIDE, NOT_INSTALLED):
             cache.remove(path)
-            with given_out_or(lambda: revoke_user_tokens(github, [new.token, new.refresh_token])):
+            with given_out_or(lambda: revoked_login(github, new.token, new.refresh_token)):
                 raise
         raise
     cache.write(path, new._asdict())  # from now on it is given out
@@ -1507,14 +1514,19 @@ def login_needed(config: Config, why: str) -> Failure:
     return Failure(LOGIN, why, hint + "; or give the App's --key")
 
 
-def revoke_user_tokens(github: GitHub, tokens: Sequence[str]) -> bool:
+def take_back(github: GitHub, *tokens: str) -> bool:
     """Whether GitHub took them back: github.com does, without anyone's authority."""
+    reply = github.post("/credentials/revoke", "", {"credentials": [t for t in tokens if t]})
+    return reply.status < 300
+
+
+def revoked_login(github: GitHub, token: str, refresh_token: str) -> bool:
+    """`take_back`, where nothing can be done about a GitHub that does not answer."""
     try:
-        reply = github.post("/credentials/revoke", "", {"credentials": [t for t in tokens if t]})
+        return take_back(github, token, refresh_token)
     except Failure as failure:
         warn(f"not revoked: {failure}")
         return False
-    return reply.status < 300
 
 
 # --- commands ---
@@ -1539,7 +1551,7 @@ def get_token(config: Config, cache: Cache, refused: str = "") -> tuple[Token, b
     path = cache.token_path(config)
     token = cache.read_token(path)
     if config.kind == "user" and token:
-        check_login(config, cache, token)
+        check_login(config, pins, token)
     if token and usable(token) and not config.accept_new_repo:
         return token, True
     if config.kind == "installation":
@@ -1605,11 +1617,11 @@ def is_for(token: Token, config: Config, pins: Mapping[str, int]) -> bool:
     return same and (not known or ids == set(pins.values()))
 
 
-def check_login(config: Config, cache: Cache, token: Token) -> None:
+def check_login(config: Config, pins: Mapping[str, int], token: Token) -> None:
     """A login is for the repository that it was made for, whatever its name means by now."""
     repo = config.repos[0]
     id = token.repositories[0]["id"]
-    if config.accept_new_repo or pinned_ids(config, cache).get(repo.lower(), id) != id:
+    if config.accept_new_repo or pins.get(repo.lower(), id) != id:
         why = f"the login is for the repository {id}, which may not be {repo} any more"
         raise Failure(OTHER_REPO, why, login_needed(config, "").hint)
 
@@ -1655,12 +1667,11 @@ def revoke(config: Config, done: str) -> int:
                 done = "it was not valid any more"
             elif reply.status != 204:
                 raise Failure(1, f"GitHub did not revoke the token: HTTP {reply.status}")
-        else:  # a GitHub that cannot be asked raises: then this is to be done again
-            both = {"credentials": [token.token, token.refresh_token]}
-            if github.post("/credentials/revoke", "", both).status >= 300:
-                cache.remove(path)
-                raise Failure(1, "it is forgotten here, but GitHub did not revoke it",
-                              f"{config.oauth_url}/settings/apps/authorizations does")  # fmt: skip
+        # A GitHub that cannot be asked raises: then this is to be done again.
+        elif not take_back(github, token.token, token.refresh_token):
+            cache.remove(path)
+            raise Failure(1, "it is forgotten here, but GitHub did not revoke it",
+                          f"{config.oauth_url}/settings/apps/authorizations does")  # fmt: skip
         cache.remove(path)
     print(f"github_app_token: {done}: {masked(token.token)}", file=sys.stderr)
     return 0
@@ -1815,6 +1826,8 @@ exit status:
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse quotes what it does not know: a token that was pasted, maybe."""
+
     def error(self, message: str) -> NoReturn:
         super().error(redact(message))
 
@@ -1926,13 +1939,16 @@ def build_config(options: argparse.Namespace) -> Config:
         given = getattr(options, name)
         if given is not None:
             values[name] = " ".join(given) if name == "repo" else given
-    named = [parse_repo(word) for word in re.split(r"[,\s]+", values["repo"]) if word]
     api_url = parse_api_url(values["api_url"] or "github.com")
+    host = host_of(oauth_url_of(api_url))
+    by_name: dict[str, str] = {}  # as GitHub compares them
     for word in re.split(r"[,\s]+", values["repo"]):
-        site = oauth_url_of(api_url)
-        if "://" in word and host_of(word) != host_of(site):
-            raise Failure(USAGE, f"{host_of(word)} is not {host_of(site)}", "--api-url")
-    repos = tuple({name.lower(): name for name in reversed(named)}.values())[::-1]
+        if "://" in word and host_of(word) != host:
+            raise Failure(USAGE, f"{host_of(word)} is not {host}", "--api-url")
+        if word:
+            name = parse_repo(word)
+            by_name.setdefault(name.lower(), name)
+    repos = tuple(by_name.values())
     if not repos:
         raise Failure(USAGE, "for which repository? --repo OWNER/NAME")
     if len({repo.split("/")[0].lower() for repo in repos}) > 1:
