@@ -657,6 +657,35 @@ os.execv({shutil.which("openssl")!r}, ["openssl", *sys.argv[1:]])
         self.assertEqual(g.fingerprint(g.rsa_numbers(spki)), f"SHA256:{digest}")
 
 
+def ctrl_c_at(request: int) -> str:
+    """`setup`: Ctrl-C while the answer to that request of the program arrives."""
+    return (
+        "\nimport signal, os\nsend = g.GitHub.send\ncount = [0]\n"
+        "def cut(*a):\n reply = send(*a); count[0] += 1\n"
+        f" if count[0] == {request}: os.kill(os.getpid(), signal.SIGINT)\n"
+        " return reply\ng.GitHub.send = cut"
+    )
+
+
+class LoginCase(Case):
+    """Logins that do not wait."""
+
+    quick = "g.time.sleep = lambda s: print(f'sleep {s:.1f}', file=sys.stderr)"
+    poll = "/login/oauth/access_token"
+
+    def login(self, *argv: str, setup: str = "", **more: Any) -> subprocess.CompletedProcess[str]:
+        return self.run_it("login", *argv, setup=self.quick + setup, **more)
+
+    def stored(self) -> dict[str, Any]:
+        (path,) = self.cache.glob("user-*.json")
+        value: dict[str, Any] = json.loads(path.read_text())
+        return value
+
+    def store(self, **changes: Any) -> None:
+        (path,) = self.cache.glob("user-*.json")
+        path.write_text(json.dumps({**self.stored(), **changes}))
+
+
 class PinTest(Case):
     """A repository's name means what it meant when it was first used."""
 
@@ -710,13 +739,8 @@ class PinTest(Case):
         self.passes(self.token("--min-ttl", "61m"))
 
 
-class RevokedTest(Case):
+class RevokedTest(LoginCase):
     """ "revoked" is said of what GitHub has taken back, and of nothing else."""
-
-    poll = "/login/oauth/access_token"
-
-    def login(self, **more: Any) -> subprocess.CompletedProcess[str]:
-        return self.run_it("login", setup=LoginTest.quick, **more)
 
     def test_an_installation_token_that_is_too_wide(self) -> None:
         self.github.on("/api/v3/installation/token", error(403, "no"))
@@ -734,13 +758,7 @@ class RevokedTest(Case):
         for at in (2, 3):
             self.github.tokens.clear()
             shutil.rmtree(self.cache, ignore_errors=True)
-            setup = (
-                "import signal, os\nsend = g.GitHub.send\ncount = [0]\n"
-                "def cut(*a):\n reply = send(*a); count[0] += 1\n"
-                f" if count[0] == {at}: os.kill(os.getpid(), signal.SIGINT)\n"
-                " return reply\ng.GitHub.send = cut"
-            )
-            self.assertIn(self.token(setup=setup).returncode, (0, 130))
+            self.assertIn(self.token(setup=ctrl_c_at(at)).returncode, (0, 130))
             stored = [
                 json.loads(path.read_text())["token"]
                 for path in self.cache.glob("installation-*.json")
@@ -784,19 +802,18 @@ class RevokedTest(Case):
 
     def test_a_login_that_cannot_be_stored_does_not_live_on(self) -> None:
         self.github.on("/api/v3/repos/octo/widgets", error(404, "Not Found"))
-        setup = LoginTest.quick + (
+        setup = (
             "\nimport tempfile\ndef full(**k): raise OSError(28, 'No space left on device')"
             "\ntempfile.mkstemp = full"
         )
-        done = self.run_it("login", "--repo-id", "11", setup=setup)
+        done = self.login("--repo-id", "11", setup=setup)
         self.assertEqual(done.returncode, g.CACHE, done.stderr)
         self.assertIn("it is revoked", done.stderr)
         self.assertEqual(self.github.tokens, {})
 
     def test_a_new_login_ends_the_one_before(self) -> None:
         self.assertEqual(self.login().returncode, 0)
-        (path,) = self.cache.glob("user-*.json")
-        before = json.loads(path.read_text())["token"]
+        before = self.stored()["token"]
         self.assertEqual(self.login().returncode, 0)
         self.assertNotIn(before, self.github.tokens)
         self.assertIn(self.passes(self.run_it("token")), self.github.tokens)
@@ -812,11 +829,8 @@ class RevokedTest(Case):
         self.assertEqual(self.github.tokens, {})
 
 
-class LoginIsForOneTest(Case):
+class LoginIsForOneTest(LoginCase):
     """A login is for the repository that it was made for, and for no other by the same name."""
-
-    def login(self, *argv: str, **more: Any) -> subprocess.CompletedProcess[str]:
-        return self.run_it("login", *argv, setup=LoginTest.quick + more.pop("setup", ""), **more)
 
     def test_several_repositories(self) -> None:
         self.github.selected = {11, 12}
@@ -846,23 +860,13 @@ class LoginIsForOneTest(Case):
             shutil.rmtree(self.cache, ignore_errors=True)
             self.github.tokens.clear()
             self.login()
-            setup = (
-                "\nimport signal, os\nsend = g.GitHub.send\ncount = [0]\n"
-                "def cut(*a):\n reply = send(*a); count[0] += 1\n"
-                f" if count[0] == {at}: os.kill(os.getpid(), signal.SIGINT)\n"
-                " return reply\ng.GitHub.send = cut"
-            )
-            done = self.login(setup=setup)
+            done = self.login(setup=ctrl_c_at(at))
             self.assertIn(done.returncode, (0, 130), done.stderr)
-            (path,) = self.cache.glob("user-*.json")
-            stored = json.loads(path.read_text())["token"]
-            self.assertEqual(list(self.github.tokens), [stored], at)
+            self.assertEqual(list(self.github.tokens), [self.stored()["token"]], at)
 
     def test_a_refresh_that_cannot_be_stored_does_not_live_on(self) -> None:
         self.login()
-        (path,) = self.cache.glob("user-*.json")
-        data = json.loads(path.read_text())
-        path.write_text(json.dumps({**data, "expires_at": time.time() - 1}))
+        self.store(expires_at=time.time() - 1)
         setup = (
             "import os\nreplace = os.replace\ncount = [0]\ndef full(*a):\n count[0] += 1\n"
             " if count[0] == 2: raise OSError(28, 'No space left on device')\n return replace(*a)\n"
@@ -1024,25 +1028,7 @@ class CacheTest(Case):
             self.assertIn("another process holds", done.stderr)
 
 
-class LoginTest(Case):
-    quick = "g.time.sleep = lambda s: print(f'sleep {s:.1f}', file=sys.stderr)"
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.poll = "/login/oauth/access_token"
-
-    def login(self, *argv: str, **more: Any) -> subprocess.CompletedProcess[str]:
-        return self.run_it("login", *argv, setup=self.quick, **more)
-
-    def stored(self) -> dict[str, Any]:
-        (path,) = self.cache.glob("user-*.json")
-        value: dict[str, Any] = json.loads(path.read_text())
-        return value
-
-    def store(self, **changes: Any) -> None:
-        (path,) = self.cache.glob("user-*.json")
-        path.write_text(json.dumps({**self.stored(), **changes}))
-
+class LoginTest(LoginCase):
     def test_a_login(self) -> None:
         self.github.pending = 2
         done = self.login()

@@ -730,24 +730,38 @@ class FloodTest(LiveTest):
         self.assertLess(len(self.proxy.stderr().splitlines()), 110)
 
 
-class ConfirmTest(unittest.TestCase):
-    """--confirm-writes: a question on stdout, an answer on stdin."""
+class OwnProxyTest(unittest.TestCase):
+    """A test that starts a proxy of its own."""
 
-    def setUp(self) -> None:
-        self.upstream = fake.Upstream()
-        self.upstream.__enter__()
-        self.addCleanup(self.upstream.__exit__)
+    def start(self, *argv: str, setup: str = "", pass_fds: tuple[int, ...] = ()) -> Proxy:
+        """`setup` is run before its main()."""
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         script = Path(folder.name, "prepared.py")
         script.write_text(
             f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-            "import github_mcp_proxy as p\np.CONFIRM_SECONDS = int(sys.argv.pop())\n"
-            "sys.exit(p.main())\n"
+            f"import github_mcp_proxy as p\n{setup}\nsys.exit(p.main())\n"
         )
-        seconds = "1" if "no_answer" in self.id() or "does_not_read" in self.id() else "20"
-        self.proxy = Proxy(self.upstream.url, "--confirm-writes", seconds, script=script)
-        self.addCleanup(self.proxy.stop)
+        running = Proxy(self.upstream.url, *argv, script=script, pass_fds=pass_fds)
+        self.addCleanup(running.stop)
+        return running
+
+    def setUp(self) -> None:
+        self.upstream = fake.Upstream()
+        self.upstream.__enter__()
+        self.addCleanup(self.upstream.__exit__)
+
+
+class ConfirmTest(OwnProxyTest):
+    """--confirm-writes: a question on stdout, an answer on stdin."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.ask_for(20)
+
+    def ask_for(self, seconds: int) -> None:
+        """From here on a proxy whose questions lapse after so long."""
+        self.proxy = self.start("--confirm-writes", setup=f"p.CONFIRM_SECONDS = {seconds}")
 
     def send(self, branch: str, **more: Any) -> Client:
         client = Client(self.proxy.port)
@@ -785,6 +799,7 @@ class ConfirmTest(unittest.TestCase):
         return bool(select.select([self.proxy.process.stdout.fileno()], [], [], 0.05)[0])
 
     def test_no_answer_is_a_no(self) -> None:
+        self.ask_for(1)
         client = self.send("a")
         id = self.question()["id"]
         self.answer(
@@ -833,6 +848,7 @@ class ConfirmTest(unittest.TestCase):
         self.assertIn("… (+1920 characters)", about)
 
     def test_a_host_that_does_not_read_cannot_be_waited_for(self) -> None:
+        self.ask_for(1)
         clients = [self.send(f"{n}", from_branch="y" * 200) for n in range(3)]
         self.assertEqual({client.read()[0] for client in clients}, {200})
         client = Client(self.proxy.port)
@@ -849,26 +865,8 @@ class ConfirmTest(unittest.TestCase):
         self.assertEqual(self.upstream.calls("create_branch"), [])
 
 
-class FaultTest(unittest.TestCase):
+class FaultTest(OwnProxyTest):
     """What would fill its memory or confuse it: it is refused, and the next client is served."""
-
-    def start(self, *argv: str, setup: str = "", pass_fds: tuple[int, ...] = ()) -> Proxy:
-        """A proxy of the test's own; `setup` is run before its main()."""
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        script = Path(folder.name, "prepared.py")
-        script.write_text(
-            f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-            f"import github_mcp_proxy as p\n{setup}\nsys.exit(p.main())\n"
-        )
-        running = Proxy(self.upstream.url, *argv, script=script, pass_fds=pass_fds)
-        self.addCleanup(running.stop)
-        return running
-
-    def setUp(self) -> None:
-        self.upstream = fake.Upstream()
-        self.upstream.__enter__()
-        self.addCleanup(self.upstream.__exit__)
 
     def connect(self, running: Proxy) -> Client:
         client = Client(running.port)
