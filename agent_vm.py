@@ -355,6 +355,9 @@ def lima_mounts(mounts: Sequence[Mount], links: Path) -> list[dict[str, Any]]:
             "location": mount.source if plain else str(links / str(index)),
             "mountPoint": guest_mount_point(mount, index),
             "writable": mount.writable,
+            # Lima's default for read-only mounts, fscache, shows old contents for minutes after
+            # the host has written a file anew.
+            "9p": {"cache": "mmap"},
         })  # fmt: skip
     return result
 

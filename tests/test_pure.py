@@ -306,7 +306,8 @@ class MountTest(TableTest):
             with self.subTest(mount=mount):
                 (plan,) = agent_vm.lima_mounts([mount], links)
                 expected = {
-                    "location": location, "mountPoint": point, "writable": mount.writable
+                    "location": location, "mountPoint": point, "writable": mount.writable,
+                    "9p": {"cache": "mmap"},
                 }  # fmt: skip
                 self.assertEqual(plan, expected)
 

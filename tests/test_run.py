@@ -240,6 +240,14 @@ class OptionTest(WorldTest):
         assert isinstance(mounts, list)
         self.assertEqual([mount["writable"] for mount in mounts], [False, True])
 
+    def test_a_read_only_mount_shows_what_the_host_writes(self) -> None:
+        # Lima's default for these, 9p's fscache, goes on showing the old contents for minutes.
+        more = self.box.root / "more"
+        more.mkdir()
+        self.config_of("--readonly", "--mount", str(more))
+        mounts = self.box.started_config()["mounts"]
+        self.assertEqual([mount["9p"] for mount in mounts], [{"cache": "mmap"}] * 3)
+
     def test_no_forward_turns_every_forwarding_off(self) -> None:
         rules = self.config_of("--no-forward")["portForwards"]
         expected = {"guestIP": "0.0.0.0", "proto": "any", "ignore": True}
