@@ -4,10 +4,13 @@ TOOLS := .venv/bin
 SCRIPTS := $(wildcard *.py)
 SHELL_FILES := $(wildcard lima/provision/*.sh) .ci/run
 
-.PHONY: test lint check embed contract vm-test bench bench-proxy fuzz-proxy tools clean
+.PHONY: test test-fast lint check embed contract vm-test bench bench-proxy fuzz-proxy tools clean
 
-test:  ## seconds, no network, no Lima
+test:  ## all but vm-test: a minute, no network, no Lima
 	$(PYTHON) -m tests
+
+test-fast:  ## tables: seconds
+	$(PYTHON) -m tests --fast
 
 lint: $(TOOLS)/ruff  ## ruff, mypy, shellcheck, and limactl validate when there is one
 	$(TOOLS)/ruff check .
@@ -15,27 +18,27 @@ lint: $(TOOLS)/ruff  ## ruff, mypy, shellcheck, and limactl validate when there 
 	$(TOOLS)/mypy $(SCRIPTS) tests
 	$(call when,shellcheck,shellcheck $(SHELL_FILES))
 	$(call when,limactl,limactl validate lima/*.yaml)
-	$(PYTHON) tests/embed.py --check
+	$(PYTHON) tests/tools/embed.py --check
 
 check: lint test
 
 embed:  ## copy lima/ into agent_vm.py
-	$(PYTHON) tests/embed.py
+	$(PYTHON) tests/tools/embed.py
 
 contract:  ## one list of commands against the fake and the real limactl
-	$(PYTHON) -m tests test_contract
+	$(PYTHON) -m tests contract
 
 vm-test:  ## boots real VMs with the limactl on PATH; see "Developing" in the README
 	$(PYTHON) -m tests --vm
 
 bench:  ## our overhead over limactl alone; needs a base instance
-	$(PYTHON) tests/bench.py
+	$(PYTHON) tests/tools/bench.py
 
 bench-proxy:  ## what the GitHub proxy adds to a call, beside nginx and mitmproxy where they are on PATH
-	$(PYTHON) tests/bench_proxy.py
+	$(PYTHON) tests/tools/bench_proxy.py
 
 fuzz-proxy:  ## 200,000 made-up messages; what passes is checked by other rules than the proxy's
-	$(PYTHON) tests/fuzz_proxy.py
+	$(PYTHON) tests/tools/fuzz_proxy.py
 
 tools $(TOOLS)/ruff:
 	$(PYTHON) -m venv .venv

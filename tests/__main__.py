@@ -1,90 +1,189 @@
-"""python3 -m tests [--vm | MODULE …]: run the tests and close with one line of counts."""
+"""Run the tests, and close with one line of counts.
+
+usage: python3 -m tests [-v] [--fast | --vm | WORD …]
+
+WORD runs the classes whose name, tests.MODULE.CLASS, contains it. --fast runs the modules with
+`FAST = True`: tables, no processes. --vm boots real VMs. -v shows the ten slowest classes.
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import importlib
 import io
+import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
-from collections import Counter
+from collections.abc import Iterable
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 NOBODY = 65534
+SECONDS_PER_TEST = 0.3  # of a class that declares no COST
+
+
+@dataclass(frozen=True)
+class TestClass:
+    """A class of tests; it runs in one process, as its tests may share what setUpClass made."""
+
+    name: str
+    tests: int
+    cost: float  # seconds, about
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What came of one class of tests; plain data, because it crosses processes."""
 
-    ran: int
+    name: str
+    passed: int
     failed: int
+    skipped: int
+    reasons: tuple[str, ...]
     text: str
-    skipped: tuple[str, ...]
+    seconds: float
+
+
+class Result(unittest.TextTestResult):
+    """Counts tests: one whose subtests fail in ten ways is one test that failed."""
+
+    passed = 0
+
+    def addSuccess(self, test: unittest.TestCase) -> None:
+        super().addSuccess(test)
+        self.passed += 1
 
 
 def run_class(name: str) -> Outcome:
     stream = io.StringIO()
     suite = unittest.defaultTestLoader.loadTestsFromName(name)
-    result = unittest.TextTestRunner(stream=stream, verbosity=0).run(suite)
-    failed = len(result.failures) + len(result.errors) + len(result.unexpectedSuccesses)
-    skipped = tuple(f"{test}: {reason}" for test, reason in result.skipped)
-    return Outcome(result.testsRun, failed, stream.getvalue() if failed else "", skipped)
+    total = suite.countTestCases()
+    start = time.monotonic()
+    runner = unittest.TextTestRunner(
+        stream=stream, verbosity=0, resultclass=lambda *args: Result(*args)
+    )
+    result = runner.run(suite)
+    assert isinstance(result, Result)
+    passed = result.passed + len(result.expectedFailures)
+    skipped = len({getattr(test, "test_case", test).id() for test, _ in result.skipped})
+    if any(not isinstance(test, unittest.TestCase) for test, _ in result.skipped):
+        skipped = total - passed  # setUpClass did
+    failed = total - passed - skipped
+    if not result.wasSuccessful():
+        failed = max(failed, 1)  # of tearDownClass, no test is short
+    return Outcome(
+        name=name,
+        passed=passed,
+        failed=failed,
+        skipped=skipped,
+        reasons=tuple(f"{test}: {reason}" for test, reason in result.skipped),
+        text=stream.getvalue() if failed else "",
+        seconds=time.monotonic() - start,
+    )
 
 
-def class_names(suite: unittest.TestSuite) -> Iterator[str]:
-    for item in suite:
-        if isinstance(item, unittest.TestSuite):
-            yield from class_names(item)
-        else:
-            yield f"{type(item).__module__}.{type(item).__qualname__}"
+def test_classes(module: str) -> Iterator[TestClass]:
+    """Those of one module; that it cannot be imported is a traceback."""
+    for value in vars(importlib.import_module(module)).values():
+        if isinstance(value, type) and issubclass(value, unittest.TestCase):
+            tests = len(unittest.defaultTestLoader.getTestCaseNames(value))
+            if tests and value.__module__ == module:
+                cost = getattr(value, "COST", tests * SECONDS_PER_TEST)
+                yield TestClass(f"{module}.{value.__qualname__}", tests, cost)
 
 
-def run(names: list[str]) -> list[Outcome]:
-    """Each class is run in one of a few processes: the tests wait for theirs most of the time."""
-    with ProcessPoolExecutor((os.cpu_count() or 1) + 1) as pool:
-        outcomes = []
-        for name, outcome in zip(names, pool.map(run_class, names)):
-            report(name, outcome)
-            outcomes.append(outcome)
-    return outcomes
+def modules(fast: bool) -> list[str]:
+    """A module says `FAST = True`; it is not imported to find out, as that takes a second."""
+    return [
+        f"tests.{path.stem}"
+        for path in sorted(FOLDER.glob("test_*.py"))
+        if not fast or re.search(r"^FAST = True$", path.read_text(), re.MULTILINE)
+    ]
 
 
-def report(name: str, outcome: Outcome) -> None:
-    print(f"{name}: {outcome.ran} run" + f", {outcome.failed} FAILED" * bool(outcome.failed))
+def chosen(options: argparse.Namespace) -> list[TestClass]:
+    """Longest first: none of those is left for the end, when the other workers are idle."""
+    names = ["tests.vm_test"] if options.vm else modules(options.fast)
+    found = [one for module in names for one in test_classes(module)]
+    for word in options.words:
+        if not any(word in one.name for one in found):
+            raise SystemExit(f"no class of tests has {word!r} in its name")
+    if options.words:
+        found = [one for one in found if any(word in one.name for word in options.words)]
+    return sorted(found, key=lambda one: -one.cost)
+
+
+def outcomes_here(classes: Iterable[TestClass]) -> Iterator[Outcome]:
+    return (run_class(one.name) for one in classes)
+
+
+def outcomes_of_workers(classes: Iterable[TestClass]) -> Iterator[Outcome]:
+    """A few processes more than processors: tests wait for theirs a good part of the time.
+
+    A fork has all modules already; elsewhere than on Linux, system libraries do not bear it.
+    """
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with ProcessPoolExecutor((os.cpu_count() or 1) + 1, context) as pool:
+        for done in as_completed([pool.submit(run_class, one.name) for one in classes]):
+            yield done.result()
+
+
+def report(outcome: Outcome) -> None:
+    counts = [f"{outcome.passed} passed"]
+    if outcome.failed:
+        counts.append(f"{outcome.failed} FAILED")
+    if outcome.skipped:
+        counts.append(f"{outcome.skipped} skipped")
+    print(f"{outcome.name}: {', '.join(counts)}", flush=True)
     sys.stdout.write(outcome.text)
 
 
+def report_slowest(outcomes: Iterable[Outcome], classes: Iterable[TestClass]) -> None:
+    costs = {one.name: one.cost for one in classes}
+    print("slowest classes, seconds taken and COST:")
+    for outcome in sorted(outcomes, key=lambda outcome: -outcome.seconds)[:10]:
+        print(f"{outcome.seconds:8.2f} {costs[outcome.name]:6.1f}  {outcome.name}")
+
+
 def main(argv: list[str]) -> int:
-    if os.geteuid() == 0 and argv != ["--vm"]:
+    parser = argparse.ArgumentParser(prog="python3 -m tests", usage=argparse.SUPPRESS)
+    parser.description = __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    for option in ("-v", "--fast", "--vm"):
+        parser.add_argument(option, action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    # A VM's tests are stopped by what stops this process, and tables need no other one.
+    here = options.vm or options.fast
+    if os.geteuid() == 0 and not here:
         return as_nobody(argv)
-    loader = unittest.defaultTestLoader
-    if argv:
-        modules = ["vm_test"] if argv == ["--vm"] else argv
-        suite = loader.loadTestsFromNames([f"tests.{module}" for module in modules])
-    else:
-        suite = loader.discover(str(FOLDER), top_level_dir=str(FOLDER.parent))
-    # The largest classes first: none of them is left for the end, when other workers are idle.
-    names = [name for name, _ in Counter(class_names(suite)).most_common()]
-    if argv == ["--vm"]:  # in this process: what stops it is for the tests as well
-        outcomes = [run_class(names[0])]
-        report(names[0], outcomes[0])
-    else:
-        outcomes = run(names)
+    classes = chosen(options)
+    outcomes = []
+    for outcome in outcomes_here(classes) if here else outcomes_of_workers(classes):
+        report(outcome)
+        outcomes.append(outcome)
+    if options.v:
+        report_slowest(outcomes, classes)
     for outcome in outcomes:
-        for reason in outcome.skipped:
+        for reason in outcome.reasons:
             print(f"SKIP {reason}")
-    ran, failed = (sum(getattr(o, field) for o in outcomes) for field in ("ran", "failed"))
-    skipped = sum(len(outcome.skipped) for outcome in outcomes)
-    print(f"{ran - failed - skipped} passed, {failed} failed, {skipped} skipped")
-    return 1 if failed or ran == skipped else 0
+    passed, failed, skipped = (
+        sum(getattr(outcome, field) for outcome in outcomes)
+        for field in ("passed", "failed", "skipped")
+    )
+    print(f"{passed} passed, {failed} failed, {skipped} skipped")
+    return 1 if failed or not passed else 0
 
 
 # limactl refuses root, and root may read everything: root's tests go on as nobody.

@@ -25,7 +25,7 @@ class TemplateTest(unittest.TestCase):
         self.assertEqual(agent_vm.EMBEDDED, copies)
 
     def test_the_tool_that_makes_the_copy_agrees(self) -> None:
-        command = [shutil.which("python3") or "python3", str(TESTS / "embed.py"), "--check"]
+        command = [shutil.which("python3") or "python3", str(TESTS / "tools/embed.py"), "--check"]
         self.assertEqual(subprocess.run(command).returncode, 0)
 
     def test_it_needs_the_lima_that_the_script_asks_for(self) -> None:

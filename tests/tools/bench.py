@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parent.parent / "agent_vm.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "agent_vm.py"
 BASE, CLONE = "agent-vm-base", "agent-vm-bench-0bench"
 
 
