@@ -3586,73 +3586,67 @@ param:
 # systemd on every boot.
 provision:
 - mode: system
-  file: provision/10-packages.sh
+  file: provision/10-base.sh
 - mode: system
-  file: provision/20-node.sh
-- mode: system
-  file: provision/30-docker.sh
-- mode: system
-  file: provision/40-agent.sh
-- mode: system
-  file: provision/50-finish.sh
+  file: provision/20-test.sh
 """,
-    "provision/10-packages.sh": r"""#!/bin/bash
+    "provision/10-base.sh": r"""#!/bin/bash
 # Run by Lima in the guest, as root, at every boot; does its work once.
-# Packages from Debian, and what applies to the whole system.
+# All that is installed, read from top to bottom. The first failure ends it, so the error that the
+# log shows is the cause.
 set -eux -o pipefail
-marker=/var/lib/agent-vm/done/10-packages
+marker=/var/lib/agent-vm/done/10-base
 [ ! -e "$marker" ] || exit 0
 mkdir -p "${marker%/*}"
 exec > >(tee -a /var/log/agent-vm-provision.log) 2>&1
-: "${PARAM_minimal:=false}" "${PARAM_aptMirror:=}" "${PARAM_locale:=}"
-
-step() { { set +x; } 2>/dev/null; echo "agent-vm: $1"; set -x; }
-fail() { step "error: $1"; exit 1; }
-note() { echo "$1" >> /var/lib/agent-vm/notes; }
-
+: "${PARAM_minimal:=false}" "${PARAM_npmRegistry:=}" "${PARAM_aptMirror:=}" "${PARAM_locale:=}"
+user='{{.User}}' home='{{.Home}}'  # Lima fills them in
+codename=$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)
 export DEBIAN_FRONTEND=noninteractive
 
-use_mirror() {
-  local mirror=${1%/} security codename sources
-  [[ $mirror =~ ^https?://[A-Za-z0-9._~:/@%+,=-]+$ ]] || fail "--apt-mirror is not an http(s) URL"
-  # Mirrors keep the security suite beside the archive, as debian-security. When this one does not,
-  # security updates still come from where the image has them: better slow than silently missing.
-  codename=$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)
-  security=${mirror%/*}/debian-security
-  if ! curl -fsSL --connect-timeout 10 --retry 1 -o /dev/null \
-    "$security/dists/$codename-security/InRelease"; then
-    security=
-    note "Security updates from the image's own mirror: --apt-mirror has none."
-  fi
-  # The cloud image names mirror lists (mirror+file:/etc/apt/mirrors/debian.list), others name URLs.
-  sources=()
-  for file in /etc/apt/sources.list /etc/apt/sources.list.d/debian.sources; do
-    [ ! -s "$file" ] || sources+=("$file")
-  done
-  local old='(https?|mirror\+file):/[^ ]*'
-  sed -E -i "s#$old/debian(\.list|/)?( |\$)#$mirror\3#" "${sources[@]}"
-  [ -z "$security" ] ||
-    sed -E -i "s#$old/debian-security(\.list|/)?( |\$)#$security\3#" "${sources[@]}"
-  grep -qF "$mirror" "${sources[@]}" || fail "no Debian mirror to replace in ${sources[*]}"
-}
+say() { { set +x; } 2>/dev/null; echo "agent-vm: $1"; set -x; }
+step() { doing=$1; say "$1"; }
+fail() { doing=; say "error: $1"; exit 1; }
+note() { echo "$1" >> /var/lib/agent-vm/notes; }
+fetch() { curl -fsSL --connect-timeout 10 --speed-time 60 --retry 2 "$@"; }
+apt_install() { apt-get install -y --no-install-recommends "$@"; }
+# runuser keeps the environment, and with it the proxy variables.
+as_user() { runuser -u "$user" -- env HOME="$home" "$@"; }
+
+work=$(mktemp -d -p /var/tmp)  # /tmp is memory
+# What fails without words of its own ends here.
+ended() { rm -rf "$work"; [ -z "$doing" ] || say "error: $doing failed"; }
+trap ended EXIT
 
 step "setting up apt"
 cat > /etc/apt/apt.conf.d/90agent-vm <<'CONF'
-Acquire::Retries "2";
+Acquire::Retries "3";
 Acquire::http::Timeout "15";
-Acquire::https::Timeout "15";
 DPkg::Lock::Timeout "300";
 CONF
 # No need to survive a power cut while installing: an unfinished base instance is built anew.
 echo force-unsafe-io > /etc/dpkg/dpkg.cfg.d/agent-vm
 # A disposable VM must not spend its first minutes, and apt's lock, on upgrades.
 systemctl mask --now apt-daily.timer apt-daily-upgrade.timer
-[ -z "$PARAM_aptMirror" ] || use_mirror "$PARAM_aptMirror"
-for try in 1 2 3; do
-  if apt-get update --error-on=any; then break; fi
-  [ "$try" -lt 3 ] || note "Some package lists are missing: apt-get update failed three times."
-  sleep 5
-done
+
+if [ -n "$PARAM_aptMirror" ]; then
+  mirror=${PARAM_aptMirror%/}
+  security=${mirror%/*}/debian-security
+  # The cloud image names mirror lists (mirror+file:/etc/apt/mirrors/debian.list), others name URLs.
+  old='(https?|mirror\+file):/[^ ]*/debian' end='(\.list|/)?( |$)'
+  mapfile -t sources < <(
+    grep -lsE "$old$end" /etc/apt/sources.list /etc/apt/sources.list.d/debian.sources)
+  [ "${#sources[@]}" -gt 0 ] || fail "no Debian mirror to replace in /etc/apt/sources.list*"
+  sed -E -i "s#$old$end#$mirror\3#" "${sources[@]}"
+  # Mirrors keep the security suite beside the archive, as debian-security. When this one does not,
+  # security updates still come from where the image has them: better slow than silently missing.
+  if fetch -o /dev/null "$security/dists/$codename-security/InRelease"; then
+    sed -E -i "s#$old-security$end#$security\3#" "${sources[@]}"
+  else
+    note "Security updates from the image's own mirror: --apt-mirror has none."
+  fi
+fi
+apt-get update --error-on=any || note "Some package lists are missing: apt-get update failed."
 
 step "installing packages"
 packages=(ca-certificates curl git jq)
@@ -3664,177 +3658,72 @@ if [ "$PARAM_minimal" != true ]; then
     kitty-terminfo locales ncurses-term
     chromium fonts-liberation xauth xvfb
   )
-fi
-apt-get install -y --no-install-recommends "${packages[@]}"
-if [ "$PARAM_minimal" != true ]; then
   ln -sf /usr/bin/fdfind /usr/local/bin/fd  # Debian's name, because another package has fd
 fi
-
+apt_install "${packages[@]}"
 # The value is the host's LANG, whatever that holds: only a whole line of Debian's list counts.
 if grep -sqxF -e "$PARAM_locale UTF-8" /usr/share/i18n/SUPPORTED; then
-  step "generating the locale"
   echo "$PARAM_locale UTF-8" > /etc/locale.gen
   locale-gen
 fi
-
 # The project belongs to the host's user id: git would call that "dubious ownership" and refuse.
 git config --system --replace-all safe.directory '*'
 
-touch "$marker"
-""",
-    "provision/20-node.sh": r"""#!/bin/bash
-# Run by Lima in the guest, as root, at every boot; does its work once.
-# Node.js 22 and npm from NodeSource, else Debian's.
-set -eux -o pipefail
-marker=/var/lib/agent-vm/done/20-node
-[ ! -e "$marker" ] || exit 0
-mkdir -p "${marker%/*}"
-exec > >(tee -a /var/log/agent-vm-provision.log) 2>&1
-: "${PARAM_minimal:=false}" "${PARAM_npmRegistry:=}"
-
-step() { { set +x; } 2>/dev/null; echo "agent-vm: $1"; set -x; }
-fail() { step "error: $1"; exit 1; }
-note() { echo "$1" >> /var/lib/agent-vm/notes; }
-
-export DEBIAN_FRONTEND=noninteractive
-
-from_nodesource() {
-  local key=/etc/apt/keyrings/nodesource.asc
-  curl -fsSL --connect-timeout 10 --retry 1 -o "$key" \
-    https://deb.nodesource.com/gpgkey/nodesource-repo.gpg.key || return
-  cat > /etc/apt/sources.list.d/nodesource.sources <<SOURCES
-Types: deb
-URIs: https://deb.nodesource.com/node_22.x
-Suites: nodistro
-Components: main
-Signed-By: $key
-SOURCES
-  apt-get update && apt-get install -y --no-install-recommends 'nodejs=22.*'
-}
-
-from_debian() {
-  rm -f /etc/apt/sources.list.d/nodesource.sources /etc/apt/keyrings/nodesource.asc
-  apt-get install -y --no-install-recommends nodejs npm
-  note "Node.js $(node --version) from Debian: NodeSource could not be reached."
+# Packages of a vendor's own; when that fails, Debian's are taken, and apt knows the vendor no more.
+from_vendor() {  # NAME KEY-URL "URL SUITE COMPONENT" PACKAGE …
+  local key=/etc/apt/keyrings/$1.asc list=/etc/apt/sources.list.d/$1.list
+  fetch -o "$key" "$2" && echo "deb [signed-by=$key] $3" > "$list" &&
+    apt-get update && apt_install "${@:4}" && return
+  rm -f "$key" "$list"
+  return 1
 }
 
 if [ "$PARAM_minimal" != true ]; then
   step "installing Node.js"
-  from_nodesource || from_debian
-  if [ -n "$PARAM_npmRegistry" ]; then
-    [[ $PARAM_npmRegistry =~ ^https?://[^[:space:]]+$ ]] ||
-      fail "--npm-registry is not an http(s) URL"
-    npm config set --location=global registry "${PARAM_npmRegistry%/}/"
+  url=https://deb.nodesource.com
+  if ! from_vendor nodesource $url/gpgkey/nodesource-repo.gpg.key \
+    "$url/node_22.x nodistro main" 'nodejs=22.*'; then
+    apt_install nodejs npm
+    note "Node.js $(node --version) from Debian: NodeSource could not be reached."
   fi
-fi
+  [ -z "$PARAM_npmRegistry" ] ||
+    npm config set --location=global registry "${PARAM_npmRegistry%/}/"
 
-touch "$marker"
-""",
-    "provision/30-docker.sh": r"""#!/bin/bash
-# Run by Lima in the guest, as root, at every boot; does its work once.
-# Docker Engine with compose and buildx from Docker, else Debian's.
-set -eux -o pipefail
-marker=/var/lib/agent-vm/done/30-docker
-[ ! -e "$marker" ] || exit 0
-mkdir -p "${marker%/*}"
-exec > >(tee -a /var/log/agent-vm-provision.log) 2>&1
-: "${PARAM_minimal:=false}"
-user='{{.User}}'  # Lima fills it in
-
-step() { { set +x; } 2>/dev/null; echo "agent-vm: $1"; set -x; }
-note() { echo "$1" >> /var/lib/agent-vm/notes; }
-
-export DEBIAN_FRONTEND=noninteractive
-
-from_docker() {
-  local key=/etc/apt/keyrings/docker.asc
-  curl -fsSL --connect-timeout 10 --retry 1 -o "$key" \
-    https://download.docker.com/linux/debian/gpg || return
-  cat > /etc/apt/sources.list.d/docker.sources <<SOURCES
-Types: deb
-URIs: https://download.docker.com/linux/debian
-Suites: $(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)
-Components: stable
-Signed-By: $key
-SOURCES
-  apt-get update && apt-get install -y --no-install-recommends \
-    docker-ce docker-ce-cli containerd.io docker-buildx-plugin docker-compose-plugin
-}
-
-from_debian() {
-  rm -f /etc/apt/sources.list.d/docker.sources /etc/apt/keyrings/docker.asc
-  apt-get install -y --no-install-recommends docker.io docker-cli docker-buildx docker-compose
-  note "Docker Engine from Debian: Docker's repository could not be reached."
-}
-
-if [ "$PARAM_minimal" != true ]; then
   step "installing Docker"
-  from_docker || from_debian
+  url=https://download.docker.com/linux/debian
+  if ! from_vendor docker $url/gpg "$url $codename stable" \
+    docker-ce docker-ce-cli containerd.io docker-buildx-plugin docker-compose-plugin; then
+    apt_install docker.io docker-cli docker-buildx docker-compose
+    note "Docker Engine from Debian: Docker's repository could not be reached."
+  fi
   usermod -aG docker "$user"
   # Pulls need the host's proxy variables, which Lima writes to /etc/environment.
-  install -D -m 644 /dev/stdin /etc/systemd/system/docker.service.d/environment.conf <<'UNIT'
-[Service]
-EnvironmentFile=-/etc/environment
-UNIT
+  printf '[Service]\nEnvironmentFile=-/etc/environment\n' |
+    install -D -m 644 /dev/stdin /etc/systemd/system/docker.service.d/environment.conf
   # The daemon starts with the first docker command: a clone that does not use it boots faster.
   systemctl daemon-reload
   systemctl disable --now docker.service containerd.service
   systemctl enable --now docker.socket
 fi
 
-touch "$marker"
-""",
-    "provision/40-agent.sh": r"""#!/bin/bash
-# Run by Lima in the guest, as root, at every boot; does its work once.
-# Claude Code from its vendor's installer, else from npm; then the Chrome DevTools MCP server.
-set -eux -o pipefail
-marker=/var/lib/agent-vm/done/40-agent
-[ ! -e "$marker" ] || exit 0
-mkdir -p "${marker%/*}"
-exec > >(tee -a /var/log/agent-vm-provision.log) 2>&1
-: "${PARAM_minimal:=false}" "${PARAM_npmRegistry:=}"
-user='{{.User}}' home='{{.Home}}'  # Lima fills them in
-
-step() { { set +x; } 2>/dev/null; echo "agent-vm: $1"; set -x; }
-fail() { step "error: $1"; exit 1; }
-note() { echo "$1" >> /var/lib/agent-vm/notes; }
-fetch() { curl -fsSL --connect-timeout 10 --speed-time 60 --retry 2 "$@"; }
-# runuser keeps the environment, and with it the proxy variables.
-as_user() { runuser -u "$user" -- env HOME="$home" "$@"; }
-
-work=$(mktemp -d -p /var/tmp)  # /tmp is memory
-chmod 755 "$work"
-trap 'rm -rf "$work"' EXIT
-
-from_vendor() {
+claude_from_vendor() {
   fetch -o "$work/install.sh" https://claude.ai/install.sh &&
-    as_user timeout 900 bash "$work/install.sh" &&
+    as_user timeout 900 bash < "$work/install.sh" &&
     as_user "$home/.local/bin/claude" --version &&
     ln -sf "$home/.local/bin/claude" /usr/local/bin/claude
 }
 
-npm_registry() {
-  if [ -n "$PARAM_npmRegistry" ]; then
-    echo "${PARAM_npmRegistry%/}"
-  elif command -v npm > /dev/null; then
-    npm config get registry | sed 's#/$##'
-  fi
-}
-
 # The package holds one native binary, so neither Node.js nor npm is needed.
-from_npm() {
-  local registry package dist integrity
-  registry=$(npm_registry)
-  [ -n "$registry" ] ||
+claude_from_npm() {
+  local registry=${PARAM_npmRegistry%/} package tarball integrity
+  [ -n "$registry" ] || registry=$(npm config get registry | sed 's#/$##') ||
     fail "Claude Code's installer could not be reached and no npm registry is known: --npm-registry"
   package=claude-code-linux-$(dpkg --print-architecture | sed 's/amd64/x64/')
   fetch -o "$work/package.json" "$registry/@anthropic-ai%2f$package" ||
     fail "the npm registry gives no $package"
-  dist=$(jq -c '.versions[."dist-tags".latest].dist' "$work/package.json")
-  integrity=$(jq -r '.integrity' <<< "$dist")
-  [[ $integrity == sha512-* ]] || fail "the npm registry gives no sha512 for $package"
-  fetch -o "$work/claude.tgz" "$(jq -r '.tarball' <<< "$dist")" ||
-    fail "the npm registry gives no tarball of $package"
+  read -r tarball integrity < <(
+    jq -r '.versions[."dist-tags".latest].dist | "\(.tarball) \(.integrity)"' "$work/package.json")
+  fetch -o "$work/claude.tgz" "$tarball" || fail "the npm registry gives no tarball of $package"
   echo "$(base64 -d <<< "${integrity#sha512-}" | basenc --base16 -w0)  $work/claude.tgz" |
     sha512sum --check --strict ||
     fail "the tarball of $package is not what the npm registry promised"
@@ -3844,12 +3733,7 @@ from_npm() {
 }
 
 step "installing Claude Code"
-[[ -z $PARAM_npmRegistry || $PARAM_npmRegistry =~ ^https?://[^[:space:]]+$ ]] ||
-  fail "--npm-registry is not an http(s) URL"
-if ! from_vendor; then
-  from_npm
-fi
-
+claude_from_vendor || claude_from_npm
 if [ "$PARAM_minimal" != true ]; then
   step "installing the Chrome DevTools MCP server"
   if npm install -g --cache "$work/npm" --no-audit --no-fund --fetch-retries=1 \
@@ -3862,31 +3746,11 @@ if [ "$PARAM_minimal" != true ]; then
   fi
 fi
 
-touch "$marker"
-""",
-    "provision/50-finish.sh": r"""#!/bin/bash
-# Run by Lima in the guest, as root, at every boot; does its work once.
-# A kernel that can mount the project, a small disk, and the marker that says that all went well.
-set -eux -o pipefail
-marker=/var/lib/agent-vm/done/50-finish
-[ ! -e "$marker" ] || exit 0
-mkdir -p "${marker%/*}"
-exec > >(tee -a /var/log/agent-vm-provision.log) 2>&1
-
-step() { { set +x; } 2>/dev/null; echo "agent-vm: $1"; set -x; }
-fail() { step "error: $1"; exit 1; }
-
-export DEBIAN_FRONTEND=noninteractive
-
-for name in 10-packages 20-node 30-docker 40-agent; do
-  [ -e "${marker%/*}/$name" ] || fail "$name failed"
-done
-
 # Under QEMU the project is mounted over 9p, which Debian's cloud kernel lacks. The next boot uses
 # the generic one.
 if ! modprobe -n -q 9p && [[ $(systemd-detect-virt) =~ ^(qemu|kvm)$ ]]; then
   step "installing a kernel with 9p"
-  apt-get install -y --no-install-recommends "linux-image-$(dpkg --print-architecture)"
+  apt_install "linux-image-$(dpkg --print-architecture)"
   apt-get purge -y '?installed?name(^linux-image-.*cloud)'
 fi
 
@@ -3895,7 +3759,45 @@ apt-get clean
 rm -rf /var/lib/apt/lists/*
 fstrim / || true  # gives the freed blocks back to the host's disk file
 
-step "the base instance is complete"
+touch "$marker"
+doing=
+""",
+    "provision/20-test.sh": r"""#!/bin/bash
+# Run by Lima in the guest, as root, at every boot; does its work once, after 10-base.sh.
+# What a run needs answers. The marker says that the base instance is complete.
+set -eux -o pipefail
+marker=/var/lib/agent-vm/done/20-test
+[ ! -e "$marker" ] || exit 0
+[ -e "${marker%/*}/10-base" ] || exit 1  # its error is in the log
+# Once 10-base.sh has replaced the kernel, the running one has no modules, and no Docker starts.
+[ -d "/lib/modules/$(uname -r)/kernel" ] || exit 0
+exec > >(tee -a /var/log/agent-vm-provision.log) 2>&1
+: "${PARAM_minimal:=false}"
+user='{{.User}}' home='{{.Home}}'  # Lima fills them in
+
+say() { { set +x; } 2>/dev/null; echo "agent-vm: $1"; set -x; }
+check() {
+  runuser -u "$user" -- env -C "$home" HOME="$home" \
+    timeout 600 bash -lc "set -e -o pipefail; $1" ||
+    { say "error: smoke test failed: $1"; exit 1; }
+}
+
+say "testing it"
+for tool in claude git jq; do check "$tool --version"; done
+if [ "$PARAM_minimal" != true ]; then
+  for tool in curl gcc node npm rg fd gh; do check "$tool --version"; done
+  check "python3 -m venv /tmp/smoke"
+  check "docker compose version"
+  check "docker buildx version"
+  check "sg docker -c 'docker version'"
+  check "chromium --headless --disable-gpu --dump-dom data:text/html,smoke-test | grep smoke-test"
+fi
+# The next boot may take any installed kernel; each must have the mount type that the host confines.
+if [[ $(systemd-detect-virt) =~ ^(qemu|kvm)$ ]]; then
+  check "for k in /boot/vmlinuz-*; do /sbin/modinfo -k \"\${k#*/vmlinuz-}\" 9p; done"
+fi
+
+say "the base instance is complete"
 touch "$marker"
 """,
 }
