@@ -116,7 +116,7 @@ PURE = set(
     os.path.splitext os.path.commonpath os.path.commonprefix os.path.sep
     os.fsencode os.fsdecode os.fspath os.sep os.linesep os.pathsep os.devnull os.path os.error
     socket.timeout socket.gaierror socket.herror socket.error socket.inet_pton socket.inet_ntop
-    asyncio.iscoroutinefunction secrets.compare_digest
+    asyncio.iscoroutinefunction secrets.compare_digest http.client.responses
     """.split()
 )
 # A method of such a name is, as a rule, that of a dict, a list, a string …

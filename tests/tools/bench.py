@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 SCRIPT = Path(__file__).resolve().parents[2] / "agent_vm.py"
-BASE, CLONE = "agent-vm-base", "agent-vm-bench-0bench"
+CLONE = "agent-vm-bench-0bench"
 
 
 def quiet(*argv: str) -> None:
@@ -34,16 +34,29 @@ def script(*argv: str) -> Callable[[], None]:
     return lambda: quiet(sys.executable, str(SCRIPT), *argv)
 
 
-def by_hand() -> None:
+def lines_of(*argv: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in subprocess.check_output(argv, text=True).splitlines()]
+
+
+def base_name() -> str:
+    listed = lines_of(sys.executable, str(SCRIPT), "list", "--json")
+    names = [one["name"] for one in listed if one["role"] == "base"]
+    if not names:
+        raise SystemExit("no base instance: agent-vm setup")
+    return names[0]
+
+
+def by_hand(base: str) -> None:
     """The same VM with limactl and ssh only, mounting the same directory."""
-    instances = subprocess.check_output(["limactl", "list", "--format", "json"], text=True)
-    base = next(json.loads(line) for line in instances.splitlines() if f'"{BASE}"' in line)
+    folder = next(
+        one["dir"] for one in lines_of("limactl", "list", "--format", "json") if one["name"] == base
+    )
     mounts = json.dumps([{"location": os.getcwd(), "writable": True}])
     expression = f'.mountTypesUnsupported=[] | .mountType="9p" | .mounts={mounts}'
-    quiet("limactl", "clone", "--tty=false", BASE, CLONE, "--set", expression)
+    quiet("limactl", "clone", "--tty=false", base, CLONE, "--set", expression)
     try:
         quiet("limactl", "start", "--tty=false", CLONE)
-        config = Path(base["dir"]).parent / CLONE / "ssh.config"
+        config = Path(folder).parent / CLONE / "ssh.config"
         quiet("ssh", "-F", str(config), f"lima-{CLONE}", "claude --version && sync")
     finally:
         quiet("limactl", "stop", "-f", CLONE)
@@ -76,10 +89,15 @@ def main() -> None:
         "list": script("list"),
     }
     report(measure(small, 10 * rounds))
+    base = base_name()
     with tempfile.TemporaryDirectory() as project:
         os.chdir(project)
         whole = measure(
-            {"by hand": by_hand, "run -- --version": script("run", "--", "--version")}, rounds
+            {
+                "by hand": lambda: by_hand(base),
+                "run -- --version": script("run", "--", "--version"),
+            },
+            rounds,
         )
         os.chdir("/")
     report(whole)
