@@ -355,7 +355,23 @@ class Source:
             return opens_for_writing(call.args, call.keywords)
         return False
 
+    @cached_property
+    def world_variables(self) -> set[str]:
+        """Of the module, with a value from the world: a logger, a stream, what was set outside."""
+        found: set[str] = set()
+        for node in self.statements:
+            if not isinstance(node, (ast.Assign, ast.AnnAssign)) or node.value is None:
+                continue
+            if any(self.is_of_the_world(one) for one in self.references(node.value)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                found |= {target.id for target in targets if isinstance(target, ast.Name)}
+        return found
+
     def touches_world(self, reference: Reference) -> bool:
+        first = reference.name.partition(".")[0]
+        return first in self.world_variables or self.is_of_the_world(reference)
+
+    def is_of_the_world(self, reference: Reference) -> bool:
         name = reference.name
         if name in WORLD or self.is_of(reference, ("sys.stdin", "sys.stdout", "sys.stderr")):
             return name not in self.definitions
@@ -427,7 +443,7 @@ class Source:
 
 def acts(reference: Reference) -> bool:
     """Of a module of the world: its functions do. Its constants, classes and errors do not."""
-    return reference.name not in PURE and reference.last.lower() == reference.last
+    return reference.name not in PURE and not reference.last[0].isupper()
 
 
 def opens_for_writing(args: list[ast.expr], keywords: list[ast.keyword]) -> bool:
@@ -881,6 +897,13 @@ class RuleTest(unittest.TestCase):
         ):
             with self.subTest(use=use):
                 self.assert_finds(pure_sections_touch_nothing, old, f"    {use}\n{old}", way)
+
+    def test_pure_sections_and_variables_with_a_value_from_outside(self) -> None:
+        for value in ("os.environ['HOME']", "logging.getLogger('x')", "open('x')"):
+            with self.subTest(value=value):
+                text = GOOD.replace("LIMIT = 3", f"import logging\n\nLIMIT = {value}")
+                found = list(pure_sections_touch_nothing(Source("agent_vm.py", text)))
+                self.assertIn("shorter -> LIMIT", "\n".join(found))
 
     def test_pure_sections_may_have_names_of_the_world(self) -> None:
         for use in (
