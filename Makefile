@@ -26,7 +26,7 @@ embed:  ## copy lima/ into agent_vm.py
 	$(PYTHON) tests/tools/embed.py
 
 contract:  ## one list of commands against the fake and the real limactl
-	$(PYTHON) -m tests contract
+	$(PYTHON) -m tests _contract.
 
 vm-test:  ## boots real VMs with the limactl on PATH; see "Developing" in the README
 	$(PYTHON) -m tests --vm

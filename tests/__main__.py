@@ -1,8 +1,8 @@
 """Run the tests, and close with one line of counts.
 
-usage: python3 -m tests [-v] [--fast | --vm | WORD …]
+usage: python3 -m tests [-v] [--fast | --vm] [WORD …]
 
-WORD runs the classes whose name, tests.MODULE.CLASS, contains it. --fast runs the modules with
+WORD runs the tests whose name, tests.MODULE.CLASS.TEST, contains it. --fast runs the modules with
 `FAST = True`: tables, no processes. --vm boots real VMs. -v shows the ten slowest classes.
 """
 
@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import as_completed
 from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -38,8 +39,8 @@ class TestClass:
     """A class of tests; it runs in one process, as its tests may share what setUpClass made."""
 
     name: str
-    tests: int
-    cost: float  # seconds, about
+    tests: tuple[str, ...]
+    cost: float  # seconds, about, of the whole class
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,10 @@ class Result(unittest.TextTestResult):
         self.passed += 1
 
 
-def run_class(name: str) -> Outcome:
+def run_class(one: TestClass) -> Outcome:
     stream = io.StringIO()
-    suite = unittest.defaultTestLoader.loadTestsFromName(name)
+    names = [f"{one.name}.{test}" for test in one.tests]
+    suite = unittest.defaultTestLoader.loadTestsFromNames(names)
     total = suite.countTestCases()
     start = time.monotonic()
     runner = unittest.TextTestRunner(
@@ -83,7 +85,7 @@ def run_class(name: str) -> Outcome:
     if not result.wasSuccessful():
         failed = max(failed, 1)  # of tearDownClass, no test is short
     return Outcome(
-        name=name,
+        name=one.name,
         passed=passed,
         failed=failed,
         skipped=skipped,
@@ -97,9 +99,9 @@ def test_classes(module: str) -> Iterator[TestClass]:
     """Those of one module; that it cannot be imported is a traceback."""
     for value in vars(importlib.import_module(module)).values():
         if isinstance(value, type) and issubclass(value, unittest.TestCase):
-            tests = len(unittest.defaultTestLoader.getTestCaseNames(value))
+            tests = tuple(unittest.defaultTestLoader.getTestCaseNames(value))
             if tests and value.__module__ == module:
-                cost = getattr(value, "COST", tests * SECONDS_PER_TEST)
+                cost = getattr(value, "COST", len(tests) * SECONDS_PER_TEST)
                 yield TestClass(f"{module}.{value.__qualname__}", tests, cost)
 
 
@@ -112,20 +114,25 @@ def modules(fast: bool) -> list[str]:
     ]
 
 
+def only(one: TestClass, words: Iterable[str]) -> TestClass:
+    tests = [test for test in one.tests if any(word in f"{one.name}.{test}" for word in words)]
+    return replace(one, tests=tuple(tests))
+
+
 def chosen(options: argparse.Namespace) -> list[TestClass]:
     """Longest first: none of those is left for the end, when the other workers are idle."""
     names = ["tests.vm_test"] if options.vm else modules(options.fast)
     found = [one for module in names for one in test_classes(module)]
-    for word in options.words:
-        if not any(word in one.name for one in found):
-            raise SystemExit(f"no class of tests has {word!r} in its name")
     if options.words:
-        found = [one for one in found if any(word in one.name for word in options.words)]
+        found = [only(one, options.words) for one in found]
+    if not any(one.tests for one in found):
+        raise SystemExit(f"no test has {' or '.join(options.words)} in its name")
+    found = [one for one in found if one.tests]
     return sorted(found, key=lambda one: -one.cost)
 
 
 def outcomes_here(classes: Iterable[TestClass]) -> Iterator[Outcome]:
-    return (run_class(one.name) for one in classes)
+    return (run_class(one) for one in classes)
 
 
 def outcomes_of_workers(classes: Iterable[TestClass]) -> Iterator[Outcome]:
@@ -135,7 +142,7 @@ def outcomes_of_workers(classes: Iterable[TestClass]) -> Iterator[Outcome]:
     """
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with ProcessPoolExecutor((os.cpu_count() or 1) + 1, context) as pool:
-        for done in as_completed([pool.submit(run_class, one.name) for one in classes]):
+        for done in as_completed([pool.submit(run_class, one) for one in classes]):
             yield done.result()
 
 
