@@ -350,6 +350,8 @@ class Source:
         if self.calls_method(reference, ONE_ARGUMENT):
             return len(call.args) == 1 and not call.keywords
         if reference.name in OPENERS:
+            if call.args and self.full_name(call.args[0]) == "os.devnull":
+                return False  # what is written there is written nowhere
             return opens_for_writing(call.args[1:], call.keywords)
         if self.calls_method(reference, {"open"}):
             return opens_for_writing(call.args, call.keywords)
@@ -955,7 +957,8 @@ class RuleTest(unittest.TestCase):
     def test_below_the_banner_reading_is_free(self) -> None:
         old = "    write(Path("
         for use in (
-            "open('x')", "open('x', 'rb')", "Path('x').open()", "os.open('x', os.O_RDONLY)",
+            "open('x')", "open('x', 'rb')", "os.open(os.devnull, os.O_WRONLY)",
+            "Path('x').open()", "os.open('x', os.O_RDONLY)",
             "'x'.replace('y', 'z')", "Path('x').exists()", "subprocess.DEVNULL", "os.getpid()",
         ):  # fmt: skip
             with self.subTest(use=use):
