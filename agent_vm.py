@@ -8,9 +8,16 @@ and deletes it. The exit status is the agent's.
     agent_vm.py run -- -p "fix the bug"  run Claude Code on the current directory
     agent_vm.py shell                    a shell in a fresh VM with the current directory
 
-It starts limactl, ssh and git (in `setup` also npm, and sudo or brew after asking); it writes below
-its state, config and data folders (`info` shows them) and into Lima's home, never into the project.
-It needs the network only in `setup`.
+Starts:   limactl, ssh, git, python3, npm, sudo, tar, ps, sysctl
+          (python3 with --github only, for the GitHub proxy; npm, and after asking sudo and tar,
+          in setup only; ps and sysctl on macOS only)
+Reads:    ~/.config/agent-vm (config.ini, credential, and setup.sh and runtime.sh, which run in the
+          guest: once, and before each agent), ~/.claude-vm.setup.sh (as setup.sh), git's global
+          configuration, .git of the project (its config with --github only), its environment
+Writes:   ~/.local/state/agent-vm, ~/.config/agent-vm, ~/.local/share/agent-vm (Lima, where setup
+          gets it), Lima's home ~/.lima, TMPDIR, and the directory that `template export` names;
+          never the project
+Reaches:  the guest, by ssh to a port of 127.0.0.1; Lima's release, when setup gets it
 """
 
 from __future__ import annotations
@@ -26,36 +33,29 @@ import shlex
 import shutil
 import signal
 import stat
-import string
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
-from collections.abc import Collection
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from typing import NamedTuple
-from typing import NoReturn
 
 __version__ = "0.1.0"
 
-# Modules that few commands need are imported in the functions that use them: `shell-init` runs at
-# every start of a shell, and each of them costs it some milliseconds.
+# What `child`, the only door to other programs, lets through.
+STARTS = frozenset(("limactl", "ssh", "git", "python3", "npm", "sudo", "tar", "ps", "sysctl"))
 
 # Docker's convention: 125 is a failure of ours around the guest's command, never the command's.
 EXIT_OURS = 125
+SSH_FAILED = 255  # ssh's own status; a guest's command may have it, too
 
-MIN_LIMA = (2, 0)  # `limactl clone` with --mount-only/--set, and protect, as used here
-LIMA_RELEASE = "2.2.0"
-LIMA_URL = f"https://github.com/lima-vm/lima/releases/download/v{LIMA_RELEASE}"
-
-BASE = "agent-vm-base"
+# A base instance has a name of its own each time it is built; a file says which one is meant.
+BASE_NAME = re.compile(r"agent-vm-base(-[a-z0-9-]+)?\.[0-9a-f]{6}")
 CLONE_NAME = re.compile(r"agent-vm-[a-z0-9-]*[a-z0-9]-[0-9a-f]{6}")
-BASE_NAME = re.compile(r"agent-vm-base(-[a-z0-9-]+)?(\.new|\.old|\.swap)?")
 
 # $LIMA_HOME/NAME/ssh.sock.<16 random> must fit in sockaddr_un.sun_path: 104 bytes on macOS.
 SOCKET_PATH_MAX = 104
@@ -65,41 +65,12 @@ SOCKET_NAME = "/ssh.sock.1234567890123456"
 # that serves every file of the user, and the guest's root holds the other end of it.
 CONFINED_MOUNT_TYPE = {"qemu": "9p", "vz": "virtiofs", "krunkit": "virtiofs"}
 
-# What Lima refuses as a mount point (limayaml/validate.go), said before anything is created.
-SYSTEM_DIRS = ("/bin", "/dev", "/etc", "/home", "/opt", "/sbin", "/tmp", "/usr", "/var")
+# The usual ways to write a repository's address; each is led to the proxy in the guest.
+GITHUB_FORMS = ("https://github.com/", "git@github.com:", "ssh://git@github.com/")
 
 # Paths of these characters survive cloud-init's YAML, fstab and QEMU's option syntax; others are
 # mounted through a link under /mnt/agent-vm.
 PLAIN_PATH = re.compile(r"/[A-Za-z0-9_./+-]*")
-
-CREDENTIALS = ("CLAUDE_CODE_OAUTH_TOKEN", "ANTHROPIC_API_KEY")
-CREDENTIAL_PREFIX = {"sk-ant-oat": CREDENTIALS[0], "sk-ant-api": CREDENTIALS[1]}
-
-# Passed from the host's environment into the guest: how the terminal looks, which model answers.
-PASSED_ENV = (
-    "COLORTERM", "NO_COLOR", "FORCE_COLOR", "TERM_PROGRAM", "LANG",
-    "ANTHROPIC_BASE_URL", "ANTHROPIC_MODEL", "ANTHROPIC_SMALL_FAST_MODEL",
-)  # fmt: skip
-
-GITHUB_TOKEN = "GITHUB_MCP_TOKEN"  # for the proxy alone
-GITHUB_PROXY = "github_mcp_proxy.py"
-# GitHub takes no repository that is called so: "." and "..", or x.git and x.wiki.
-OWNER_REPO = r"([A-Za-z0-9][A-Za-z0-9_-]*/(?!\.{1,2}/?$)[A-Za-z0-9._-]+?(?<!\.git)(?<!\.wiki))"
-GITHUB_URL = re.compile(
-    r"(?:https?://(?:[^@/]*@)?(?:www\.)?github\.com(?::443)?/"
-    r"|ssh://git@(?:ssh\.)?github\.com(?::\d+)?/|git@(?:ssh\.)?github\.com:/?)"
-    + OWNER_REPO + r"(?:\.git)?/?",
-    re.IGNORECASE,
-)  # fmt: skip
-# The ways to write a repository's address; each is led to the proxy in the guest.
-GITHUB_FORMS = ("https://github.com/", "git@github.com:", "ssh://git@github.com/")
-
-PROXY = re.compile(r"(https?|all|no)_proxy", re.IGNORECASE)
-
-PROVISION_LOG = "/var/log/agent-vm-provision.log"
-PROVISION_DONE = "/var/lib/agent-vm/done/50-finish"
-PROJECT_HOOK = ".claude-vm.runtime.sh"
-AGENT = ("claude", "--dangerously-skip-permissions")
 
 
 class AgentVMError(Exception):
@@ -128,7 +99,7 @@ class Instance(NamedTuple):
     name: str
     status: str
     dir: Path
-    hostname: str = ""  # its name in ssh.config: NAME with its dots made dashes
+    hostname: str = ""  # its name in ssh.config: lima-NAME with its dots made dashes
     vm_type: str = ""
     mount_type: str = ""
     mounts: tuple[tuple[str, bool], ...] = ()  # (location, writable), Lima's defaults merged in
@@ -137,20 +108,27 @@ class Instance(NamedTuple):
     home: str = ""
     cpus: int = 0
     memory: int = 0
-    protected: bool = False
+
+
+class Place(NamedTuple):
+    """A path of the host with what the file system says of it: names alone can be spelt twice."""
+
+    path: str
+    identity: tuple[int, int] | None = None  # device and inode; None when it does not exist
+    around: frozenset[tuple[int, int]] = frozenset()  # of itself and of every folder above it
 
 
 class Mount(NamedTuple):
-    """A host folder in the guest: `source` on the host, `target` in the guest, both absolute."""
+    """A host folder in the guest; `target` is its absolute path there."""
 
-    source: str
+    source: Place
     target: str
     writable: bool = False
-    written: str = ""  # the source before links were followed
+    written: Place | None = None  # the source as the user wrote it, its links not followed
 
 
 class Lease(NamedTuple):
-    """Who owns a clone. A lease whose process is gone makes its clone an orphan."""
+    """Who owns an instance. A lease whose process is gone makes it an orphan."""
 
     name: str
     pid: int
@@ -162,6 +140,8 @@ class Lease(NamedTuple):
 
 
 class Credential(NamedTuple):
+    """A credential for the model; its value must never be printed."""
+
     name: str
     value: str
     origin: str
@@ -170,15 +150,26 @@ class Credential(NamedTuple):
         return f"<{self.name} from {self.origin}>"
 
 
+class GitHubChoice(NamedTuple):
+    """What a GitHub proxy is started with: the repository, and all that it needs but its secret."""
+
+    repo: str  # OWNER/REPO
+    remote: str  # the project's remote as it is written, "" when it names another repository
+    environ: Mapping[str, str]  # the whole environment of the proxy; it may hold the token
+    options: Sequence[str]
+
+    def __repr__(self) -> str:
+        return f"<GitHub {self.repo}>"
+
+
 class GitHub(NamedTuple):
     """A running GitHub proxy, as far as its guest must know it."""
 
-    repo: str  # OWNER/REPO
+    repo: str
     port: int
     secret: str
     readonly: bool
-    remote: str  # the project's remote as it is written, "" when it is not from there
-    asking: subprocess.Popen[bytes] | None = None  # the proxy, with --confirm-writes
+    remote: str = ""
 
     def __repr__(self) -> str:
         return f"<proxy for {self.repo} on port {self.port}>"
@@ -188,125 +179,47 @@ class GitHub(NamedTuple):
         return f"http://host.lima.internal:{self.port}"
 
 
-class HostFacts(NamedTuple):
-    """What the checks before a setup look at; sizes in bytes."""
+class Plan(NamedTuple):
+    """All that was decided about a run before anything is started."""
 
-    system: str
-    machine: str
-    root: bool
-    cpus: int
-    memory: int
-    disk_free: int
-    kvm: bool
-    qemu: bool
-    qemu_img: bool
-    os_release: Mapping[str, str]
-
-
-# --- pure core: data in, data out ---
-
-
-def parse_instances(stdout: str) -> list[Instance]:
-    """Read `limactl list --format json`: one object a line (limactl 2.x)."""
-    try:
-        return [instance_from(json.loads(line)) for line in stdout.splitlines() if line.strip()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AgentVMError(
-            f"limactl list printed something that is not its JSON: {error}",
-            hint="check with: limactl list --format json",
-        ) from error
+    project: str
+    argv: Sequence[str]
+    mounts: Sequence[Mount]
+    sizes: Sequence[str] = ()  # --cpus=N and --memory=N, where they are not the base instance's
+    forward: bool = True
+    keep: bool = False
+    agent: bool = True  # argv is Claude Code, not a command of the user's
+    variables: Mapping[str, str] = {}
+    credential: Credential | None = None
+    hooks: Sequence[Path] = ()
+    git_identity: Mapping[str, str] = {}
+    zone: str = ""  # like Europe/Berlin
+    github: GitHubChoice | None = None
+    briefing: str = ""  # what the agent should know before it tries
 
 
-def instance_from(fields: Mapping[str, Any]) -> Instance:
-    config = fields.get("config") or {}
-    return Instance(
-        name=str(fields["name"]),
-        status=str(fields["status"]),
-        dir=Path(fields["dir"]),
-        hostname=str(fields.get("hostname") or f"lima-{fields['name']}"),
-        vm_type=str(fields.get("vmType") or ""),
-        mount_type=str(config.get("mountType") or ""),
-        mounts=tuple((m["location"], bool(m.get("writable"))) for m in config.get("mounts") or ()),
-        writes_host=bool(config.get("copyToHost"))
-        or any(
-            rule.get("hostSocket") or rule.get("reverse")
-            for rule in config.get("portForwards") or ()
-        ),
-        forward_agent=bool((config.get("ssh") or {}).get("forwardAgent")),
-        home=str((config.get("user") or {}).get("home") or ""),
-        cpus=int(fields.get("cpus") or 0),
-        memory=int(fields.get("memory") or 0),
-        protected=bool(fields.get("protected")),
-    )
+# --- pure: what an agent may get ---
 
 
-def parse_lima_version(text: str) -> tuple[int, ...]:
-    match = re.search(r"(\d+)\.(\d+)(?:\.(\d+))?", text)
-    if not match:
-        raise AgentVMError(f"limactl --version printed {text.strip()[:80]!r}")
-    return tuple(int(part) for part in match.groups(default="0"))
+def inside(place: Place, folder: Place) -> bool:
+    """Whether `place` is `folder` or lies below it, by its path or under another name of it."""
+    by_path = place.path == folder.path or place.path.startswith(folder.path.rstrip("/") + "/")
+    return by_path or folder.identity in place.around
 
 
-def base_name(suffix: str) -> str:
-    return f"{BASE}-{suffix}" if suffix else BASE
+def overlaps(place: Place, other: Place) -> bool:
+    return inside(place, other) or inside(other, place)
 
 
-def is_clone(name: str) -> bool:
-    return CLONE_NAME.fullmatch(name) is not None
-
-
-def is_base(name: str) -> bool:
-    """A base instance, one being built (.new) or the previous one (.old)."""
-    return BASE_NAME.fullmatch(name) is not None and not is_clone(name)
-
-
-def clone_name(directory: str, tag: str, lima_home: str) -> str:
-    """`agent-vm-SLUG-TAG`, the slug cut so that Lima's ssh socket path fits."""
-    slug = re.sub(r"[^a-z0-9]+", "-", directory.lower()).strip("-") or "project"
-    fixed = len(os.fsencode(lima_home)) + len("/agent-vm--") + len(tag) + len(SOCKET_NAME)
-    room = SOCKET_PATH_MAX - 1 - fixed
-    if room < 1:
-        raise AgentVMError(
-            f"the path of Lima's home is too long for its sockets: {lima_home}",
-            hint="set LIMA_HOME to a shorter path",
-        )
-    return f"agent-vm-{slug[: min(room, 30)].strip('-') or 'p'}-{tag}"
-
-
-def session_key(project: str) -> str:
-    """The folder name of a project's transcripts: readable, and distinct for distinct paths."""
-    import hashlib
-
-    slug = re.sub(r"[^a-z0-9]+", "-", os.path.basename(project).lower()).strip("-")
-    return f"{slug[:30] or 'project'}-{hashlib.sha256(os.fsencode(project)).hexdigest()[:12]}"
-
-
-def inside(path: str, folder: str) -> bool:
-    """Whether `path` is `folder` or lies below it, under whatever spelling of its name."""
-    if path == folder or path.startswith(folder.rstrip("/") + "/"):
-        return True
-    try:
-        wanted = os.stat(folder)
-        return any(
-            os.path.samestat(parent.stat(), wanted) for parent in (Path(path), *Path(path).parents)
-        )
-    except OSError:
-        return False
-
-
-def overlaps(path: str, other: str) -> bool:
-    return inside(path, other) or inside(other, path)
-
-
-def mount_refusal(path: str, home: str, private: Mapping[str, str]) -> str:
-    """Why `path` should not be given to an agent, or "". All paths are resolved."""
-    if path == "/":
+def mount_refusal(place: Place, home: Place, private: Mapping[str, Place]) -> str:
+    """Why a folder should not be given to an agent, or ""."""
+    if place.path == "/":
         return "it is the root of the file system"
-    if inside(home, path):
-        return f"it holds the home directory {home}"
+    if inside(home, place):
+        return f"it holds the home directory {home.path}"
     for name, folder in private.items():
-        if overlaps(path, folder):
-            return f"it overlaps {name} ({folder})"
+        if overlaps(place, folder):
+            return f"it overlaps {name} ({folder.path})"
     return ""
 
 
@@ -319,52 +232,58 @@ def mounts_problem(mounts: Sequence[Mount]) -> str:
             return f"{mount.target} would be mounted twice"
         for folder in writable:
             if not mount.writable and overlaps(mount.source, folder):
-                return f"{mount.source} would be read-only, but {folder} is writable"
-            if mount.written and inside(mount.written, folder) and not inside(mount.source, folder):
-                return f"{mount.written} leads out of {folder}: an agent may have made that link"
+                return f"{mount.source.path} would be read-only, but {folder.path} is writable"
+            leads_out = not inside(mount.source, folder)
+            if mount.written and leads_out and inside(mount.written, folder):
+                return (
+                    f"{mount.written.path} leads out of {folder.path}:"
+                    " an agent may have made that link"
+                )
     return ""
 
 
 def unusable_path(path: str) -> str:
     """Why a path cannot be mounted at the same place in a guest, or ""."""
-    if path in SYSTEM_DIRS:
-        return "the guest needs its own"
     if any(ord(char) < 32 or ord(char) == 127 for char in path):
         return "it contains a control character"
-    if not path.isprintable() and any(0xDC80 <= ord(char) <= 0xDCFF for char in path):
+    if any(0xDC80 <= ord(char) <= 0xDCFF for char in path):  # what Python makes of other bytes
         return "its name is not UTF-8"
     return ""
 
 
-def parse_mount(spec: str) -> Mount:
-    """DIR[:ro|:rw][:GUESTPATH]; read-only unless said, and at the same path unless said."""
-    match = re.fullmatch(r"(.+?)(?::(ro|rw))?(?::(/.*))?", spec, re.DOTALL)
-    written = os.path.abspath(os.path.expanduser(match[1] if match else spec))
-    source = os.path.realpath(written)
-    if not match or not os.path.isdir(source):
-        raise argparse.ArgumentTypeError(f"{spec!r}: {source} is not a directory")
-    return Mount(source, os.path.normpath(match[3] or source), match[2] == "rw", written)
+def policy_problem(policies: Sequence[Place], mounts: Sequence[Mount]) -> str:
+    """Why a policy file cannot be believed, or "": what an agent can write must not bind it.
+
+    `policies`: the file as it was written, and where its links lead.
+    """
+    for policy in policies:
+        for mount in mounts:
+            if inside(policy, mount.source):
+                return f"the policy {policy.path} lies in {mount.source.path}, which is mounted"
+    return ""
 
 
-def lima_mounts(mounts: Sequence[Mount], links: Path) -> list[dict[str, Any]]:
+def lima_mounts(mounts: Sequence[Mount], mount_type: str, links: Path) -> list[dict[str, Any]]:
     """The `mounts:` of the clone's YAML; awkward paths go through `links/N` and /mnt/agent-vm/N."""
     result = []
     for index, mount in enumerate(mounts):
-        plain = PLAIN_PATH.fullmatch(mount.source)
-        result.append({
-            "location": mount.source if plain else str(links / str(index)),
+        plain = PLAIN_PATH.fullmatch(mount.source.path)
+        entry = {
+            "location": mount.source.path if plain else str(links / str(index)),
             "mountPoint": guest_mount_point(mount, index),
             "writable": mount.writable,
+        }
+        if mount_type == "9p":
             # Lima's default for read-only mounts, fscache, shows old contents for minutes after
             # the host has written a file anew.
-            "9p": {"cache": "mmap"},
-        })  # fmt: skip
+            entry["9p"] = {"cache": "mmap"}
+        result.append(entry)
     return result
 
 
 def guest_mount_point(mount: Mount, index: int) -> str:
     """Where Lima mounts it; the home of the guest's user is filled by a bind mount later."""
-    direct = PLAIN_PATH.fullmatch(mount.target) and mount.target == mount.source
+    direct = PLAIN_PATH.fullmatch(mount.target) and mount.target == mount.source.path
     return mount.target if direct else f"/mnt/agent-vm/{index}"
 
 
@@ -407,84 +326,122 @@ def isolation_faults(instance: Instance, expected: Sequence[Mapping[str, Any]]) 
     return faults
 
 
-def clamp(value: int, host_total: int) -> int:
-    """At most half of what the host has, at least 1."""
-    return max(1, min(value, host_total // 2))
+def lease_is_live(lease: Lease, this_boot: str, start: str) -> bool:
+    """Whether the process that took the lease still runs: same boot, same pid, same start time.
 
-
-def qemu_install_command(os_release: Mapping[str, str], machine: str) -> str:
-    """The one line that installs QEMU on this Linux distribution, or "" when unknown."""
-    arm = machine in ("aarch64", "arm64")
-    families = f"{os_release.get('ID', '')} {os_release.get('ID_LIKE', '')}".split()
-    short, long = ("arm", "aarch64") if arm else ("x86", "x86")
-    commands = {
-        "debian": f"apt-get install -y qemu-system-{short} qemu-utils openssh-client",
-        "fedora": f"dnf install -y qemu-system-{long} qemu-img openssh-clients",
-        "rhel": "dnf install -y qemu-kvm qemu-img openssh-clients",
-        "arch": f"pacman -S --noconfirm qemu-system-{long} qemu-img openssh",
-        "suse": f"zypper --non-interactive install qemu-{short} qemu-tools openssh-clients",
-        "alpine": f"apk add qemu-system-{'aarch64' if arm else 'x86_64'} qemu-img openssh-client",
-    }
-    return next((f"sudo {commands[name]}" for name in families if name in commands), "")
-
-
-def trusted_path(path: str, project: str) -> str:
-    """PATH without what an agent can write (a project's .venv/bin) and without relative entries."""
-
-    def planted(entry: str) -> bool:
-        real = os.path.realpath(entry)
-        chain = [
-            parent for parent in (real, *map(str, Path(real).parents)) if inside(parent, project)
-        ]
-        return any(os.access(folder, os.W_OK) for folder in chain)
-
-    entries = path.split(os.pathsep)
-    return os.pathsep.join(e for e in entries if os.path.isabs(e) and not (project and planted(e)))
-
-
-def parse_os_release(text: str) -> dict[str, str]:
-    pairs = (line.split("=", 1) for line in text.splitlines() if "=" in line)
-    return {key: value.strip("\"'") for key, value in pairs}
-
-
-def setup_problems(host: HostFacts, minimal: bool, memory: int) -> list[tuple[str, str]]:
-    """(problem, next step) for everything that would make a setup fail later; memory in GiB."""
-    need = (4 if minimal else 10) << 30
-    problems = []
-    if host.root:
-        problems.append(("running as root: limactl refuses it", "run as an ordinary user"))
-    if host.system == "Linux" and not (host.qemu and host.qemu_img):
-        install = qemu_install_command(host.os_release, host.machine)
-        missing = "QEMU" if not host.qemu else "qemu-img"
-        problems.append((f"{missing} is not installed", install or "install QEMU with its tools"))
-    if host.disk_free < need:
-        problems.append((
-            f"{host.disk_free >> 30} GiB free in Lima's home; setup needs {need >> 30}",
-            "free some space, or set LIMA_HOME to another disk",
-        ))  # fmt: skip
-    if memory << 30 > host.memory:
-        problems.append((
-            f"--memory {memory}: the host has {host.memory >> 30} GiB", "ask for less memory"
-        ))  # fmt: skip
-    return problems
-
-
-def lease_is_live(lease: Lease, boot_id: str, start_of: Callable[[int], str]) -> bool:
-    """The process that took the lease still runs: same boot, same pid, same start time."""
-    if not boot_id:
+    `this_boot`: its id; `start`: when the process that has the lease's pid now was started.
+    """
+    if not this_boot:
         return True  # unknown: nothing may be deleted
-    return lease.boot_id == boot_id and bool(lease.start) and start_of(lease.pid) == lease.start
+    return lease.boot_id == this_boot and bool(lease.start) and start == lease.start
 
 
-def lease_from(text: str) -> Lease:
-    fields = json.loads(text)
-    lease = Lease(
-        str(fields["name"]), int(fields["pid"]), str(fields["start"]), str(fields["boot_id"]),
-        str(fields["project"]), float(fields["created"]), bool(fields.get("keep")),
-    )  # fmt: skip
-    if not is_clone(lease.name) and not (is_base(lease.name) and lease.name.endswith(".new")):
+# --- pure: names, and what Lima and git say ---
+
+
+def is_clone(name: str) -> bool:
+    return CLONE_NAME.fullmatch(name) is not None
+
+
+def is_base(name: str) -> bool:
+    return BASE_NAME.fullmatch(name) is not None
+
+
+def clone_name(directory: str, tag: str, lima_home: str) -> str:
+    """`agent-vm-SLUG-TAG`, the slug cut so that Lima's ssh socket path fits."""
+    slug = re.sub(r"[^a-z0-9]+", "-", directory.lower()).strip("-") or "project"
+    fixed = len(os.fsencode(lima_home)) + len("/agent-vm--") + len(tag) + len(SOCKET_NAME)
+    room = SOCKET_PATH_MAX - 1 - fixed
+    if room < 1:
+        raise AgentVMError(
+            f"the path of Lima's home is too long for its sockets: {lima_home}",
+            hint="set LIMA_HOME to a shorter path",
+        )
+    return f"agent-vm-{slug[: min(room, 30)].strip('-') or 'p'}-{tag}"
+
+
+def session_key(project: str) -> str:
+    """The file name for what is kept of a project: readable, and distinct for distinct paths."""
+    import hashlib
+
+    slug = re.sub(r"[^a-z0-9]+", "-", os.path.basename(project).lower()).strip("-")
+    return f"{slug[:30] or 'project'}-{hashlib.sha256(os.fsencode(project)).hexdigest()[:12]}"
+
+
+def parse_instances(stdout: str) -> list[Instance]:
+    """Read `limactl list --format json`: one object a line (limactl 2.x)."""
+    try:
+        return [instance_from(json.loads(line)) for line in stdout.splitlines() if line.strip()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AgentVMError(
+            f"limactl list printed something that is not its JSON: {error}",
+            hint="check with: limactl list --format json",
+        ) from error
+
+
+def instance_from(fields: Mapping[str, Any]) -> Instance:
+    config = fields.get("config") or {}
+    forwards = config.get("portForwards") or ()
+    return Instance(
+        name=str(fields["name"]),
+        status=str(fields["status"]),
+        dir=Path(fields["dir"]),
+        hostname=str(fields.get("hostname") or f"lima-{fields['name']}"),
+        vm_type=str(fields.get("vmType") or ""),
+        mount_type=str(config.get("mountType") or ""),
+        mounts=tuple((m["location"], bool(m.get("writable"))) for m in config.get("mounts") or ()),
+        forward_agent=bool((config.get("ssh") or {}).get("forwardAgent")),
+        writes_host=bool(config.get("copyToHost"))
+        or any(rule.get("hostSocket") or rule.get("reverse") for rule in forwards),
+        home=str((config.get("user") or {}).get("home") or ""),
+        cpus=int(fields.get("cpus") or 0),
+        memory=int(fields.get("memory") or 0),
+    )
+
+
+def limactl_reason(stderr: str) -> str:
+    """limactl's own last words: its logrus error lines, else its last line, else ""."""
+    messages = re.findall(r'level=(?:error|fatal) msg="((?:[^"\\]|\\.)*)"', stderr)
+    if messages:
+        return str(messages[-1]).replace('\\"', '"').replace("\\n", "; ")
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def lease_from(written: str) -> Lease:
+    fields = json.loads(written)
+    numbers = {"pid": int(fields["pid"]), "created": float(fields["created"])}
+    lease = Lease(**{**fields, **numbers})
+    if not is_clone(lease.name) and not is_base(lease.name):
         raise ValueError(f"not a name of ours: {lease.name!r}")
     return lease
+
+
+def printable(words: str) -> str:
+    """Words of others, fit for a terminal: nothing that is invisible or that moves the rest.
+
+    A run of spaces could make a guest's words begin a line of their own on a narrow terminal.
+    """
+    import unicodedata
+
+    def plain(char: str) -> bool:
+        turned = unicodedata.bidirectional(char) in ("NSM", "R", "AL", "AN")
+        return char.isprintable() and not turned and char not in "\u2800\u3164\u115f\u1160\uffa0"
+
+    return re.sub(" {2,}", " ", "".join(char if plain(char) else "?" for char in words))
+
+
+# --- pure: what the guest is told ---
+
+
+def exports(variables: Mapping[str, str]) -> str:
+    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
+
+
+def pipe(command: str, contents: str) -> str:
+    """Shell that gives `contents` to a command's stdin; base64 keeps every byte as it is."""
+    data = contents.encode("utf-8", "surrogateescape")
+    return f"base64 -d <<'END' | {command}\n{base64.b64encode(data).decode()}\nEND"
 
 
 def claude_config(
@@ -511,186 +468,32 @@ def claude_config(
     return config
 
 
-def github_repository(url: str) -> str:
-    """OWNER/REPO of a remote on github.com, "" for any other."""
-    match = GITHUB_URL.fullmatch(url)
-    return match[1] if match else ""
-
-
-def git_remote(settings: Sequence[tuple[str, str]], head: str) -> str:
-    """The URL of the remote that the branch in HEAD tracks, else of origin, else ""; as written.
-
-    `settings`: (key, value) as git prints them: section and last name in lower case.
-    """
-    values: dict[str, str] = {}
-    for key, value in settings:
-        values.setdefault(key, value)
-    branch = head[len("ref: refs/heads/") :] if head.startswith("ref: refs/heads/") else ""
-    tracked = dict(settings).get(f"branch.{branch}.remote", "")
-    return values.get(f"remote.{tracked}.url") or values.get("remote.origin.url", "")
-
-
-def instead_of(url: str, settings: Sequence[tuple[str, str]]) -> str:
-    """`url` as git rewrites it: the longest url.BASE.insteadOf that it starts with (git-config)."""
-    rules = [
-        (value, key[len("url.") : -len(".insteadof")])
-        for key, value in settings
-        if key.startswith("url.") and key.endswith(".insteadof") and url.startswith(value)
-    ]
-    old, new = max(rules, key=lambda rule: len(rule[0]), default=("", ""))
-    return new + url[len(old) :]
-
-
 def guest_git_config(github: GitHub) -> str:
     """The guest's way to the one repository: its usual addresses lead to the proxy.
 
-    git compares prefixes, the longest wins, and OWNER/REPO is one of OWNER/REPO-docs (as .git is of
-    .github.io): longer ones keep those as they are.
+    git compares prefixes, so OWNER/REPO-docs is led there, too; the proxy refuses it with a reason.
     """
-    served = f"{github.url}/git/{github.repo}.git"
+    usual = [f"{form}{github.repo}{end}" for form in GITHUB_FORMS for end in ("", ".git")]
+    addresses = dict.fromkeys([*usual, github.remote] if github.remote else usual)
     lines = [
         f'[http "{github.url}/"]',
         f'\textraHeader = "Authorization: Bearer {github.secret}"',
         "\tproxy =",
-        f'[url "{served}"]',
+        f'[url "{github.url}/git/{github.repo}.git"]',
+        *(f"\tinsteadOf = {json.dumps(url, ensure_ascii=False)}" for url in addresses),
     ]
-    written = [f"{form}{github.repo}{end}" for form in GITHUB_FORMS for end in ("", ".git")]
-    lines += [
-        f"\tinsteadOf = {json.dumps(url, ensure_ascii=False)}"
-        for url in dict.fromkeys([*written, github.remote])
-        if url
-    ]
-    more = f"-._{string.digits}{string.ascii_letters}"
-    others = (url + char for url in written for char in more)
-    lines += [f'[url "{url}"]\n\tinsteadOf = {url}' for url in others if url not in written]
     return "\n".join(lines) + "\n"
 
 
-def github_briefing(github: GitHub) -> str:
-    """What the agent should know before it tries; it goes into its memory file in the guest."""
-    write = (
-        "Everything there is read-only in this session."
-        if github.readonly
-        else "Write to a branch other than the default one, and open a pull request."
-    )
-    return f"""
-# GitHub in this VM
-
-You reach exactly one GitHub repository, {github.repo}, through a proxy on the user's machine.
-There is no GitHub credential in this VM.
-
-- Issues, pull requests, files: the tools of the MCP server `github` (mcp__github__*); `owner` and
-  `repo` may be left out.
-- `git fetch`, `pull`, `clone` and `push` work with the usual addresses of {github.repo}.
-- {write}
-  Refused: pushes to the default branch (unless the user's policy allows them), deletions, tags,
-  LFS, the wiki.
-- `gh` and api.github.com have no credential: use the tools. Of other repositories only public ones
-  can be read, by https.
-- A refusal says its reason. It is a decision, not a fault: tell the user, look for no way round.
-- What listens on a port here is forwarded to the user's 127.0.0.1, unless forwarding is off.
-"""
-
-
-def github_probe(github: GitHub) -> str:
-    """Shell for the guest: silent when the proxy refuses all that it must refuse, else says what.
-
-    The secret comes from a file: it must not be in an argv.
-    """
-    other = "agent-vm-probe/other"
-    served = f"only {github.repo} is served here"
-    mcp = f"{github.url}/mcp"
-
-    def call(name: str, **arguments: str) -> str:
-        params = {"name": name, "arguments": arguments}
-        return json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params})
-
-    def pack(repo: str, service: str) -> str:
-        return f"{github.url}/git/{repo}.git/info/refs?service=git-{service}"
-
-    foreign = call("get_file_contents", owner=other.split("/")[0], repo="other", path="x")
-    probes = [
-        ("another repository over MCP", served, "github-header", [mcp, "-d", foreign]),
-        ("another repository over git", served, "github-header", [pack(other, "upload-pack")]),
-        ("a wrong secret", "secret is missing or wrong", "wrong-header", [mcp, "-d", foreign]),
-    ]
-    if github.readonly:
-        write = call("create_branch", branch="agent-vm-probe")
-        probes += [
-            ("a write over MCP", "the policy is read-only", "github-header", [mcp, "-d", write]),
-            (
-                "a push",
-                "the policy is read-only",
-                "github-header",
-                [pack(github.repo, "receive-pack")],
-            ),
-        ]
-    lines = [PROBE]
-    for what, words, header, arguments in probes:
-        lines.append(shlex.join(["refused", what, words, header, *arguments]))
-    return "\n".join(lines) + "\n"
-
-
-def github_receipt(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the proxy's audit says was done: a line for each write, and for each kind of refusal."""
-    calls = [line for line in lines if line["method"] in ("tools/call", "git")]
-    sent = [audit_words(line) for line in calls if line["verdict"] == "forward"]
-    writes = [words for words in sent if not READS.match(words)]
-    result, unanswered = [], list(writes)
-    stopped: dict[str, int] = {}
-    for line in lines:
-        words, verdict = audit_words(line), line["verdict"]
-        if verdict in ("done", "failed", "unknown") and words in unanswered:
-            unanswered.remove(words)
-        if verdict == "done":
-            result.append(f"done: {words} {(line['target'] or {}).get('url', '')}".rstrip())
-        elif verdict in NOT_PASSED:
-            text = f"{NOT_PASSED[verdict]}: {words}: {line['reason']}"
-            stopped[text] = stopped.get(text, 0) + 1
-    result += [f"{NOT_PASSED['unknown']}: {words}" for words in unanswered]
-    result += [text + (f" ({count} times)" if count > 1 else "") for text, count in stopped.items()]
-    refused = sum(line["verdict"] in ("refuse", "withheld") for line in lines)
-    more = "at least " * any("left out" in line["reason"] for line in lines)
-    reads = number(len(sent) - len(writes), "read")
-    counts = f"{reads}, {number(len(writes), 'write')}, {more}{refused} refused"
-    if len(result) > MAX_RECEIPT:
-        result[MAX_RECEIPT:] = [f"and {len(result) - MAX_RECEIPT} more: agent-vm log"]
-    return [line[:300] for line in (counts, *result)]
-
-
-def audit_words(line: Mapping[str, Any]) -> str:
-    """What a line of the audit is about: the call and its target, but for what came of it.
-
-    What the guest chose is quoted, so that it does not read like words of ours.
-    """
-    name = str(line["tool"] or line["method"])
-    target = (line["target"] or {}).items()
-    pairs = (
-        f"{key}={value if PLAIN_WORD(str(value)) else json.dumps(value)}"
-        for key, value in target
-        if key != "url"
-    )
-    return " ".join([GIT_SERVICES.get(name, name), *pairs])
-
-
-def number(count: int, noun: str) -> str:
-    return f"{count} {noun}" + "s" * (count != 1)
-
-
-PLAIN_WORD = re.compile(r"[\w./@+-]+", re.ASCII).fullmatch
-MAX_RECEIPT = 20  # lines
-NOT_PASSED = {
-    "refuse": "refused", "withheld": "withheld", "failed": "failed",
-    "unknown": "not known what became of it",
-}  # fmt: skip
-GIT_SERVICES = {"git-upload-pack": "git fetch", "git-receive-pack": "git push"}
-# What the audit calls a read; whatever is not known to be one counts as a write.
-READS = re.compile(r"get_|list_|search_|\w+_read( |$)|git fetch|git push$")
-
+# What must be refused is seen to be refused, from inside the guest, before the agent starts.
 PROBE = r"""
 cd ~/.agent-vm
 printf 'Authorization: Bearer not-the-secret-of-this-proxy-0000000' > wrong-header
-refused() {
+call() {  # TOOL ARGUMENTS-AS-JSON
+  echo '{"jsonrpc": "2.0", "id": 1, "method": "tools/call",' \
+    '"params": {"name": "'"$1"'", "arguments": '"$2"'}}'
+}
+refused() {  # WHAT WORDS-OF-THE-REFUSAL HEADER-FILE CURL-ARGUMENT...
   answer=$(curl -sS -m 20 --noproxy '*' -H @"$3" -H 'Content-Type: application/json' \
     -H 'Accept: application/json, text/event-stream' "${@:4}" 2>&1)
   case $answer in
@@ -698,17 +501,45 @@ refused() {
     *) echo "$1 is not refused as it should be: ${answer:0:300}"; exit 1 ;;
   esac
 }
+served="only $repo is served here"
+foreign=$(call get_file_contents '{"owner": "agent-vm-probe", "repo": "other", "path": "x"}')
+other="$url/git/agent-vm-probe/other.git/info/refs?service=git-upload-pack"
+refused 'another repository over MCP' "$served" probe-header "$url/mcp" -d "$foreign"
+refused 'another repository over git' "$served" probe-header "$other"
+refused 'a wrong secret' 'secret is missing or wrong' wrong-header "$url/mcp" -d "$foreign"
+[ -n "$readonly" ] || exit 0
+write=$(call create_branch '{"branch": "agent-vm-probe"}')
+push="$url/git/$repo.git/info/refs?service=git-receive-pack"
+refused 'a write over MCP' 'the policy is read-only' probe-header "$url/mcp" -d "$write"
+refused 'a push' 'the policy is read-only' probe-header "$push"
 """
 
 
-def exports(variables: Mapping[str, str]) -> str:
-    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
+def github_probe(github: GitHub, probe_secret: str) -> str:
+    """Shell for the guest: silent when the proxy refuses all that it must refuse, else says what.
+
+    What carries the probe's secret is judged like the agent's own, but neither passed on nor
+    counted. It comes from a file: it must not be in an argv.
+    """
+    facts = {"repo": github.repo, "url": github.url, "readonly": "yes" if github.readonly else ""}
+    header = pipe("cat > ~/.agent-vm/probe-header", f"Authorization: Bearer {probe_secret}")
+    return f"{exports(facts)}{header}\n{PROBE}"
 
 
-def pipe(command: str, text: str) -> str:
-    """Shell that gives `text` to a command's stdin; base64 keeps every byte as it is."""
-    data = text.encode("utf-8", "surrogateescape")
-    return f"base64 -d <<'END' | {command}\n{base64.b64encode(data).decode()}\nEND"
+def receipt_lines(receipt: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the proxy says was done on GitHub, in words: the counts, then a line each."""
+    counts, *rest = receipt or ({},)
+    lines = ["{} reads, {} writes, {} refused".format(
+        counts.get("reads", "?"), counts.get("writes", "?"), counts.get("refused", "?")
+    )]  # fmt: skip
+    for entry in rest:
+        if "more" in entry:
+            lines.append(f"and {entry['more']} more: agent-vm log")
+            continue
+        times = f"({entry['count']} times)" if entry["count"] > 1 else ""
+        words = (f"{entry['verdict']}:", entry["what"], entry["url"], entry["reason"], times)
+        lines.append(printable(" ".join(str(word) for word in words if word))[:300])
+    return lines
 
 
 # Runs what it is given in the project, with the environment of the host's terminal. Not `exec`:
@@ -726,7 +557,6 @@ sync
 exit "$status"
 """
 
-
 # Deep-merges the JSON on stdin into a file that may not exist yet.
 MERGE = r"""
 merge() {
@@ -738,44 +568,40 @@ merge() {
 """
 
 
-def prepare_script(
-    mounts: Sequence[Mount],
-    project: str,
-    variables: Mapping[str, str],
-    credential: Credential | None,
-    git_identity: Mapping[str, str],
-    zone: str,
-    github: GitHub | None = None,
-) -> str:
+def prepare_script(plan: Plan, mounts: Sequence[Mount], github: GitHub | None = None) -> str:
     """The script that makes a booted clone a place to work; it travels on stdin, never in argv."""
-    zone_file = shlex.quote(f"/usr/share/zoneinfo/{zone}")
-    secret = {credential.name: credential.value} if credential else {}
-    settings = {"skipDangerousModePermissionPrompt": True}
+    credential = plan.credential
+    zone_file = shlex.quote(f"/usr/share/zoneinfo/{plan.zone}")
+    config = claude_config(plan.project, credential, github)
     parts = ["set -eu -o pipefail\nmkdir -p ~/.agent-vm ~/.claude/projects"]
     parts += [mount_line(mount, index) for index, mount in enumerate(mounts)]
     parts.append("umask 077")  # from here on: not for the folders on the way to a mount
     parts += [
-        f"git config --global {key} {shlex.quote(value)}" for key, value in git_identity.items()
+        f"git config --global {key} {shlex.quote(value)}"
+        for key, value in plan.git_identity.items()
     ]
-    if zone:
+    if plan.zone:
         parts.append(f"[ ! -e {zone_file} ] || sudo ln -sf {zone_file} /etc/localtime")
     parts += [
         MERGE,
-        pipe("merge ~/.claude.json", json.dumps(claude_config(project, credential, github))),
-        pipe("merge ~/.claude/settings.json", json.dumps(settings)),
-        pipe("cat > ~/.agent-vm/env", exports(variables)),
-        pipe("cat > ~/.agent-vm/credential", exports(secret)),
+        pipe("merge ~/.claude.json", json.dumps(config)),
+        pipe("merge ~/.claude/settings.json", '{"skipDangerousModePermissionPrompt": true}'),
+        pipe("cat > ~/.agent-vm/env", exports(plan.variables)),
+        pipe(
+            "cat > ~/.agent-vm/credential",
+            exports({credential.name: credential.value} if credential else {}),
+        ),
         pipe("cat > ~/.agent-vm/launch", LAUNCH),
         "chmod 700 ~/.agent-vm/launch",
     ]
     if github:
         parts += [
             "chmod 600 ~/.claude.json",
-            pipe("cat > ~/.agent-vm/github-header", f"Authorization: Bearer {github.secret}"),
             pipe("cat > ~/.agent-vm/gitconfig", guest_git_config(github)),
             "git config --global --add include.path '~/.agent-vm/gitconfig'",
-            pipe("cat >> ~/.claude/CLAUDE.md", github_briefing(github)),
         ]
+    if plan.briefing:
+        parts.append(pipe("cat >> ~/.claude/CLAUDE.md", plan.briefing))
     return "\n".join(parts) + "\n"
 
 
@@ -788,147 +614,47 @@ def mount_line(mount: Mount, index: int) -> str:
     return f"{check}\n[ -d {target} ] || sudo mkdir -p {target}\nsudo mount --bind {point} {target}"
 
 
-# --- settings: flag > environment > config file > default ---
+# --- doors: signals, programs ---
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def whole_number(text: str) -> int:
-    if not re.fullmatch(r"[1-9]\d{0,5}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+class Signals:
+    """The first SIGINT, SIGTERM or SIGHUP raises Interrupted, at once or when nothing is held.
+
+    Handlers of ours, never SIG_IGN, which limactl and ssh would inherit.
+    """
+
+    def __init__(self) -> None:
+        self.holds = 0
+        self.waiting = 0
+        self.settled = False  # the outcome is known, and no signal may stop the cleaning up
+
+    def catch(self) -> None:
+        for signum in STOP_SIGNALS:
+            # A caller that ignores a signal (nohup) keeps it ignored.
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                signal.signal(signum, self.arrived)
+
+    def arrived(self, signum: int, _frame: object) -> None:
+        self.waiting = signum
+        if not self.holds and not self.settled:
+            self.settled = True
+            raise Interrupted(signum)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """A signal waits for the end of the block."""
+        self.holds += 1
+        try:
+            yield
+        finally:
+            self.holds -= 1
+            if self.waiting:
+                self.arrived(self.waiting, None)
 
 
-def instance_suffix(text: str) -> str:
-    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?", text) or is_clone(base_name(text)):
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: up to 20 of a-z 0-9 -, not ending in six hexadecimal digits"
-        )
-    return text
-
-
-def web_address(text: str) -> str:
-    if not re.fullmatch(r"https?://[^\s@'\"\\]+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an http(s) address without a password")
-    return text
-
-
-def existing_file(text: str) -> str:
-    path = os.path.abspath(os.path.expanduser(text))
-    if not os.access(path, os.R_OK) or not os.path.isfile(path):
-        raise argparse.ArgumentTypeError(f"{path} is not a readable file")
-    return path
-
-
-def certificate(text: str) -> str:
-    path = existing_file(text)
-    if b"-----BEGIN CERTIFICATE-----" not in Path(path).read_bytes():
-        raise argparse.ArgumentTypeError(f"{path} holds no PEM certificate")
-    return path
-
-
-def image_location(text: str) -> str:
-    return web_address(text) if re.match(r"https?:", text) else existing_file(text)
-
-
-def image_digest(text: str) -> str:
-    if not re.fullmatch(r"sha(256:[0-9a-f]{64}|512:[0-9a-f]{128})", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not sha256:HEX or sha512:HEX")
-    return text
-
-
-def variable(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*(=.*)?", text, re.DOTALL):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME or NAME=VALUE")
-    return text
-
-
-def yes_or_no(text: str) -> bool:
-    import configparser
-
-    values = configparser.ConfigParser.BOOLEAN_STATES
-    if text.lower() not in values:
-        raise argparse.ArgumentTypeError(f"{text!r} is not yes or no")
-    return values[text.lower()]
-
-
-def github_choice(text: str) -> str:
-    if text in ("off", "on", "auto") or re.fullmatch(OWNER_REPO, text):
-        return text
-    raise argparse.ArgumentTypeError(f"{text!r} is not off, auto or OWNER/REPO")
-
-
-class Setting(NamedTuple):
-    """A value that a flag, AGENT_VM_NAME, config.ini or the default gives, in that order."""
-
-    parse: Callable[[str], Any]
-    default: Any
-    help: str
-    metavar: str = ""
-    many: bool = False
-
-
-SETTINGS = {
-    "name": Setting(instance_suffix, "", "use the base instance agent-vm-base-NAME", "NAME"),
-    "minimal": Setting(yes_or_no, False, "only git, curl, jq and Claude Code in the VM"),
-    "disk": Setting(whole_number, 20, "size of the VM's disk (default 20)", "GB"),
-    "memory": Setting(
-        whole_number, 8, "memory of the VM (default 8, at most half of the host's)", "GB"
-    ),
-    "cpus": Setting(whole_number, 4, "CPUs of the VM (default 4, at most half of the host's)", "N"),
-    "template": Setting(existing_file, "", "another Lima template than lima/agent-vm.yaml", "FILE"),
-    "image": Setting(image_location, "", "another Debian 13 disk image", "FILE|URL"),
-    "image-digest": Setting(image_digest, "", "the image's digest, checked by Lima", "SHA256:HEX"),
-    "ca-cert": Setting(certificate, (), "trust a CA in the VM (repeatable)", "FILE", many=True),
-    "apt-mirror": Setting(web_address, "", "Debian mirror for the guest's apt", "URL"),
-    "npm-registry": Setting(web_address, "", "npm registry of the guest (else the host's)", "URL"),
-    "lima-url": Setting(web_address, LIMA_URL, "where to get Lima when it is missing", "URL"),
-    "timeout": Setting(whole_number, 600, "how long limactl may take (default 600)", "SECONDS"),
-    "mount": Setting(
-        parse_mount, (), "mount another folder, read-only unless :rw (repeatable)",
-        "DIR[:ro|:rw][:GUESTPATH]", many=True,
-    ),
-    "env": Setting(variable, (), "pass a variable (repeatable)", "NAME[=VALUE]", many=True),
-    "readonly": Setting(
-        yes_or_no, False, "mount the project read-only, enforced on the host by 9p and virtiofs"
-    ),
-    "github": Setting(
-        github_choice, "off", "give the agent one GitHub repository, by default that of the"
-        " remote; auto: when there is one and a token (default off)", "off|auto|OWNER/REPO",
-    ),
-    "github-profile": Setting(str, "", "tokens from github_app_token.py's profile NAME", "NAME"),
-    "github-policy": Setting(existing_file, "", "what may be written, see the proxy", "FILE"),
-    "confirm-writes": Setting(
-        yes_or_no, False, "ask at the terminal before each write to GitHub"
-    ),
-    "forward": Setting(yes_or_no, True, "forward the guest's ports to the host (default)"),
-}  # fmt: skip
-
-
-def read_setting(name: str, text: str, origin: str) -> Any:
-    setting = SETTINGS[name]
-    try:
-        if setting.many:
-            return tuple(setting.parse(word) for word in shlex.split(text))
-        return setting.parse(text)
-    except (argparse.ArgumentTypeError, ValueError) as error:
-        raise AgentVMError(f"{origin}: {name}: {error}") from error
-
-
-def resolve_setting(
-    name: str, flags: Mapping[str, Any], environ: Mapping[str, str], config: Mapping[str, str]
-) -> tuple[Any, str]:
-    """(value, where it is from). What a command does not ask for cannot fail it."""
-    setting, env_name = SETTINGS[name], "AGENT_VM_" + name.upper().replace("-", "_")
-    flag = flags.get(name.replace("-", "_"))
-    if flag is not None:
-        return (tuple(flag) if setting.many else flag), "flag"
-    if environ.get(env_name):
-        return read_setting(name, environ[env_name], env_name), "environment"
-    if name in config:
-        return read_setting(name, config[name], "config.ini"), "config"
-    return setting.default, "default"
-
-
-# --- shell: what touches processes and files ---
+signals = Signals()
 
 
 class Log:
@@ -958,6 +684,92 @@ class Log:
 log = Log()
 
 
+@contextlib.contextmanager
+def child(argv: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """The one door to other programs; `options` are Popen's.
+
+    What is started does not outlive the block, whatever ends it. In a session of its own (where
+    Ctrl-C at the terminal is ours to handle) its children end with it.
+    """
+    name = "python3" if argv[0] == sys.executable else os.path.basename(argv[0])
+    if name not in STARTS:
+        raise ValueError(f"{name} is not in the list of what this script starts")
+    process: subprocess.Popen[bytes] | None = None
+    try:
+        with signals.held():  # no process that nobody would know of
+            process = subprocess.Popen(argv, **options)
+        yield process
+    finally:
+        if process and process.poll() is None:
+            with signals.held():
+                end_process(process, group=bool(options.get("start_new_session")))
+
+
+def end_process(process: subprocess.Popen[bytes], group: bool) -> None:
+    """Ask a child of ours to end, insist after five seconds."""
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if group:
+                os.killpg(process.pid, signum)
+            else:
+                process.send_signal(signum)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=5)
+            return
+
+
+class Finished(NamedTuple):
+    """How a program ended; status -1 when it did not end in time, 127 when it is not there."""
+
+    status: int
+    out: str
+
+
+def captured(
+    argv: Sequence[str], contents: str = "", timeout: float = 20, **options: Any
+) -> Finished:
+    """Give a program `contents` on stdin and take what it prints; it has no terminal."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    try:
+        with child(argv, **{**pipes, "cwd": "/", **options}, start_new_session=True) as process:
+            out, _ = process.communicate(contents.encode("utf-8", "surrogateescape"), timeout)
+    except subprocess.TimeoutExpired:
+        return Finished(-1, "")
+    except OSError:
+        return Finished(127, "")
+    return Finished(process.returncode, out.decode(errors="replace"))
+
+
+def first_line_of(*argv: str, **options: Any) -> str:
+    """What a program of the host prints first, or "" when it fails or is missing."""
+    finished = captured(argv, **options)
+    return finished.out.strip().split("\n")[0] if finished.status == 0 else ""
+
+
+def boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # macOS
+        return first_line_of("/usr/sbin/sysctl", "-n", "kern.bootsessionuuid")
+
+
+def process_start(pid: int) -> str:
+    """When a process started, as the kernel says it; "" when there is none."""
+    try:
+        # After the command name, which may hold anything: state is field 3, starttime 22 (proc(5)).
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if fields[0] == "Z" else fields[19]
+    except (OSError, IndexError):
+        if os.path.exists("/proc/self/stat"):
+            return ""
+    # macOS; ps would write the time in the caller's zone and language.
+    fixed = {"TZ": "UTC0", "LC_ALL": "C"}
+    return first_line_of("/bin/ps", "-o", "lstart=", "-p", str(pid), env=fixed)
+
+
+# --- doors: files ---
+
+
 class Folders(NamedTuple):
     """Where agent-vm keeps things, by the XDG rules."""
 
@@ -966,127 +778,63 @@ class Folders(NamedTuple):
     data: Path
     lima_home: Path
 
-    @classmethod
-    def of(cls, environ: Mapping[str, str]) -> Folders:
-        home = Path(os.path.expanduser("~"))
 
-        def xdg(name: str, default: str) -> Path:
-            value = environ.get(name, "")
-            return (Path(value) if os.path.isabs(value) else home / default) / "agent-vm"
-
-        return cls(
-            xdg("XDG_STATE_HOME", ".local/state"),
-            xdg("XDG_CONFIG_HOME", ".config"),
-            xdg("XDG_DATA_HOME", ".local/share"),
-            Path(os.path.abspath(environ.get("LIMA_HOME") or home / ".lima")),
-        )
-
-    def make_state(self) -> None:
-        try:
-            for name in ("leases", "sessions", "links", "logs", "audit", "github", "written"):
-                (self.state / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.state.chmod(0o700)
-        except OSError as error:
-            raise AgentVMError(
-                f"the state folder is not writable: {error}",
-                hint="set XDG_STATE_HOME to a folder of yours",
-            ) from error
-
-    def config_values(self) -> dict[str, str]:
-        import configparser
-
-        path = self.config / "config.ini"
-        parser = configparser.ConfigParser(interpolation=None)
-        try:
-            parser.read_string(path.read_text())
-            values = dict(parser["agent-vm"])
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, KeyError, configparser.Error) as error:
-            first_line = str(error).splitlines()[0]
-            raise AgentVMError(
-                f"{path}: {first_line}", hint="it needs one section, [agent-vm]"
-            ) from error
-        unknown = sorted(set(values) - set(SETTINGS))
-        if unknown:
-            raise AgentVMError(
-                f"{path}: unknown key {unknown[0]!r}", hint="keys: " + " ".join(SETTINGS)
-            )
-        return values
+def place_of(path: str | Path) -> Place:
+    """What the file system says of a path that may not exist; its links are not resolved."""
+    written = Path(os.path.abspath(path))
+    infos = [folder.stat() for folder in (written, *written.parents) if os.path.exists(folder)]
+    identities = [(info.st_dev, info.st_ino) for info in infos]
+    own = identities[0] if os.path.exists(written) else None
+    return Place(str(written), own, frozenset(identities))
 
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+def real_place(path: str | Path) -> Place:
+    return place_of(os.path.realpath(os.path.expanduser(path)))
 
 
-def raise_interrupted(signum: int, _frame: object) -> NoReturn:
-    """The first signal ends the run; a second one must not end its clean-up."""
-    ignore_signals()
-    raise Interrupted(signum)
+def write_file(path: Path, contents: str) -> None:
+    """All of it or nothing, on the disk when this returns, for the user alone."""
+    part = path.with_name(path.name + ".part")
+    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(contents)
+        file.flush()
+        os.fsync(file.fileno())  # an empty lease after a power cut would own nothing
+    part.replace(path)
 
 
-def ignore_signal(_signum: int, _frame: object) -> None:
-    """Not SIG_IGN, which limactl and ssh would inherit."""
+def copy_folder(source: Path, target: Path) -> None:
+    shutil.copytree(source, target)
 
 
-def ignore_signals() -> None:
-    for signum in STOP_SIGNALS:
-        signal.signal(signum, ignore_signal)
+def remove_file(path: Path) -> None:
+    path.unlink(missing_ok=True)
 
 
-def catch_signals() -> None:
-    for signum in STOP_SIGNALS:
-        # A caller that ignores a signal (nohup) keeps it ignored.
-        if signal.getsignal(signum) is not signal.SIG_IGN:
-            signal.signal(signum, raise_interrupted)
+def make_private_folder(path: Path) -> None:
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager
-def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    before = [signal.signal(signum, handler) for signum in STOP_SIGNALS]
-    try:
-        yield
-    finally:
-        for signum, old in zip(STOP_SIGNALS, before):
-            signal.signal(signum, old)
-
-
-def shielded() -> contextlib.AbstractContextManager[None]:
-    """No signal interrupts what must be finished: deleting a clone, swapping base instances."""
-    return handling(ignore_signal)
-
-
-@contextlib.contextmanager
-def deferred() -> Iterator[None]:
-    """A signal waits for the end of the block: a child that starts must not be lost sight of."""
-    seen: list[int] = []
-    with handling(lambda signum, _frame: seen.append(signum)):
-        yield
-    if seen:
-        os.kill(os.getpid(), seen[0])
-
-
-def stop_process(process: subprocess.Popen[Any], group: bool = False) -> None:
-    """Ask a child of ours to end, insist after five seconds."""
-    for signum in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signum) if group else process.send_signal(signum)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=5)
+def file_lock(path: Path, wait: bool = True) -> Iterator[bool]:
+    """flock(2) on `path`; yields whether it was obtained. The kernel frees it with the process."""
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
             return
+        yield True
 
 
-@contextlib.contextmanager
-def child(argv: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that does not outlive the block, whatever ends it; options are Popen's."""
-    process: subprocess.Popen[bytes] | None = None
+def read_line(path: str) -> str:
+    """First line of a small text file, "" when there is none; the agent may have written it."""
+    if not os.path.isfile(path):  # a named pipe would block
+        return ""
     try:
-        with deferred():
-            process = subprocess.Popen(argv, **options)
-        yield process
-    finally:
-        if process and process.poll() is None:
-            with shielded():
-                stop_process(process, group=bool(options.get("start_new_session")))
+        with open(path, encoding="utf-8") as file:
+            return file.readline(4096).strip().replace("\0", "")
+    except (OSError, ValueError):
+        return ""
 
 
 def last_bytes(path: Path, size: int) -> bytes:
@@ -1100,10 +848,40 @@ def last_bytes(path: Path, size: int) -> bytes:
 
 def tail(path: Path, lines: int = 10) -> str:
     """The last lines of a log of Lima's, fit for a terminal: a guest writes its serial console."""
-    text = last_bytes(path, 50_000).decode(errors="replace")
-    clean = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|[^\n\t -~\u00a0-\uffff]", "", text)
+    end = last_bytes(path, 50_000).decode(errors="replace")
+    clean = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|[^\n\t -~\u00a0-\uffff]", "", end)
     shown = [line[:300] for line in clean.splitlines() if '"level":"debug"' not in line]
     return "\n".join(shown[-lines:])
+
+
+def get_url(url: str) -> bytes:
+    import urllib.error
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response:
+            return bytes(response.read())
+    except (OSError, ValueError) as error:
+        problem = f"{url}: {getattr(error, 'reason', error)}"
+        raise AgentVMError(problem, hint="--lima-url takes a mirror") from error
+
+
+def unpack(archive: bytes, target: Path) -> None:
+    """Replace the folder `target` by what a compressed tar archive holds."""
+    import tempfile
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        Path(folder, "archive").write_bytes(archive)
+        Path(folder, "new").mkdir()
+        argv = ["tar", "-xzf", f"{folder}/archive", "-C", f"{folder}/new"]
+        if captured(argv, timeout=300).status:
+            raise AgentVMError("tar cannot unpack the archive")
+        shutil.rmtree(target, ignore_errors=True)
+        Path(folder, "new").replace(target)
+
+
+# --- doors: Lima and the guest ---
 
 
 class Lima:
@@ -1113,51 +891,45 @@ class Lima:
         self.binary = binary
         self.timeout = timeout
 
-    def _run(self, *args: str, timeout: int = 0) -> str:
-        """The only door to limactl. Returns its stdout."""
+    def _run(
+        self, *args: str, timeout: float = 0, meanwhile: Callable[[], None] | None = None
+    ) -> str:
+        """The only door to limactl. Returns its stdout; `meanwhile` is called every two seconds."""
         import tempfile
 
         if log.verbose:
             log.info("+ " + shlex.join(("limactl", *args)))
         limit = timeout or self.timeout
+        deadline = time.monotonic() + limit
+        # Files, not pipes: a host agent that limactl leaves behind would hold a pipe open.
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-            reason = ""
-            with self._child(args, out, None if log.verbose else err) as process:
-                try:
-                    process.wait(timeout=limit)
-                except subprocess.TimeoutExpired:
-                    reason = f"no answer within {limit} s"
+            options = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err}
+            if log.verbose:
+                options["stderr"] = None
+            try:
+                with child([self.binary, *args], **options, start_new_session=True) as process:
+                    while process.poll() is None and time.monotonic() < deadline:
+                        left = max(0.01, deadline - time.monotonic())
+                        with contextlib.suppress(subprocess.TimeoutExpired):
+                            process.wait(timeout=min(2, left))
+                        if meanwhile:
+                            meanwhile()
+                    late = process.poll() is None
+            except OSError as error:
+                problem = f"{self.binary} cannot be started: {error.strerror}"
+                raise AgentVMError(problem, hint="agent-vm doctor") from error
             out.seek(0)
             err.seek(0)
-            status = process.returncode
-            if status or reason:
-                raise self._error(args, reason or f"status {status}", err.read())
+            printed = err.read().decode(errors="replace")
+            if process.returncode or late:
+                reason = limactl_reason(printed) or f"status {process.returncode}"
+                reason = f"no answer within {limit:.0f} s" if late else reason
+                last = [line for line in printed.splitlines() if line.strip()][-8:]
+                raise AgentVMError(f"limactl {args[0]} failed: {reason}", details="\n".join(last))
             return out.read().decode(errors="replace")
 
-    @contextlib.contextmanager
-    def _child(self, args: Sequence[str], out: Any, err: Any) -> Iterator[subprocess.Popen[bytes]]:
-        # A session of its own: Ctrl-C at the terminal is ours to handle, not limactl's.
-        options = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err}
-        try:
-            with child([self.binary, *args], **options, start_new_session=True) as process:
-                yield process
-        except OSError as error:
-            raise AgentVMError(
-                f"{self.binary} cannot be started: {error.strerror}", hint="agent-vm doctor"
-            ) from error
-
-    def _error(self, args: Sequence[str], reason: str, stderr: bytes) -> AgentVMError:
-        """limactl's own last words (logrus lines) instead of its status, when there are any."""
-        text = stderr.decode(errors="replace")
-        messages = re.findall(r'level=(?:error|fatal) msg="((?:[^"\\]|\\.)*)"', text)
-        lines = [line for line in text.splitlines() if line.strip()]
-        if reason.startswith("status"):
-            last = lines[-1] if lines else reason
-            reason = messages[-1].replace('\\"', '"').replace("\\n", "; ") if messages else last
-        return AgentVMError(f"limactl {args[0]} failed: {reason}", details="\n".join(lines[-8:]))
-
-    def version(self) -> tuple[int, ...]:
-        return parse_lima_version(self._run("--version", timeout=30))
+    def version(self) -> str:
+        return self._run("--version", timeout=30)
 
     def list(self) -> list[Instance]:
         return parse_instances(self._run("list", "--format", "json", timeout=min(60, self.timeout)))
@@ -1171,10 +943,13 @@ class Lima:
     def clone(self, source: str, name: str, expression: str, *options: str) -> None:
         self._run("clone", "--tty=false", source, name, *options, "--set", expression)
 
-    def start(self, name: str, timeout: int) -> None:
+    def start(
+        self, name: str, timeout: int = 0, meanwhile: Callable[[], None] | None = None
+    ) -> None:
+        limit = timeout or self.timeout
         # Lima's own limit a little shorter than ours, so that its message is the one shown.
-        limit = f"{max(1, timeout - 5)}s"
-        self._run("start", "--tty=false", f"--timeout={limit}", name, timeout=timeout)
+        lima_limit = f"--timeout={max(1, limit - 5)}s"
+        self._run("start", "--tty=false", lima_limit, name, timeout=limit, meanwhile=meanwhile)
 
     def stop(self, name: str) -> None:
         self._run("stop", name)
@@ -1182,14 +957,40 @@ class Lima:
     def delete(self, name: str) -> None:
         self._run("delete", "-f", name)
 
-    def rename(self, name: str, new: str) -> None:
-        self._run("rename", "--tty=false", name, new)
-
     def protect(self, name: str) -> None:
         self._run("protect", name)
 
     def unprotect(self, name: str) -> None:
         self._run("unprotect", name)
+
+
+class Guest:
+    """A running instance over ssh, through Lima's control master (0.1 s a call)."""
+
+    def __init__(self, instance: Instance) -> None:
+        self.instance = instance
+        self.ssh = ["ssh", "-F", str(instance.dir / "ssh.config"), "-a", "-x", "-q"]
+
+    def run(self, command: str, contents: str = "", timeout: float = 120) -> Finished:
+        """Run a shell command; stderr is merged into what it prints."""
+        if log.verbose:
+            log.info(f"+ ssh {self.instance.hostname} {command[:200]}")
+        argv = [*self.ssh, self.instance.hostname, command]
+        finished = captured(argv, contents, timeout, stderr=subprocess.STDOUT)
+        if finished.status == -1:
+            raise AgentVMError(f"{self.instance.hostname} did not answer within {timeout:.0f} s")
+        return finished
+
+    def attach(self, argv: Sequence[str], tty: bool, stdin: int | None = None) -> int:
+        """Run argv with our terminal or pipes; its status. ssh joins its arguments: quote them."""
+        command = [*self.ssh, "-t" if tty else "-T", self.instance.hostname, shlex.join(argv)]
+        with kept_terminal(tty), child(command, stdin=stdin) as process:
+            return process.wait()
+
+    def alive(self) -> bool:
+        with contextlib.suppress(AgentVMError):
+            return self.run("true", timeout=20).status == 0
+        return False
 
 
 @contextlib.contextmanager
@@ -1206,86 +1007,11 @@ def kept_terminal(tty: bool) -> Iterator[None]:
                 termios.tcsetattr(0, termios.TCSADRAIN, before)
 
 
-class Guest:
-    """A running instance over ssh, through Lima's control master (0.1 s a call)."""
-
-    def __init__(self, instance: Instance) -> None:
-        self.instance = instance
-        self.ssh = ["ssh", "-F", str(instance.dir / "ssh.config"), "-a", "-x", "-q"]
-        self.host = instance.hostname
-
-    def run(
-        self, command: str, stdin: str = "", timeout: int = 120
-    ) -> subprocess.CompletedProcess[str]:
-        """Run a shell command; its output is returned, stderr merged into stdout."""
-        if log.verbose:
-            log.info(f"+ ssh {self.host} {command[:200]}")
-        try:
-            return subprocess.run(
-                [*self.ssh, self.host, command],
-                input=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout,
-                encoding="utf-8", errors="replace", start_new_session=True, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired as error:
-            raise AgentVMError(f"{self.host} did not answer within {timeout} s") from error
-
-    def attach(
-        self, argv: Sequence[str], tty: bool, stdin: int | None = None,
-        asking: subprocess.Popen[bytes] | None = None,
-    ) -> int:  # fmt: skip
-        """Run argv with our terminal or pipes; its status. ssh joins its arguments: quote them."""
-        # Lima's control master would go on reading the terminal while a question is asked there.
-        own = ("-S", "none") if asking else ()
-        command = [*self.ssh, *own, "-t" if tty else "-T", self.host, shlex.join(argv)]
-        with (
-            kept_terminal(tty),
-            child(command, stdin=stdin) as process,
-            confirming(asking, process),
-        ):
-            return process.wait()
-
-    def alive(self) -> bool:
-        with contextlib.suppress(AgentVMError):
-            return self.run("true", timeout=20).returncode == 0
-        return False
-
-
-def boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:  # macOS
-        return output_of("/usr/sbin/sysctl", "-n", "kern.bootsessionuuid")
-
-
-def process_start(pid: int) -> str:
-    """When a process started, as the kernel says it; "" when there is none."""
-    try:
-        # After the command name, which may hold anything: state is field 3, starttime 22 (proc(5)).
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return "" if fields[0] == "Z" else fields[19]
-    except (OSError, IndexError):
-        if os.path.exists("/proc/self/stat"):
-            return ""
-    # macOS; ps would write the time in the caller's zone and language.
-    return output_of(
-        "/usr/bin/env", "TZ=UTC0", "LC_ALL=C", "/bin/ps", "-o", "lstart=", "-p", str(pid)
-    )
-
-
-def output_of(*argv: str) -> str:
-    """First line that a host command prints, or "" when it fails or is missing."""
-    try:
-        result = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            encoding="utf-8", errors="replace", timeout=20, cwd="/", check=False,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return result.stdout.strip().split("\n")[0] if result.returncode == 0 else ""
+# --- doors: who owns what ---
 
 
 class Leases:
-    """Files that say which process owns which clone."""
+    """Files that say which process owns which instance."""
 
     def __init__(self, folders: Folders) -> None:
         self.folders = folders
@@ -1297,12 +1023,7 @@ class Leases:
     def take(self, name: str, project: str, keep: bool = False) -> None:
         pid = os.getpid()
         lease = Lease(name, pid, process_start(pid), boot_id(), project, time.time(), keep)
-        path = self.path(name)
-        with open(path.with_suffix(".tmp"), "w") as file:
-            file.write(json.dumps(lease._asdict()) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # an empty lease after a power cut would own nothing
-        path.with_suffix(".tmp").replace(path)
+        write_file(self.path(name), json.dumps(lease._asdict()) + "\n")
 
     def drop(self, name: str) -> None:
         shutil.rmtree(self.folders.state / "links" / name, ignore_errors=True)
@@ -1315,27 +1036,52 @@ class Leases:
                 leases.append(lease_from(path.read_text()))
             except FileNotFoundError:
                 continue  # its run has just ended
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                if is_clone(path.stem):  # nobody can own it any more: an orphan
+            except (OSError, ValueError, KeyError, TypeError):
+                # Nobody can own what it names any more: an orphan, if it is ours at all.
+                if is_clone(path.stem) or is_base(path.stem):
                     leases.append(Lease(path.stem, 0, "", "", "", path.lstat().st_mtime))
-                    continue
-                log.warn(
-                    f"{path} is not a lease ({error}); remove it after checking `agent-vm list`"
-                )
         return leases
 
     def orphans(self) -> list[Lease]:
         return [lease for lease in self.all() if self.is_orphan(lease)]
 
     def is_orphan(self, lease: Lease) -> bool:
-        return not lease.keep and not lease_is_live(lease, boot_id(), process_start)
+        return not lease.keep and not lease_is_live(lease, boot_id(), process_start(lease.pid))
 
 
-def remove_clone(lima: Lima, leases: Leases, name: str) -> None:
+class Host(NamedTuple):
+    """Everything that a command works with on this side, opened once."""
+
+    folders: Folders
+    lima: Lima
+    leases: Leases
+    secrets: Mapping[str, str]  # taken out of os.environ, so that no child inherits them
+
+    def private_places(self) -> dict[str, Place]:
+        """What no agent may be given by a mount: what confines it, and the keys of the user."""
+        places: dict[str, str | Path] = {
+            "agent-vm's state": self.folders.state,
+            "agent-vm's configuration": self.folders.config,
+            "agent-vm's data": self.folders.data,
+            "Lima's home": self.folders.lima_home,
+            "your ssh keys": "~/.ssh",
+            "your GitHub tokens": self.folders.state.parent / "github-app-token",
+            "agent-vm itself": __file__,
+            "limactl": self.lima.binary or "/nonexistent",
+        }
+        checkout = Path(__file__).resolve().parent / "lima"
+        if (checkout / "agent-vm.yaml").exists():
+            places["agent-vm's templates"] = checkout
+        return {name: real_place(path) for name, path in places.items()}
+
+
+def remove_instance(host: Host, name: str) -> None:
     """Delete an instance and what belongs to it; its lease goes last, so a failure is retried."""
-    instance_dir = leases.folders.lima_home / name
+    instance_dir = host.folders.lima_home / name
     try:
-        lima.delete(name)
+        if is_base(name):
+            host.lima.unprotect(name)
+        host.lima.delete(name)
     except AgentVMError:
         # limactl 2.2 refuses a directory without lima.yaml: a clone that was cut off half-way.
         if not instance_dir.is_dir() or (instance_dir / "lima.yaml").exists():
@@ -1343,273 +1089,20 @@ def remove_clone(lima: Lima, leases: Leases, name: str) -> None:
     shutil.rmtree(instance_dir, ignore_errors=True)
     if instance_dir.exists():
         raise AgentVMError(f"{instance_dir} could not be removed")
-    leases.drop(name)
+    host.leases.drop(name)
 
 
-def try_remove(lima: Lima, leases: Leases, name: str) -> bool:
+def try_remove(host: Host, name: str) -> bool:
     """A failure must not replace what the command is for; the lease makes the next one retry."""
     try:
-        remove_clone(lima, leases, name)
+        remove_instance(host, name)
     except AgentVMError as error:
         log.warn(f"{name} could not be deleted ({error}); the next command tries again")
         return False
     return True
 
 
-CLONE_SECONDS = 120  # until `limactl clone` has made a folder, on any host
-
-
-def collect_garbage(lima: Lima, leases: Leases) -> list[str]:
-    """Remove the clones whose run is gone (kill -9, crash, power loss) and say so."""
-    removed = []
-    for lease in leases.orphans():
-        base = lease.name.partition(".")[0]
-        lock = leases.folders.state / (f"{base}.setup.lock" if is_base(base) else "gc.lock")
-        with shielded(), file_lock(lock, wait=not is_base(base)) as free:
-            # Asked again under the lock: a setup takes the same name for its instance each time.
-            if not free or lease.name not in {orphan.name for orphan in leases.orphans()}:
-                continue
-            existed = (leases.folders.lima_home / lease.name).is_dir()
-            if not existed and 0 <= time.time() - lease.created < CLONE_SECONDS:
-                continue  # its limactl may have outlived it, and be about to make it
-            if try_remove(lima, leases, lease.name) and existed:
-                log.info(f"removed {lease.name}: its run ended without cleaning up")
-                removed.append(lease.name)
-    return removed
-
-
-@contextlib.contextmanager
-def file_lock(path: Path, shared: bool = False, wait: bool = True) -> Iterator[bool]:
-    """flock(2) on `path`; yields whether it was obtained. The kernel frees it with the process."""
-    with open(path, "a") as file:
-        flags = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
-        try:
-            fcntl.flock(file, flags)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
-@contextlib.contextmanager
-def lima_dir() -> Iterator[Path]:
-    """The folder of templates: lima/ beside the resolved script, else the embedded copy."""
-    import tempfile
-
-    beside = Path(__file__).resolve().parent / "lima"
-    if (beside / "agent-vm.yaml").is_file():
-        yield beside
-        return
-    with tempfile.TemporaryDirectory(prefix="agent-vm-lima-") as folder:
-        write_embedded(Path(folder))
-        yield Path(folder)
-
-
-def write_embedded(folder: Path) -> None:
-    for name, text in EMBEDDED.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        path.chmod(0o755 if name.endswith(".sh") else 0o644)
-
-
-# --- what the commands share ---
-
-
-class Context(NamedTuple):
-    """Everything a command works with, opened once."""
-
-    folders: Folders
-    flags: Mapping[str, Any]
-    config: Mapping[str, str]
-    secrets: Mapping[str, str]  # taken out of os.environ, so that no child inherits them
-    lima: Lima
-    leases: Leases
-
-    @classmethod
-    def open(
-        cls, args: argparse.Namespace, need_lima: bool = True, collect: bool = False
-    ) -> Context:
-        folders = Folders.of(os.environ)
-        flags, config = vars(args), folders.config_values()
-        os.environ["PATH"] = trusted_path(os.environ.get("PATH", os.defpath), possible_project())
-        binary = find_limactl(folders)
-        if need_lima and not binary:
-            raise AgentVMError("limactl is not installed", hint="agent-vm setup installs it")
-        folders.make_state()
-        timeout, _ = resolve_setting("timeout", flags, os.environ, config)
-        lima, leases = Lima(binary, timeout), Leases(folders)
-        if collect and binary:
-            collect_garbage(lima, leases)
-        return cls(folders, flags, config, args.secrets, lima, leases)
-
-    def setting(self, name: str) -> tuple[Any, str]:
-        return resolve_setting(name, self.flags, os.environ, self.config)
-
-    def get(self, name: str) -> Any:
-        return self.setting(name)[0]
-
-    def chosen(self, name: str) -> bool:
-        return self.setting(name)[1] != "default"
-
-    @property
-    def base(self) -> str:
-        return base_name(self.get("name"))
-
-    def lock(
-        self, name: str, shared: bool = False, wait: bool = True
-    ) -> contextlib.AbstractContextManager[bool]:
-        return file_lock(self.folders.state / name, shared, wait)
-
-    def private_paths(self) -> dict[str, str]:
-        """What no agent may be given by a mount: what confines it, and the keys of the user."""
-        paths = {
-            "agent-vm's state": self.folders.state,
-            "agent-vm's configuration": self.folders.config,
-            "agent-vm's data": self.folders.data,
-            "Lima's home": self.folders.lima_home,
-            "your ssh keys": Path(os.path.expanduser("~/.ssh")),
-            "your GitHub tokens": self.folders.state.parent / "github-app-token",
-            "agent-vm itself": Path(__file__),
-            "limactl": Path(self.lima.binary or "/nonexistent"),
-        }
-        beside = Path(__file__).resolve().parent / "lima"
-        if (beside / "agent-vm.yaml").exists():
-            paths["agent-vm's templates"] = beside
-        return {name: os.path.realpath(path) for name, path in paths.items()}
-
-
-def possible_project() -> str:
-    """The current directory, when a run would mount it: an agent may have written there."""
-    try:
-        cwd = os.getcwd()
-    except OSError:
-        return ""
-    return "" if mount_refusal(cwd, os.path.realpath(os.path.expanduser("~")), {}) else cwd
-
-
-def find_limactl(folders: Folders) -> str:
-    own = folders.data / "lima/bin/limactl"
-    return shutil.which("limactl") or (str(own) if os.access(own, os.X_OK) else "")
-
-
-def check_lima_version(lima: Lima) -> None:
-    version = lima.version()
-    if version[:2] < MIN_LIMA:
-        raise AgentVMError(
-            f"limactl {'.'.join(map(str, version))} is too old",
-            hint=f"agent-vm needs Lima {MIN_LIMA[0]}.{MIN_LIMA[1]} or newer",
-        )
-
-
-def need_ssh() -> None:
-    if not shutil.which("ssh"):
-        raise AgentVMError("ssh is not installed", hint="install your system's OpenSSH client")
-
-
-def confirm(question: str, yes: bool) -> bool:
-    """Ask on the terminal; --yes answers, and without a terminal nobody can."""
-    if yes or not (os.isatty(0) and os.isatty(2)):
-        return yes
-    print(f"agent-vm: {question} [y/N] ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
-
-
-def find_credential(context: Context) -> Credential | None:
-    """The credential that a run would use: the environment's, else the stored one."""
-    for name in CREDENTIALS:
-        if context.secrets.get(name):
-            return Credential(name, context.secrets[name], "the environment")
-    path = context.folders.config / "credential"
-    try:
-        with open(path, encoding="utf-8") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            name, _, value = file.read(10_000).strip().partition("=")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise AgentVMError(f"{path} cannot be read: {type(error).__name__}") from error
-    if stat.S_IMODE(mode) & 0o077:
-        raise AgentVMError(
-            f"{path} can be read by others", hint=f"chmod 600 {shlex.quote(str(path))}"
-        )
-    if name not in CREDENTIALS or not value:
-        raise AgentVMError(f"{path} is not what auth set writes", hint="agent-vm auth set")
-    return Credential(name, value, str(path))
-
-
-def recover_base(context: Context) -> None:
-    """Finish what a setup or rollback that was killed between two renames has left."""
-    base, old, swap = context.base, context.base + ".old", context.base + ".swap"
-    with context.lock(f"{base}.lock"):
-        names = {instance.name for instance in context.lima.list()}
-        if base not in names and old in names:
-            context.lima.rename(old, base)
-            context.lima.protect(base)
-            names -= {old}
-            log.info(f"restored {base}: a setup was cut off while it replaced it")
-        if swap in names and old not in names:
-            context.lima.rename(swap, old)
-            context.lima.protect(old)
-
-
-def find_base(context: Context) -> Instance | None:
-    """The base instance, not running, or None when there is none."""
-    base = context.lima.find(context.base)
-    home = context.folders.lima_home
-    half = base is None and (home / f"{context.base}.old").exists()
-    if half or (home / f"{context.base}.swap").exists():
-        recover_base(context)
-        base = context.lima.find(context.base)
-    if base and base.status == "Running":
-        raise AgentVMError(
-            f"the base instance {base.name} is running, so it cannot be cloned or replaced",
-            hint=f"agent-vm stop {base.name}",
-        )
-    return base
-
-
-def ensure_base(context: Context, args: argparse.Namespace) -> Instance:
-    """The base instance; on a first run, offer to build it."""
-    need_ssh()
-    base = find_base(context) if context.lima.binary else None
-    if base is None and confirm(
-        f"there is no base instance {context.base} yet: set it up now?", args.yes
-    ):
-        build_base(context, args)
-        base = find_base(context)
-    if base is None:
-        raise AgentVMError(f"there is no base instance {context.base}", hint="agent-vm setup")
-    if base.status != "Stopped":
-        raise AgentVMError(
-            f"the base instance {base.name} is {base.status.lower()}", hint="agent-vm setup"
-        )
-    return base
-
-
-# --- run: a clone for one agent ---
-
-
-def project_dir() -> str:
-    try:
-        project = os.getcwd()  # without symlinks: the same path must be found again by --resume
-    except OSError as error:
-        raise AgentVMError("the current directory does not exist any more") from error
-    typed = os.environ.get("PWD", project)
-    if typed != project and os.path.realpath(typed) == project:
-        log.info(f"{typed} is a link: {project} is mounted")
-    return project
-
-
-def read_line(path: str) -> str:
-    """First line of a small text file, "" when there is none; the agent may have written it."""
-    if not os.path.isfile(path):  # a named pipe would block
-        return ""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.readline(4096).strip().replace("\0", "")
-    except (OSError, ValueError):
-        return ""
+# --- the story: a run ---
 
 
 def worktree_git_dir(project: str) -> str:
@@ -1632,123 +1125,517 @@ def worktree_git_dir(project: str) -> str:
     points_back = os.path.realpath(back) == dot_git
     if name != "worktrees" or not points_back or not os.path.isfile(common + "/HEAD"):
         return ""
-    return "" if overlaps(common, project) else common
+    return "" if overlaps(real_place(common), real_place(project)) else common
 
 
-def plan_mounts(context: Context, project: str, force: bool) -> list[Mount]:
+def plan_mounts(
+    host: Host, project: str, readonly: bool, more: Sequence[Mount], force: bool
+) -> list[Mount]:
     """The project first, then a worktree's repository, then what --mount adds; refusals raise."""
-    mounts = [Mount(project, project, not context.get("readonly"))]
-    common = worktree_git_dir(project)
-    if common:
-        mounts.append(Mount(common, common, not context.get("readonly")))
-    mounts += context.get("mount")
-    home = os.path.realpath(os.path.expanduser("~"))
+    own = [path for path in (project, worktree_git_dir(project)) if path]
+    mounts = [*(Mount(real_place(path), path, not readonly) for path in own), *more]
+    home, private = real_place("~"), host.private_places()
+    hint = "mount something else, or say --force-mount"
     for mount in mounts:
-        for path in (mount.source, mount.target):
+        for path in (mount.source.path, mount.target):
             reason = unusable_path(path)
             if reason:
-                raise AgentVMError(
-                    f"{path!a} cannot be mounted: {reason}", hint="use another folder"
-                )
-        reason = mount_refusal(mount.source, home, context.private_paths())
+                raise AgentVMError(f"{path!a} cannot be mounted: {reason}", "use another folder")
+        reason = mount_refusal(mount.source, home, private)
         if reason and not force:
-            raise AgentVMError(
-                f"{mount.source} is not given to an agent: {reason}",
-                hint="cd to a project below it, or say --force-mount",
-            )
-    problem = mounts_problem(mounts) or live_parent(context, project)
+            refused = f"{mount.source.path} is not given to an agent: {reason}"
+            raise AgentVMError(refused, f"cd to a project below it, or {hint}")
+    problem = mounts_problem(mounts)
+    for lease in host.leases.all():
+        # An agent that is running in a folder above could put a link in the project's place.
+        above = lease.project not in ("", project) and not host.leases.is_orphan(lease)
+        if above and inside(mounts[0].source, real_place(lease.project)):
+            problem = f"{project} lies in {lease.project}, where {lease.name} is running"
     if problem and not force:
-        raise AgentVMError(problem, hint="mount something else, or say --force-mount")
+        raise AgentVMError(problem, hint)
     return mounts
 
 
-def live_parent(context: Context, project: str) -> str:
-    """An agent that is running in a folder above could put a link in the project's place."""
-    for lease in context.leases.all():
-        below = lease.project not in ("", project) and inside(project, lease.project)
-        if below and not context.leases.is_orphan(lease):
-            return f"{project} lies in {lease.project}, where {lease.name} is running"
-    return ""
+@contextlib.contextmanager
+def disposable(host: Host, project: str, keep: bool) -> Iterator[str]:
+    """The name of a clone to be, leased; whatever happens, the clone is deleted at the end."""
+    home, name = host.folders.lima_home, ""
+    # A name that nobody has: what has our name at the end of the run is deleted.
+    while not name or (home / name).exists() or host.leases.path(name).exists():
+        name = clone_name(os.path.basename(project), os.urandom(3).hex(), str(home))
+    host.leases.take(name, project)
+    ended_well = False
+    try:
+        yield name
+        ended_well = True
+    finally:
+        signals.settled = True
+        if keep and ended_well:
+            host.leases.take(name, project, keep=True)
+            reach = f"limactl shell {name}; remove it: agent-vm rm {name}"
+            log.info(f"kept {name}; reach it: {reach}")
+        else:
+            try_remove(host, name)
 
 
-def session_mount(context: Context, project: str, home: str) -> Mount:
-    """The project's transcripts on the host, where the agent looks for them in the guest."""
-    folder = context.folders.state / "sessions" / session_key(project)
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return Mount(str(folder), f"{home}/.claude/projects", True)
+def failure_logs(host: Host, name: str) -> str:
+    """Keep the logs of an instance that will be deleted; their tails and where the rest is."""
+    parts = []
+    for file in ("ha.stderr.log", "serial.log"):
+        source = host.folders.lima_home / name / file
+        kept = host.folders.state / "logs" / f"{name}.{file}"
+        end = tail(source)
+        if end:
+            with contextlib.suppress(OSError):
+                kept.write_bytes(last_bytes(source, 1 << 20))
+            parts.append(f"--- the end of {file} (all of it: {kept})\n{end}")
+    return "\n".join(parts)
 
 
-def guest_variables(context: Context, environ: Mapping[str, str]) -> dict[str, str]:
-    passed = [name for name in environ if name in PASSED_ENV or re.fullmatch(r"LC_[A-Z]+", name)]
-    variables = {name: environ[name] for name in passed if environ[name]}
-    variables["DISABLE_AUTOUPDATER"] = "1"  # the clone is thrown away; `setup` updates
-    for item in context.get("env"):
-        name, equals, value = item.partition("=")
-        if not equals and name not in environ and name not in context.secrets:
-            raise AgentVMError(f"--env {name}: it is not set on the host")
-        variables[name] = value if equals else environ.get(name, context.secrets.get(name, ""))
-    return variables
-
-
-def host_zone(environ: Mapping[str, str]) -> str:
-    """The host's time zone as a name like Europe/Berlin, "" when it has none."""
-    zone = environ.get("TZ", "").lstrip(":")
-    if not zone:
-        zone = os.path.realpath("/etc/localtime").rpartition("/zoneinfo/")[2]
-    return zone if re.fullmatch(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*", zone) else ""
-
-
-def git_identity() -> dict[str, str]:
-    """The user's own user.name and user.email; the project's git config is read in the guest.
-
-    Not `git -C project`: its config, which the agent writes, can include any file of the host.
-    """
-    command = ("git", "config", "--global", "--includes", "--get")
-    values = {key: output_of(*command, key) for key in ("user.name", "user.email")}
-    return {key: value for key, value in values.items() if value}
-
-
-def readable_hooks(*paths: Path) -> list[Path]:
-    """Those hooks that exist; one that exists and cannot be read raises."""
-    hooks = [path for path in paths if os.path.lexists(path)]
-    for path in hooks:
-        if not os.access(path, os.R_OK) or not path.is_file():
-            raise AgentVMError(
-                f"the hook {path} is not a readable file", hint=f"chmod +r {path}, or remove it"
-            )
-    return hooks
-
-
-def run_hook(guest: Guest, path: Path, inside: bool, workdir: str = ".") -> None:
-    """Run a hook in the guest; `inside`: it is mounted there, else its text is sent.
+def run_hook(guest: Guest, path: Path, mounted: bool, workdir: str = ".") -> None:
+    """Run a hook in the guest; `mounted`: it is there already, else its text is sent.
 
     The project's own hook is never read on the host: it may be the agent's link to a file of yours.
     """
     log.progress(f"running {path}")
-    script = shlex.quote(str(path)) if inside else "~/.agent-vm/hook"
-    text = "" if inside else path.read_text(encoding="utf-8", errors="replace")
-    steps = [
-        "mkdir -p ~/.agent-vm",
-        "" if inside else f"cat > {script}",
+    script, contents, steps = shlex.quote(str(path)), "", ["mkdir -p ~/.agent-vm"]
+    if not mounted:
+        script, contents = "~/.agent-vm/hook", path.read_text("utf-8", errors="replace")
+        steps.append(f"cat > {script}")
+    steps += [
         f"cd {shlex.quote(workdir)}",
         "if [ -e ~/.agent-vm/env ]; then . ~/.agent-vm/env; fi",
         f"exec bash -l {script} < /dev/null",
     ]
-    result = guest.run(" && ".join(filter(None, steps)), stdin=text, timeout=3600)
+    finished = guest.run(" && ".join(steps), contents, timeout=3600)
     if log.verbose:
-        sys.stderr.write(result.stdout)
-    if result.returncode:
-        lines = "\n".join(result.stdout.splitlines()[-15:])
-        raise AgentVMError(f"the hook {path} ended with status {result.returncode}", details=lines)
+        sys.stderr.write(finished.out)
+    if finished.status:
+        end = "\n".join(finished.out.splitlines()[-15:])
+        raise AgentVMError(f"the hook {path} ended with status {finished.status}", details=end)
 
 
-def prune_logs(
-    folder: Path, pattern: str = "agent-vm-*.log", keep: int = 20, spare: Collection[str] = ()
-) -> None:
-    """Keep the newest files (of a failure there are two logs), and those of the names to spare."""
-    for old in sorted(folder.glob(pattern), key=changed)[:-keep]:
-        if old.stem not in spare:
-            old.unlink(missing_ok=True)
+# A module that is run as a script keeps its syntax tree as long as it runs: 8 MB. With -I: a
+# PYTHONPATH into the project must not choose the modules that run on the host.
+RUN_PROXY = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import github_mcp_proxy
+sys.exit(github_mcp_proxy.main())
+"""
+
+
+@contextlib.contextmanager
+def github_proxy(host: Host, choice: GitHubChoice, name: str) -> Iterator[tuple[GitHub, str]]:
+    """A GitHub proxy for one VM, and the secret of a probe of it; afterwards what it did is said.
+
+    It ends with the block, and when this process is killed: its stdin is closed then.
+    """
+    import secrets
+
+    secret, probe_secret = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
+    own = {"GITHUB_MCP_SECRET": secret, "GITHUB_MCP_PROBE_SECRET": probe_secret}
+    audit = host.folders.state / "audit" / f"{name}.jsonl"
+    errors = host.folders.state / "logs" / f"{name}.github.log"
+    argv = [sys.executable, "-I", "-c", RUN_PROXY, str(Path(__file__).resolve().parent)]
+    argv += ["--listen", "127.0.0.1:0", "--exit-with-stdin", "--audit", str(audit)]
+    argv += choice.options
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0, "cwd": "/"}
+    with (
+        open(errors, "wb") as file,
+        child(
+            argv, **pipes, stderr=file, env={**choice.environ, **own}, start_new_session=True
+        ) as process,
+    ):
+        assert process.stdin and process.stdout
+        port, rights = (process.stdout.readline().decode().strip() for _ in range(2))
+        if not port.isdigit():
+            raise AgentVMError("the GitHub proxy did not start", details=tail(errors))
+        readonly = rights == "read-only"
+        log.info(f"GitHub: {choice.repo}{', read-only' if readonly else ''}")
+        try:
+            yield GitHub(choice.repo, int(port), secret, readonly, choice.remote), probe_secret
+        finally:
+            if process.poll() is not None:
+                log.warn(f"the GitHub proxy ended before the agent: {errors}")
+            else:
+                errors.unlink(missing_ok=True)  # the audit has what is worth keeping
+            with signals.held(), contextlib.suppress(OSError, ValueError, KeyError):
+                process.stdin.close()
+                printed = process.stdout.read().decode(errors="replace")
+                for line in receipt_lines([json.loads(line) for line in printed.splitlines()]):
+                    log.info(f"GitHub: {line}")
+
+
+def run(host: Host, base: Instance, plan: Plan) -> int:
+    """Clone, check, start, prepare, run plan.argv in the project, delete. Returns its status."""
+    folders, lima = host.folders, host.lima
+    mount_type = CONFINED_MOUNT_TYPE.get(base.vm_type)
+    if not mount_type:
+        raise AgentVMError(
+            f"{base.name} is a {base.vm_type} instance: no mount type of it is confined by the host"
+        )
+    # The project's transcripts on the host, where the agent looks for them in the guest.
+    sessions = folders.state / "sessions" / session_key(plan.project)
+    sessions.mkdir(mode=0o700, exist_ok=True)
+    transcripts = Mount(place_of(sessions), f"{base.home}/.claude/projects", writable=True)
+    mounts = [*plan.mounts, transcripts]
+
+    with contextlib.ExitStack() as stack:
+        name = stack.enter_context(disposable(host, plan.project, plan.keep))
+        github, probe_secret = None, ""
+        if plan.github:
+            proxy = github_proxy(host, plan.github, name)
+            github, probe_secret = stack.enter_context(proxy)
+
+        log.progress(f"starting {name}")
+        links = folders.state / "links" / name
+        planned = lima_mounts(mounts, mount_type, links)
+        for mount, entry in zip(mounts, planned):
+            if entry["location"] != mount.source.path:
+                links.mkdir(mode=0o700, exist_ok=True)
+                os.symlink(mount.source.path, entry["location"])
+        lima.clone(
+            base.name, name, clone_expression(planned, mount_type, plan.forward), *plan.sizes
+        )
+        clone = lima.find(name)
+        faults = isolation_faults(clone, planned) if clone else ["is not listed by limactl"]
+        if clone is None or faults:
+            raise AgentVMError(
+                f"the clone would not be confined: it {'; it '.join(faults)}",
+                hint=f"look into {folders.lima_home}/_config/default.yaml and override.yaml",
+            )
+        try:
+            lima.start(name)
+        except AgentVMError as error:
+            error.details = f"{error.details}\n{failure_logs(host, name)}".strip()
+            raise
+
+        guest = Guest(clone)
+        prepared = guest.run("bash -s", prepare_script(plan, mounts, github))
+        if prepared.status:
+            logs = "" if prepared.out else failure_logs(host, name)
+            raise AgentVMError("the VM could not be prepared", details=prepared.out + logs)
+        if github:
+            probe = guest.run("bash -s", github_probe(github, probe_secret))
+            if probe.status:
+                reason = probe.out.strip()
+                raise AgentVMError("the GitHub proxy does not protect this VM", details=reason)
+        for path in plan.hooks:
+            run_hook(guest, path, path.parent == Path(plan.project), plan.project)
+
+        tty = os.isatty(0) and os.isatty(1)
+        # An agent whose output goes to a file must not wait for a terminal that it does not have.
+        deaf = plan.agent and os.isatty(0) and not tty
+        launch = [f"{clone.home}/.agent-vm/launch", plan.project, *plan.argv]
+        try:
+            status = guest.attach(launch, tty, stdin=subprocess.DEVNULL if deaf else None)
+        except Interrupted:
+            with signals.held(), contextlib.suppress(AgentVMError):
+                guest.run("sync", timeout=20)  # what the agent wrote so far is kept
+            raise
+        # An agent, too, may end with ssh's status: ask whether the VM is there.
+        if status == SSH_FAILED and not guest.alive():
+            raise AgentVMError("the VM was lost while it ran", details=failure_logs(host, name))
+        return status
+
+
+# --- you may stop here: what follows only calls what is above ---
+
+# --- settings: flag > environment > config file > default ---
+
+BASE = "agent-vm-base"
+AGENT = ("claude", "--dangerously-skip-permissions")
+CREDENTIALS = ("CLAUDE_CODE_OAUTH_TOKEN", "ANTHROPIC_API_KEY")
+GITHUB_TOKEN = "GITHUB_MCP_TOKEN"  # for the proxy alone
+
+# GitHub takes no repository that is called so: "." and "..", or x.git and x.wiki.
+OWNER_REPO = r"([A-Za-z0-9][A-Za-z0-9_-]*/(?!\.{1,2}/?$)[A-Za-z0-9._-]+?(?<!\.git)(?<!\.wiki))"
+
+LIMA_RELEASE = "2.2.0"
+LIMA_URL = f"https://github.com/lima-vm/lima/releases/download/v{LIMA_RELEASE}"
+
+
+def words_like(pattern: str, what: str) -> Callable[[str], str]:
+    """A parser for values of one form."""
+
+    def parse(word: str) -> str:
+        if not re.fullmatch(pattern, word, re.DOTALL):
+            raise argparse.ArgumentTypeError(f"{word!r} is not {what}")
+        return word
+
+    return parse
+
+
+web_address = words_like(r"https?://[^\s@'\"\\]+", "an http(s) address without a password")
+owner_and_repo = words_like(OWNER_REPO, "OWNER/REPO")
+
+
+def whole_number(word: str) -> int:
+    return int(words_like(r"[1-9]\d{0,5}", "a whole number above 0")(word))
+
+
+def existing_file(word: str) -> str:
+    path = os.path.abspath(os.path.expanduser(word))
+    if not os.access(path, os.R_OK) or not os.path.isfile(path):
+        raise argparse.ArgumentTypeError(f"{path} is not a readable file")
+    return path
+
+
+def yes_or_no(word: str) -> bool:
+    import configparser
+
+    values = configparser.ConfigParser.BOOLEAN_STATES
+    if word.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{word!r} is not yes or no")
+    return values[word.lower()]
+
+
+def yes_no_or_auto(word: str) -> bool | str:
+    return word if word == "auto" else yes_or_no(word)
+
+
+def mount_option(word: str) -> Mount:
+    """DIR[:ro|:rw][:GUESTPATH]; read-only unless said, and at the same path unless said."""
+    match = re.fullmatch(r"(.+?)(?::(ro|rw))?(?::(/.*))?", word, re.DOTALL)
+    written = os.path.expanduser(match[1] if match else word)
+    source = real_place(written)
+    if not match or not os.path.isdir(source.path):
+        raise argparse.ArgumentTypeError(f"{word!r}: {source.path} is not a directory")
+    target = os.path.normpath(match[3] or source.path)
+    return Mount(source, target, writable=match[2] == "rw", written=place_of(written))
+
+
+class Setting(NamedTuple):
+    """A value that a flag, AGENT_VM_NAME, config.ini or the default gives, in that order."""
+
+    parse: Callable[[str], Any]
+    default: Any
+    help: str
+    metavar: str = ""
+    many: bool = False
+
+
+base_suffix = words_like("[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?", "a name: up to 20 of a-z 0-9 -")
+variable = words_like("[A-Za-z_][A-Za-z0-9_]*(=.*)?", "NAME or NAME=VALUE")
+SETTINGS = {
+    "name": Setting(base_suffix, "", "use the base instance agent-vm-base-NAME", "NAME"),
+    "minimal": Setting(yes_or_no, False, "only git, curl, jq and Claude Code in the VM"),
+    "disk": Setting(whole_number, 20, "size of the VM's disk", "GB"),
+    "memory": Setting(whole_number, 8, "memory of the VM, half the host's at most", "GB"),
+    "cpus": Setting(whole_number, 4, "CPUs of the VM, half the host's at most", "N"),
+    "template": Setting(existing_file, "", "another Lima template than lima/agent-vm.yaml", "FILE"),
+    "image": Setting(str, "", "another Debian 13 disk image", "FILE|URL"),
+    "ca-cert": Setting(existing_file, (), "trust a CA in the VM (repeatable)", "FILE", many=True),
+    "apt-mirror": Setting(web_address, "", "Debian mirror for the guest's apt", "URL"),
+    "npm-registry": Setting(web_address, "", "npm registry of the guest (else the host's)", "URL"),
+    "lima-url": Setting(web_address, LIMA_URL, "where to get Lima when it is missing", "URL"),
+    "timeout": Setting(whole_number, 600, "how long one limactl command may take", "SECONDS"),
+    "mount": Setting(mount_option, (), "mount another folder, read-only unless :rw (repeatable)",
+                     "DIR[:ro|:rw][:GUESTPATH]", many=True),
+    "env": Setting(variable, (), "pass a variable (repeatable)", "NAME[=VALUE]", many=True),
+    "readonly": Setting(yes_or_no, False, "mount the project read-only; the host enforces it"),
+    "github": Setting(yes_no_or_auto, False, "give the agent the project's GitHub repository"
+                      " (auto: when one was chosen before, and there is a token)"),
+    "github-profile": Setting(str, "", "tokens from github_app_token.py's profile NAME", "NAME"),
+    "github-policy": Setting(existing_file, "", "what may be written, see the proxy", "FILE"),
+    "forward": Setting(yes_or_no, True, "forward the guest's ports to the host"),
+}  # fmt: skip
+SETUP_SETTINGS = (
+    "name minimal disk memory cpus template image ca-cert apt-mirror npm-registry lima-url timeout"
+).split()
+RUN_SETTINGS = (
+    "name memory cpus mount readonly github github-profile github-policy forward env timeout"
+).split()
+
+
+class Settings(NamedTuple):
+    """What a command was told. What it does not ask for cannot fail it."""
+
+    flags: Mapping[str, Any]
+    environ: Mapping[str, str]
+    config: Mapping[str, str]
+
+    def find(self, name: str) -> tuple[Any, str]:
+        """(value, where it is from: flag, environment, config or default)."""
+        setting, flag = SETTINGS[name], self.flags.get(name.replace("-", "_"))
+        if flag is not None:
+            return (tuple(flag) if setting.many else flag), "flag"
+        env_name = "AGENT_VM_" + name.upper().replace("-", "_")
+        if self.environ.get(env_name):
+            words, origin, said_by = self.environ[env_name], "environment", env_name
+        elif name in self.config:
+            words, origin, said_by = self.config[name], "config", "config.ini"
+        else:
+            return setting.default, "default"
+        try:
+            if setting.many:
+                return tuple(setting.parse(word) for word in shlex.split(words)), origin
+            return setting.parse(words), origin
+        except (argparse.ArgumentTypeError, ValueError) as error:
+            raise AgentVMError(f"{said_by}: {name}: {error}") from error
+
+    def get(self, name: str) -> Any:
+        return self.find(name)[0]
+
+    def chosen(self, name: str) -> bool:
+        return self.find(name)[1] != "default"
+
+
+def config_values(path: Path) -> dict[str, str]:
+    import configparser
+
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        parser.read_string(path.read_text())
+        values = dict(parser["agent-vm"])
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, configparser.Error) as error:
+        first_line = str(error).splitlines()[0]
+        raise AgentVMError(f"{path}: {first_line}", "it needs one section, [agent-vm]") from error
+    unknown = sorted(set(values) - set(SETTINGS))
+    if unknown:
+        raise AgentVMError(f"{path}: unknown key {unknown[0]!r}", "keys: " + " ".join(SETTINGS))
+    return values
+
+
+# --- opening: this host, its base instances, its garbage ---
+
+MIN_LIMA = (2, 0)  # `limactl clone --set`, and protect, as used here
+GIB = 1 << 30
+CLONE_SECONDS = 120  # until `limactl clone` has made a folder, on any host
+
+
+def folders_of(environ: Mapping[str, str]) -> Folders:
+    """By the XDG rules, which say that a relative path does not count."""
+    home = Path(os.path.expanduser("~"))
+
+    def xdg(name: str, default: str) -> Path:
+        value = environ.get(name, "")
+        return (Path(value) if os.path.isabs(value) else home / default) / "agent-vm"
+
+    return Folders(
+        state=xdg("XDG_STATE_HOME", ".local/state"),
+        config=xdg("XDG_CONFIG_HOME", ".config"),
+        data=xdg("XDG_DATA_HOME", ".local/share"),
+        lima_home=Path(os.path.abspath(environ.get("LIMA_HOME") or home / ".lima")),
+    )
+
+
+def open_host(
+    args: argparse.Namespace, need_lima: bool = True, collect: bool = False
+) -> tuple[Host, Settings]:
+    folders = folders_of(os.environ)
+    settings = Settings(vars(args), os.environ, config_values(folders.config / "config.ini"))
+    os.environ["PATH"] = safe_search_path(os.environ.get("PATH", os.defpath))
+    os.environ["PATH"] += f"{os.pathsep}{folders.data}/lima/bin"  # where setup puts Lima
+    binary = shutil.which("limactl") or ""
+    if need_lima and not binary:
+        raise AgentVMError("limactl is not installed", hint="agent-vm setup installs it")
+    try:
+        for name in ("", "leases", "bases", "sessions", "links", "logs", "audit", "github"):
+            make_private_folder(folders.state / name)
+    except OSError as error:
+        problem = f"the state folder is not writable: {error}"
+        raise AgentVMError(problem, "set XDG_STATE_HOME to a folder of yours") from error
+    host = Host(folders, Lima(binary, settings.get("timeout")), Leases(folders), args.secrets)
+    if collect and binary:
+        collect_garbage(host)
+    return host, settings
+
+
+def safe_search_path(path: str) -> str:
+    """PATH without relative entries, and without what an agent of this directory can write.
+
+    A project's .venv/bin, say: its programs are for the guest.
+    """
+    entries = [entry for entry in path.split(os.pathsep) if os.path.isabs(entry)]
+    with contextlib.suppress(OSError):
+        project = place_of(os.getcwd())
+        if not mount_refusal(project, real_place("~"), {}):
+            entries = [entry for entry in entries if not inside(real_place(entry), project)]
+    return os.pathsep.join(entries)
+
+
+def checked_lima_version(lima: Lima) -> str:
+    printed = lima.version()
+    match = re.search(r"(\d+)\.(\d+)(?:\.\d+)?", printed)
+    if not match:
+        raise AgentVMError(f"limactl --version printed {printed.strip()[:80]!r}")
+    if (int(match[1]), int(match[2])) < MIN_LIMA:
+        oldest = ".".join(map(str, MIN_LIMA))
+        raise AgentVMError(f"limactl {match[0]} is too old", f"agent-vm needs {oldest} or newer")
+    return match[0]
+
+
+def confirm(question: str, yes: bool = False) -> bool:
+    """Ask on the terminal; --yes answers, and without a terminal nobody can."""
+    if yes or not (os.isatty(0) and os.isatty(2)):
+        return yes
+    print(f"agent-vm: {question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def base_name(settings: Settings) -> str:
+    """What the user calls a base instance; its instances have a suffix each."""
+    suffix = settings.get("name")
+    return f"{BASE}-{suffix}" if suffix else BASE
+
+
+def read_base(folders: Folders, name: str) -> tuple[str, str]:
+    """(current, previous): the instances that a base name means, each "" when there is none."""
+    current, _, previous = read_line(str(folders.state / "bases" / name)).partition(" ")
+    return (current if is_base(current) else ""), (previous if is_base(previous) else "")
+
+
+def write_base(folders: Folders, name: str, current: str, previous: str) -> None:
+    write_file(folders.state / "bases" / name, f"{current or '-'} {previous or '-'}\n")
+
+
+def base_roles(folders: Folders) -> dict[str, str]:
+    """instance -> "base" or "previous", of all that a base name means."""
+    roles = {}
+    for path in (folders.state / "bases").glob(f"{BASE}*"):
+        current, previous = read_base(folders, path.name)
+        roles.update({previous: "previous", current: "base"})
+    roles.pop("", None)
+    return roles
+
+
+def usable_base(host: Host, name: str) -> Instance:
+    """The stopped instance that is cloned; what keeps it from that raises."""
+    if not shutil.which("ssh"):
+        raise AgentVMError("ssh is not installed", hint="install your system's OpenSSH client")
+    current, _ = read_base(host.folders, name)
+    base = host.lima.find(current) if current and host.lima.binary else None
+    if base is None:
+        raise AgentVMError(f"there is no base instance {name}", hint="agent-vm setup")
+    if base.status != "Stopped":
+        running = base.status == "Running"
+        problem = f"the base instance {base.name} is {base.status.lower()}: it cannot be cloned"
+        raise AgentVMError(problem, f"agent-vm stop {base.name}" if running else "agent-vm setup")
+    return base
+
+
+def collect_garbage(host: Host, wait: bool = False) -> list[str]:
+    """Remove the instances whose owner is gone (kill -9, crash, power loss) and say so."""
+    removed = []
+    with file_lock(host.folders.state / "gc.lock", wait) as free:
+        roles = base_roles(host.folders)
+        for lease in host.leases.orphans() if free else ():
+            if lease.name in roles:  # its setup died right after it had become a base instance
+                host.leases.drop(lease.name)
+                continue
+            existed = (host.folders.lima_home / lease.name).is_dir()
+            if not existed and 0 <= time.time() - lease.created < CLONE_SECONDS:
+                continue  # its limactl may have outlived it, and be about to make it
+            with signals.held():
+                gone = try_remove(host, lease.name)
+            if gone and existed:
+                log.info(f"removed {lease.name}: its run ended without cleaning up")
+                removed.append(lease.name)
+    return removed
 
 
 def changed(path: Path) -> float:
@@ -1759,1125 +1646,519 @@ def changed(path: Path) -> float:
         return 0.0
 
 
-def failure_logs(context: Context, name: str) -> str:
-    """Keep the logs of an instance that will be deleted; their tails and where the rest is."""
-    parts = []
-    for file in ("ha.stderr.log", "serial.log"):
-        source = context.folders.lima_home / name / file
-        kept = context.folders.state / "logs" / f"{name}.{file}"
-        end = tail(source)
-        if end:
-            with contextlib.suppress(OSError):
-                kept.write_bytes(last_bytes(source, 1 << 20))
-                prune_logs(kept.parent)
-            parts.append(f"--- the end of {file} (all of it: {kept})\n{end}")
-    return "\n".join(parts)
+def prune_records(host: Host) -> None:
+    """Keep the newest logs of failures (there are two of each) and audits, and those in use."""
+    live = {lease.name for lease in host.leases.all()}
+    for folder, pattern, keep in (("logs", "agent-vm-*.log", 20), ("audit", "*.jsonl", 100)):
+        files = sorted((host.folders.state / folder).glob(pattern), key=changed)
+        for path in files[:-keep]:
+            if path.name.partition(".")[0] not in live:
+                remove_file(path)
 
 
-def start_instance(context: Context, name: str, timeout: int) -> None:
-    try:
-        context.lima.start(name, timeout)
-    except AgentVMError as error:
-        error.details = f"{error.details}\n{failure_logs(context, name)}".strip()
-        raise
+# --- the plan of a run ---
+
+# Passed from the host's environment into the guest: how the terminal looks, which model answers.
+PASSED_ENV = re.compile(
+    "COLORTERM|NO_COLOR|FORCE_COLOR|TERM_PROGRAM|LANG|LC_[A-Z]+"
+    "|ANTHROPIC_BASE_URL|ANTHROPIC_MODEL|ANTHROPIC_SMALL_FAST_MODEL"
+)
+PROJECT_HOOK = ".claude-vm.runtime.sh"
 
 
-def free_name(context: Context, project: str) -> str:
-    """A name that nobody has: what has our name at the end of the run is deleted."""
-    home = context.folders.lima_home
-    while True:
-        name = clone_name(os.path.basename(project), os.urandom(3).hex(), str(home))
-        if not (home / name).exists() and not context.leases.path(name).exists():
-            return name
-
-
-@contextlib.contextmanager
-def disposable(context: Context, project: str, keep: bool) -> Iterator[str]:
-    """The name of a clone to be, leased; whatever happens, the clone is deleted at the end."""
-    name = free_name(context, project)
-    context.leases.take(name, project)
-    ended_well = False
-    try:
-        yield name
-        ended_well = True
-    finally:
-        with shielded():
-            if keep and ended_well:
-                context.leases.take(name, project, keep=True)
-                log.info(
-                    f"kept {name}; reach it: limactl shell {name}; remove it: agent-vm rm {name}"
-                )
-            else:
-                try_remove(context.lima, context.leases, name)
-
-
-def make_clone(context: Context, base: Instance, name: str, mounts: Sequence[Mount]) -> Instance:
-    """Clone the base instance and refuse what Lima's own defaults would add to it."""
-    links = context.folders.state / "links" / name
-    planned = lima_mounts(mounts, links)
-    for mount, plan in zip(mounts, planned):
-        if plan["location"] != mount.source:
-            links.mkdir(mode=0o700, exist_ok=True)
-            os.symlink(mount.source, plan["location"])
-    mount_type = CONFINED_MOUNT_TYPE.get(base.vm_type)
-    if not mount_type:
-        raise AgentVMError(
-            f"{base.name} is a {base.vm_type} instance: no mount type of it is confined by the host"
-        )
-    sizes = [f"--{key}={context.get(key)}" for key in ("cpus", "memory") if context.chosen(key)]
-    expression = clone_expression(planned, mount_type, context.get("forward"))
-    with context.lock(f"{context.base}.lock", shared=True):  # a setup must not swap it meanwhile
-        context.lima.clone(base.name, name, expression, *sizes)
-    clone = context.lima.find(name)
-    faults = isolation_faults(clone, planned) if clone else ["is not listed by limactl"]
-    if clone is None or faults:
-        raise AgentVMError(
-            f"the clone would not be confined: it {'; it '.join(faults)}",
-            hint=f"look into {context.folders.lima_home}/_config/default.yaml and override.yaml",
-        )
-    return clone
-
-
-def check_status(context: Context, guest: Guest, status: int) -> int:
-    """ssh says 255 for a lost connection, but so may an agent: ask whether the VM is there."""
-    if status == 255 and not guest.alive():
-        raise AgentVMError(
-            "the VM was lost while it ran", details=failure_logs(context, guest.instance.name)
-        )
-    return status
-
-
-def run_in_clone(context: Context, args: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Clone, start, prepare, run argv in the project, delete. Returns argv's status."""
-    project = project_dir()
-    mounts = plan_mounts(context, project, args.force_mount)
-    hooks = readable_hooks(context.folders.config / "runtime.sh", Path(project, PROJECT_HOOK))
-    credential = find_credential(context)
-    variables = guest_variables(context, os.environ)
-    base = ensure_base(context, args)
-    chosen = choose_github(context, project, mounts)
-    for mount in mounts:
-        if mount.writable:
-            mark_written(context, mount.source)
-    mounts.append(session_mount(context, project, base.home))
-    with contextlib.ExitStack() as stack:
-        name = stack.enter_context(disposable(context, project, args.keep))
-        github = stack.enter_context(github_proxy(context, chosen, name)) if chosen else None
-        script = prepare_script(
-            mounts, project, variables, credential, git_identity(), host_zone(os.environ), github
-        )
-        log.progress(f"starting {name}")
-        guest = Guest(make_clone(context, base, name, mounts))
-        start_instance(context, name, context.lima.timeout)
-        prepared = guest.run("bash -s", stdin=script)
-        if prepared.returncode:
-            logs = "" if prepared.stdout else failure_logs(context, name)
-            raise AgentVMError("the VM could not be prepared", details=prepared.stdout + logs)
-        if github:
-            stack.enter_context(armed(context, guest, github))
-        asking = github.asking if github else None
-        with confirming(asking, None):
-            for path in hooks:
-                run_hook(guest, path, path.parent == Path(project), project)
-        return attach_agent(context, guest, project, argv, asking)
-
-
-def attach_agent(
-    context: Context, guest: Guest, project: str, argv: Sequence[str],
-    asking: subprocess.Popen[bytes] | None,
-) -> int:  # fmt: skip
-    tty = os.isatty(0) and os.isatty(1)
-    # An agent whose output goes to a file must not wait for a terminal that it does not have.
-    stdin = subprocess.DEVNULL if os.isatty(0) and not tty and tuple(argv[:2]) == AGENT else None
-    launch = f"{guest.instance.home}/.agent-vm/launch"
-    try:
-        status = guest.attach([launch, project, *argv], tty, stdin, asking)
-    except Interrupted:
-        with shielded(), contextlib.suppress(AgentVMError):
-            guest.run("sync", timeout=20)  # what the agent wrote so far is kept
-        raise
-    return check_status(context, guest, status)
-
-
-# --- GitHub: one repository, through a proxy on this host ---
-
-
-class GitHubChoice(NamedTuple):
-    """What a proxy is started with: the repository, and where its token is from."""
-
-    repo: str
-    remote: str  # as written in the project, "" when it names another repository
-    environ: Mapping[str, str]
-    options: tuple[str, ...]
-
-    def __repr__(self) -> str:
-        return f"<GitHub {self.repo}>"
-
-
-def choose_github(context: Context, project: str, mounts: Sequence[Mount]) -> GitHubChoice | None:
-    """The repository and the token of this run; None without GitHub. What is missing raises."""
-    wanted = context.get("github")
-    if wanted == "off":
-        for name in ("github-profile", "github-policy", "confirm-writes"):
-            if context.setting(name)[1] == "flag":
-                log.warn(f"--{name} does nothing without --github")
+def find_credential(host: Host) -> Credential | None:
+    """The credential that a run would use: the environment's, else the stored one."""
+    for name in CREDENTIALS:
+        if host.secrets.get(name):
+            return Credential(name, host.secrets[name], "the environment")
+    path = host.folders.config / "credential"
+    if not path.exists():
         return None
-    found, remote = project_repository(context, project)
-    named = "/" in wanted
-    repo = wanted if named else found
-    if not repo:
-        if wanted == "auto":
-            return None
-        looked = f"the remote {masked(remote)} is not" if remote else "there is no remote"
-        raise AgentVMError(f"{looked} on github.com", hint="--github=OWNER/REPO")
-    token = find_github_token(context, repo, ask=wanted != "auto")
-    if token is None:
-        if wanted == "auto":
-            log.progress(f"without GitHub: there is no token for {repo}")
-            return None
-        raise AgentVMError(
-            f"there is no GitHub token for {repo}",
-            hint=f"set {GITHUB_TOKEN}, or --github-profile NAME (see github_app_token.py --help),"
-            " or say yes to gh's at a terminal",
-        )
-    if context.get("confirm-writes"):
-        need_terminal()
-    writable = [mount.source for mount in mounts if mount.writable]
-    check_policy(context, [project, str(context.folders.state / "sessions"), *writable])
-    if not named:
-        check_remote(context, project, repo)
-    if repo.lower() != found.lower():
-        return GitHubChoice(repo, "", *token)
-    accept_remote(context, project, repo)
-    return GitHubChoice(repo, remote, *token)
+    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+        problem = f"{path} can be read by others"
+        raise AgentVMError(problem, hint=f"chmod 600 {shlex.quote(str(path))}")
+    name, _, value = read_line(str(path)).partition("=")
+    if name not in CREDENTIALS or not value:
+        raise AgentVMError(f"{path} is not what auth set writes", hint="agent-vm auth set")
+    return Credential(name, value, str(path))
 
 
-def check_policy(context: Context, folders: Sequence[str]) -> None:
-    """What an agent can write must not say what it may write."""
-    policy = context.get("github-policy")
-    for place in trail(policy) if policy else ():
-        if was_written(context, place) or any(inside(place, folder) for folder in folders):
-            raise AgentVMError(
-                f"the policy {policy} is reached by {place}, which an agent can write",
-                hint=f"put it into {context.folders.config}",
-            )
+def guest_variables(host: Host, settings: Settings) -> dict[str, str]:
+    given = {**host.secrets, **os.environ}
+    passed = [name for name in os.environ if PASSED_ENV.fullmatch(name) and os.environ[name]]
+    variables = {name: os.environ[name] for name in passed}
+    variables["DISABLE_AUTOUPDATER"] = "1"  # the clone is thrown away; `setup` updates
+    for item in settings.get("env"):
+        name, equals, value = item.partition("=")
+        if not equals and name not in given:
+            raise AgentVMError(f"--env {name}: it is not set on the host")
+        variables[name] = value if equals else given[name]
+    return variables
 
 
-def trail(path: str) -> Iterator[str]:
-    """Every place on the way to a file, through links."""
-    todo, here = os.path.abspath(path).split("/"), "/"
-    links = 0
-    while todo:
-        name = todo.pop(0)
-        here = os.path.normpath(os.path.join(here, name))
-        yield here
-        if os.path.islink(here) and links < 40:
-            links += 1
-            target = os.readlink(here)
-            todo = [*target.split("/"), *todo]
-            here = "/" if target.startswith("/") else os.path.dirname(here)
+def readable_hooks(*paths: Path) -> list[Path]:
+    """Those hooks that exist; one that exists and cannot be read raises."""
+    hooks = [path for path in paths if os.path.lexists(path)]
+    for path in hooks:
+        if not os.access(path, os.R_OK) or not path.is_file():
+            problem = f"the hook {path} is not a readable file"
+            raise AgentVMError(problem, hint=f"chmod +r {path}, or remove it")
+    return hooks
 
 
-def project_repository(context: Context, project: str) -> tuple[str, str]:
-    """(OWNER/REPO, the remote's URL as written) of the project's git remote, each "" if none is.
+# --- the plan's part for GitHub: which repository, whose token ---
 
-    The remote that the branch tracks, else origin.
-    Only the config file itself is read, without includes: an agent may have written it.
-    """
-    common = worktree_git_dir(project)
-    git_dir = os.path.join(project, ".git")
-    if common:
-        git_dir = os.path.join(project, read_line(git_dir)[len("gitdir: ") :])
-    file = os.path.join(common or git_dir, "config")
-    if os.path.realpath(file) != file or not os.path.isfile(file):
-        return "", ""
-    if os.path.getsize(file) > MAX_GIT_CONFIG:
-        log.warn(f"{file} is not read: it is larger than any that git writes")
-        return "", ""
-    settings = git_settings("--file", file, "--no-includes")
-    remote = git_remote(settings, read_line(os.path.join(git_dir, "HEAD")))
-    repo = github_repository(instead_of(remote, [*git_settings("--global"), *settings]))
-    if repo and re.match(r"https?://[^/]*@", remote):
-        log.warn("the remote's URL has a credential in it, which the agent can read")
-    return repo, remote
-
-
-MAX_GIT_CONFIG = 1 << 20  # bytes; git takes 4 times as much memory
-
-
-def git_settings(*where: str) -> list[tuple[str, str]]:
-    argv = ("git", "config", *where, "-z", "--get-regexp", r"^(remote|branch|url)\.")
-    try:
-        done = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            encoding="utf-8", errors="replace", timeout=20, cwd="/", check=False,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    pairs = (item.partition("\n") for item in done.stdout.split("\0") if item)
-    return [(key, value) for key, _, value in pairs]
-
-
-def identities(folder: str) -> tuple[str, str]:
-    """File names for a folder, by its path and by its inode: it may be renamed, or mounted anew."""
-    info = os.stat(folder)
-    return session_key(folder), f"{info.st_dev}-{info.st_ino}"
-
-
-def mark_written(context: Context, folder: str) -> None:
-    """From now on an agent may have written all that is in the folder."""
-    for name in identities(folder):
-        (context.folders.state / "written" / name).touch()
-
-
-def was_written(context: Context, folder: str) -> bool:
-    """Whether an agent could ever write the folder, or one that it lies in."""
-    marks = context.folders.state / "written"
-    places = [place for place in (Path(folder), *Path(folder).parents) if place.is_dir()]
-    return any((marks / name).exists() for place in places for name in identities(str(place)))
-
-
-def git_dir_of(project: str) -> str:
-    return worktree_git_dir(project) or os.path.join(project, ".git")
-
-
-def accepted_remotes(context: Context, folder: str) -> set[str]:
-    """The repositories that its remotes named when a run was given them."""
-    found: set[str] = set()
-    for name in identities(folder):
-        with contextlib.suppress(OSError):
-            found.update((context.folders.state / "github" / name).read_text().split())
-    return found
-
-
-def accept_remote(context: Context, project: str, repo: str) -> None:
-    for folder in (project, git_dir_of(project)):
-        accepted = sorted({*accepted_remotes(context, folder), repo.lower()})
-        for name in identities(folder):
-            (context.folders.state / "github" / name).write_text("\n".join(accepted) + "\n")
-
-
-def check_remote(context: Context, project: str, repo: str) -> None:
-    """An agent can write the remotes of a project, or make one below its own: then you name it.
-
-    What its git dir's other worktrees were given counts for a project that no agent could write:
-    who can write it can lead its .git to another repository's.
-    """
-    own, git_dir = accepted_remotes(context, project), git_dir_of(project)
-    here = was_written(context, project)
-    shared = set() if own or here else accepted_remotes(context, git_dir)
-    if repo.lower() in own | shared or not (here or was_written(context, git_dir)):
-        return
-    if own:
-        were = ", ".join(sorted(own))
-        why = f"the remote says {repo}, and it was {were} before; an agent can change that"
-    else:
-        why = f"the remote says {repo}; an agent was here before, and can have written that"
-    raise AgentVMError(why, hint=f"--github={repo}, when it is right")
-
-
-def find_github_token(
-    context: Context, repo: str, ask: bool
-) -> tuple[dict[str, str], tuple[str, ...]] | None:
-    """(environment, options) that give the proxy its token, or None. gh is asked for only once."""
-    if context.secrets.get(GITHUB_TOKEN):
-        return {GITHUB_TOKEN: context.secrets[GITHUB_TOKEN]}, ()
-    profile = context.get("github-profile")
-    if profile:
-        script = str(beside("github_app_token.py"))
-        command = [sys.executable, "-I", script, "token", "--profile", profile, "--repo", repo]
-        return {}, ("--token-command", shlex.join([*command, "--format", "json"]))
-    allowed = context.folders.config / "gh-token-allowed"
-    if not shutil.which("gh") or not (allowed.exists() or ask):
-        return None
-    question = "use gh's token? It reaches all your repositories; only the proxy sees it, and this"
-    if not allowed.exists():
-        if not confirm(f"{question} is asked once", yes=False):
-            return None
-        allowed.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        allowed.touch(0o600)
-    token = output_of("gh", "auth", "token", "--hostname", "github.com")
-    return ({GITHUB_TOKEN: token}, ()) if token else None
-
-
-def beside(name: str) -> Path:
-    """Another script of ours, in the folder of this one."""
-    path = Path(__file__).resolve().parent / name
-    if not path.is_file():
-        raise AgentVMError(f"{name} is missing", hint=f"put it beside {Path(__file__).resolve()}")
-    return path
-
-
-# Of the host's environment, what the proxy does not need; the names are gh's.
-OTHER_SECRETS = (
-    "GITHUB_MCP_SECRET", "GH_TOKEN", "GITHUB_TOKEN", "GH_ENTERPRISE_TOKEN",
-    "GITHUB_ENTERPRISE_TOKEN",
+GITHUB_URL = re.compile(
+    r"(?:https?://(?:[^@/]*@)?(?:www\.)?github\.com(?::443)?/"
+    r"|ssh://git@(?:ssh\.)?github\.com(?::\d+)?/|git@(?:ssh\.)?github\.com:/?)"
+    + OWNER_REPO + r"(?:\.git)?/?",
+    re.IGNORECASE,
 )  # fmt: skip
-# A module that is run as a script keeps its syntax tree as long as it runs: 8 MB. With -I: a
-# PYTHONPATH into the project must not choose the modules that run on the host.
-IMPORTED = """
-import sys
-sys.path.insert(0, sys.argv.pop(1))
-import github_mcp_proxy
-sys.exit(github_mcp_proxy.main())
+# Of the host's environment, what the proxy must not have besides; the names are gh's.
+OTHER_TOKENS = ("GH_TOKEN", "GITHUB_TOKEN", "GH_ENTERPRISE_TOKEN", "GITHUB_ENTERPRISE_TOKEN")
+GITHUB_BRIEFING = """
+# GitHub in this VM
+
+You reach exactly one GitHub repository, {repo}, through a proxy on the user's machine; there is no
+GitHub credential in this VM, and `gh` has none.
+
+- Issues, pull requests, files: the tools of the MCP server `github` (mcp__github__*); `owner` and
+  `repo` may be left out. `git fetch`, `pull`, `clone` and `push` work with the usual addresses.
+- Write to a branch other than the default one, and open a pull request. Refused: pushes to the
+  default branch (unless the user's policy allows them), deletions, tags, LFS, the wiki; in a
+  read-only session everything.
+- A refusal says its reason. It is a decision, not a fault: tell the user, look for no way round.
+- What listens on a port here is forwarded to the user's 127.0.0.1, unless forwarding is off.
 """
 
 
-def proxy_environ(context: Context, choice: GitHubChoice) -> dict[str, str]:
-    owner, _, repo = choice.repo.partition("/")
-    environ = {"GITHUB_MCP_GIT": "https://github.com", **os.environ, **choice.environ}
-    for other in OTHER_SECRETS:
-        environ.pop(other, None)
-    environ.update(GITHUB_MCP_OWNER=owner, GITHUB_MCP_REPO=repo)
-    if context.chosen("readonly"):
-        environ["GITHUB_MCP_READONLY"] = "1" if context.get("readonly") else "0"
-    return environ
+def github_repository(url: str) -> str:
+    """OWNER/REPO of a remote on github.com, "" for any other."""
+    match = GITHUB_URL.fullmatch(url)
+    return match[1] if match else ""
 
 
-@contextlib.contextmanager
-def github_proxy(context: Context, choice: GitHubChoice, name: str) -> Iterator[GitHub]:
-    """A proxy for one VM. It ends with the block, and when this process is killed: its stdin."""
-    policy, confirm = context.get("github-policy"), context.get("confirm-writes")
-    audit, errors = audit_path(context, name), context.folders.state / "logs" / f"{name}.github.log"
-    argv = [
-        sys.executable, "-I", "-c", IMPORTED, str(beside(GITHUB_PROXY).parent), "--print-secret",
-        "--listen", "127.0.0.1:0", "--exit-with-stdin", "--audit", str(audit), *choice.options,
-        *(("--policy", policy) if policy else ()), *(("--confirm-writes",) if confirm else ()),
-    ]  # fmt: skip
-    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0, "cwd": "/"}
-    options.update(env=proxy_environ(context, choice), start_new_session=True)
-    with open(errors, "wb") as file, child(argv, **options, stderr=file) as process:
-        assert process.stdin and process.stdout
-        with process.stdin, process.stdout as lines:
-            port, secret, rights = (lines.readline().decode().strip() for _ in range(3))
-            if not port.isdigit() or not secret:
-                prune_logs(errors.parent)
-                raise AgentVMError("the GitHub proxy did not start", details=tail(errors))
-            asking = process if confirm else None
-            readonly = rights == "read-only"
-            log.info(f"GitHub: {choice.repo}{', read-only' if readonly else ''}")
-            try:
-                yield GitHub(choice.repo, int(port), secret, readonly, choice.remote, asking)
-            finally:
-                if process.poll() is None:
-                    errors.unlink(missing_ok=True)  # the audit has what is worth keeping
-                else:
-                    log.warn(f"the GitHub proxy ended before the agent: {errors}")
-                    prune_logs(errors.parent)
+def project_remote(project: str) -> str:
+    """The URL of the project's remote `origin` as it is written, or "".
+
+    Only the config file itself is read, without includes: an agent may have written it. So what
+    it says is a proposal to the user, never a decision.
+    """
+    file = os.path.join(worktree_git_dir(project) or os.path.join(project, ".git"), "config")
+    if os.path.realpath(file) != file or not os.path.isfile(file):
+        return ""
+    command = ("git", "config", "--file", file, "--no-includes", "--get", "remote.origin.url")
+    return first_line_of(*command)
 
 
-@contextlib.contextmanager
-def armed(context: Context, guest: Guest, github: GitHub) -> Iterator[None]:
-    """Refuse to go on unless the guest is refused what it must be; afterwards say what was done."""
-    probe = guest.run("bash -s", stdin=github_probe(github))
-    if probe.returncode:
-        raise AgentVMError(
-            "the GitHub proxy does not protect this VM", details=probe.stdout.strip()
-        )
-    audit = audit_path(context, guest.instance.name)
-    with open(audit, "a") as file:
-        file.write(json.dumps(dict.fromkeys(AUDIT_KEYS, "")) + "\n")  # the agent's begin here
-    try:
-        yield
-    finally:
-        with shielded(), contextlib.suppress(OSError):
-            counts, *lines = github_receipt(of_the_agent(read_audit(audit)))
-            log.info(f"GitHub: {counts} (agent-vm log {guest.instance.name})")
-            for line in lines:
-                log.info(f"GitHub: {guest_words(line)}")
-            live = {lease.name for lease in context.leases.all()}
-            prune_logs(audit.parent, "*.jsonl", keep=100, spare=live)
+def choose_repository(host: Host, settings: Settings, project: str, named: str) -> tuple[str, str]:
+    """(OWNER/REPO, the remote as written where it means that repository); "" is no GitHub.
+
+    The user chooses a project's repository once, by --repo or by a yes; it is kept in the state
+    folder. What the remote says later changes nothing.
+    """
+    wanted = settings.get("github")
+    if not wanted and not named:
+        return "", ""
+    kept = host.folders.state / "github" / session_key(project)
+    remote = project_remote(project)
+    proposed = github_repository(remote)
+    hint = f"--repo {proposed or 'OWNER/REPO'}"
+    repo = named or github_repository("https://github.com/" + read_line(str(kept)))
+    if not repo and wanted == "auto":
+        log.progress(f"without GitHub: no repository was chosen for this project; {hint}")
+        return "", ""
+    question = f"give the agent the GitHub repository {proposed}, as the remote says?"
+    if not repo and proposed and confirm(question):
+        repo = proposed
+    if not repo:
+        raise AgentVMError("no GitHub repository was chosen for this project", hint)
+    write_file(kept, f"{repo}\n")
+    if re.match(r"https?://[^/]*@", remote):
+        log.warn("the remote's URL has a credential in it, which the agent can read")
+    if proposed and proposed.lower() != repo.lower():
+        log.info(f"the agent gets {repo}, as it was chosen; the remote says {proposed} ({hint})")
+        return repo, ""
+    return repo, remote if proposed else ""
 
 
-@contextlib.contextmanager
-def confirming(
-    proxy: subprocess.Popen[bytes] | None, agent: subprocess.Popen[bytes] | None
-) -> Iterator[None]:
-    """Meanwhile the proxy's questions are asked at the terminal; `agent`: who else reads there."""
-    if proxy is None:
-        yield
-        return
-    import select
-
-    ended, end = os.pipe()
-
-    def answer_all() -> None:
-        assert proxy and proxy.stdin and proxy.stdout
-        with contextlib.suppress(OSError, ValueError):  # the proxy has gone
-            while ended not in select.select([proxy.stdout.fileno(), ended], [], [])[0]:
-                question = json.loads(proxy.stdout.readline())
-                answer = {"id": question["id"], "refused": ask_user(question, agent, ended)}
-                proxy.stdin.write(json.dumps(answer).encode() + b"\n")
-
-    thread = threading.Thread(target=answer_all, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        with shielded():
-            os.close(end)
-            thread.join()
-            os.close(ended)
-
-
-def open_terminal() -> int:
-    return os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
-
-
-def need_terminal() -> None:
-    try:
-        os.close(open_terminal())
-    except OSError:
-        raise AgentVMError("--confirm-writes: there is no terminal to ask at") from None
+def plan_github(
+    host: Host, settings: Settings, project: str, mounts: Sequence[Mount], named: str
+) -> GitHubChoice | None:
+    """The repository and the token of this run; None without GitHub. What is missing raises."""
+    repo, remote = choose_repository(host, settings, project, named)
+    if not repo:
+        return None
+    options = []
+    policy, profile = settings.get("github-policy"), settings.get("github-profile")
+    if policy:
+        sessions = Mount(place_of(host.folders.state / "sessions"), "")
+        problem = policy_problem([place_of(policy), real_place(policy)], [*mounts, sessions])
+        if problem:
+            raise AgentVMError(problem, hint=f"put it into {host.folders.config}")
+        options += ["--policy", policy]
+    token = host.secrets.get(GITHUB_TOKEN, "")
+    if not token and profile:
+        command = [sys.executable, "-I", sibling_script("github_app_token.py"), "token"]
+        command += ["--profile", profile, "--repo", repo, "--format", "json"]
+        options += ["--token-command", shlex.join(command)]
+    elif not token and settings.get("github") == "auto":
+        log.progress(f"without GitHub: there is no token for {repo}")
+        return None
+    elif not token:
+        hint = f"--github-profile NAME (see github_app_token.py --help), or set {GITHUB_TOKEN}"
+        raise AgentVMError(f"there is no GitHub token for {repo}", hint)
+    sibling_script("github_mcp_proxy.py")
+    environ = {"GITHUB_MCP_GIT": "https://github.com", **os.environ}
+    environ = {key: value for key, value in environ.items() if key not in OTHER_TOKENS}
+    environ["GITHUB_MCP_OWNER"], _, environ["GITHUB_MCP_REPO"] = repo.partition("/")
+    if token:
+        environ[GITHUB_TOKEN] = token
+    if settings.chosen("readonly"):
+        environ["GITHUB_MCP_READONLY"] = "1" if settings.get("readonly") else "0"
+    return GitHubChoice(repo=repo, remote=remote, environ=environ, options=options)
 
 
-# The guest has drawn on the terminal and set its modes. Ends a sequence that is open, takes back
-# encoding, margins, scroll region, origin mode, character sets, colours, and clears the screen:
-# what the question says is to be read as it is meant.
-FRESH_SCREEN = (
-    "\x18\x1b\\\x1b%G\x1b[!p\x1b[?69l\x1b[r\x1b[?6l\x1b[?7h\x1b(B\x0f\x1b[0m"
-    "\x1b]104\x1b\\\x1b]110\x1b\\\x1b]111\x1b\\\x1b[2J\x1b[H\x1b[?25h"
-)
-
-
-ALLOW = "allow? y/n (Ctrl-C ends the run) "
-
-
-def ask_user(question: Mapping[str, Any], agent: subprocess.Popen[bytes] | None, ended: int) -> str:
-    """Why a write may not pass, "" when it may. The agent's ssh stops reading the terminal."""
-    import termios
-
-    try:
-        terminal = open_terminal()
-    except OSError:
-        return "there is no terminal to ask at"
-    text = f"The agent wants to: {question['tool']} {question['about']}"
-    text = guest_words(text.encode("ascii", "backslashreplace").decode())
-    stopped = None
-    try:
-        columns, rows = os.get_terminal_size(terminal)
-        if os.tcgetpgrp(terminal) != os.getpgrp():
-            return "agent-vm is in the background and cannot ask"
-        columns, rows = columns or 80, rows or 24  # 0 when a terminal does not say
-        if sum(-(-len(line) // columns) for line in (text, ALLOW)) >= rows:
-            return "the question does not fit the user's terminal"
-        if agent:
-            agent.send_signal(signal.SIGSTOP)
-            stopped = agent
-        with line_mode(terminal):
-            return read_answer(terminal, text, question["until"], ended)
-    except (OSError, termios.error):
-        return "the terminal has gone"
-    finally:
-        if stopped:
-            stopped.send_signal(signal.SIGCONT)
-            with contextlib.suppress(OSError):
-                redraw(terminal)
-        os.close(terminal)
-
-
-def redraw(terminal: int) -> None:
-    """A size that changes makes the guest's program draw anew; the same size would not."""
-    import termios
-
-    size = fcntl.ioctl(terminal, termios.TIOCGWINSZ, bytes(8))
-    rows = int.from_bytes(size[:2], sys.byteorder)
-    other = max(rows - 1, 1).to_bytes(2, sys.byteorder) + size[2:]
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, other)
-    time.sleep(0.2)
-    if fcntl.ioctl(terminal, termios.TIOCGWINSZ, bytes(8)) == other:  # nobody resized it meanwhile
-        fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
-
-
-@contextlib.contextmanager
-def line_mode(terminal: int) -> Iterator[None]:
-    """A terminal that ssh has made raw takes lines; Ctrl-C is a character, which is read here."""
-    import termios
-
-    before = termios.tcgetattr(terminal)
-    lines = [*before[:6], list(before[6])]
-    lines[0] |= termios.ICRNL
-    lines[1] |= termios.OPOST | termios.ONLCR
-    lines[3] = (lines[3] | termios.ICANON | termios.ECHO | termios.ECHOE) & ~termios.ISIG
-    lines[6][termios.VEOL] = b"\x03"  # ends a line, as Enter does
-    time.sleep(0.3)  # whoever was typing to the agent has not meant this
-    termios.tcsetattr(terminal, termios.TCSAFLUSH, lines)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(terminal, termios.TCSAFLUSH, before)
-
-
-def read_answer(terminal: int, text: str, until: float, ended: int) -> str:
-    """`until` in time.monotonic() seconds; `ended` can be read when the agent has ended."""
-    import select
-
-    while True:  # what is no answer is asked anew, on a fresh screen
-        asked = f"{FRESH_SCREEN}\a{text}\n{ALLOW}"
-        os.write(terminal, asked.encode())
-        left = max(0, until - time.monotonic())
-        ready = select.select([terminal, ended], [], [], left)[0]
-        if terminal not in ready:
-            os.write(terminal, b"\n")
-            return "the run has ended" if ready else "the user did not answer"
-        data = os.read(terminal, 1000)
-        word = re.sub(rb"\x1b\[[0-9;?<>]*[A-Za-z~]", b"", data).strip().lower()
-        if word in (b"y", b"yes"):
-            return ""
-        if b"\x03" in data:
-            os.kill(os.getpid(), signal.SIGINT)
-        if word in (b"n", b"no") or b"\x03" in data or not data:
-            return "the user said no"
-
-
-def audit_path(context: Context, name: str) -> Path:
-    return context.folders.state / "audit" / f"{name}.jsonl"
-
-
-def of_the_agent(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without what the probe before it caused, which ends with a line of nothing."""
-    ends = [at for at, line in enumerate(lines) if not line["verdict"]]
-    return list(lines[max(ends, default=-1) + 1 :])
-
-
-AUDIT_KEYS = ("time", "method", "tool", "verdict", "reason", "target")
-
-
-def read_audit(path: Path) -> list[dict[str, Any]]:
-    """The proxy's decisions; a line that is torn (a full disk) is left out."""
-    result = []
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                entry = json.loads(line)
-                result.append({key: entry[key] for key in AUDIT_KEYS})
-    return result
-
-
-def cmd_log(args: argparse.Namespace) -> int:
-    """The audit of a run; the newest unless one is named."""
-    context = Context.open(args, need_lima=False)
-    folder = context.folders.state / "audit"
-    found = sorted(folder.glob("*.jsonl"), key=changed)
-    found = [path for path in found if args.run in ("", path.stem)]
-    if not found:
-        raise AgentVMError(
-            f"no run {args.run} with GitHub" if args.run else "no run with GitHub yet",
-            hint=f"{folder} has: " + " ".join(sorted(path.stem for path in folder.glob("*.jsonl"))),
-        )
-    if not args.json:
-        log.info(found[-1].stem)
-    for line in of_the_agent(read_audit(found[-1])):
-        if args.json:
-            print(json.dumps(line))
-            continue
-        url = (line["target"] or {}).get("url", "")
-        words = (line["time"], line["verdict"], audit_words(line), url, line["reason"])
-        print("  ".join(guest_words(str(word)) for word in words if word))
-    return 0
+def sibling_script(name: str) -> str:
+    """The path of another script of ours, which must lie beside this one."""
+    path = Path(__file__).resolve().parent / name
+    if not path.is_file():
+        raise AgentVMError(f"{name} is missing", hint=f"put it beside {Path(__file__).resolve()}")
+    return str(path)
 
 
 # --- setup: the base instance ---
 
+PROVISION_LOG = "/var/log/agent-vm-provision.log"
+PROVISION_DONE = "/var/lib/agent-vm/done/20-test"
 
-def host_facts(folders: Folders) -> HostFacts:
-    import platform
-
-    machine = platform.machine()
-    qemu = "qemu-system-" + {"arm64": "aarch64"}.get(machine, machine)
-    existing = next(
-        path for path in (folders.lima_home, *folders.lima_home.parents) if path.exists()
-    )
-    os_release = ""
-    with contextlib.suppress(OSError):
-        os_release = Path("/etc/os-release").read_text()
-    return HostFacts(
-        system=platform.system(),
-        machine=machine,
-        root=os.geteuid() == 0,
-        cpus=os.cpu_count() or 1,
-        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        disk_free=shutil.disk_usage(existing).free,
-        kvm=os.access("/dev/kvm", os.R_OK | os.W_OK),
-        qemu=shutil.which(qemu) is not None or shutil.which("qemu-kvm") is not None,
-        qemu_img=shutil.which("qemu-img") is not None,
-        os_release=parse_os_release(os_release),
-    )
+# What installs QEMU, by the ID or ID_LIKE of /etc/os-release, on x86_64 and on aarch64.
+QEMU_PACKAGES = {
+    "debian": ("apt-get install -y qemu-utils openssh-client qemu-system-", "x86", "arm"),
+    "fedora": ("dnf install -y qemu-img openssh-clients qemu-system-", "x86", "aarch64"),
+}
 
 
-def sizes_for(context: Context, host: HostFacts) -> dict[str, int]:
-    """cpus, memory (GiB), disk (GB); defaults are clamped to half of the host's, and it is said."""
-    sizes = {"disk": context.get("disk")}
-    for name, total in (("cpus", host.cpus), ("memory", host.memory >> 30)):
-        wanted = context.get(name)
-        sizes[name] = wanted if context.chosen(name) else clamp(wanted, total)
-        if sizes[name] != wanted:
-            log.info(f"{name}: {sizes[name]}, half of this host's (the default is {wanted})")
-    return sizes
+def missing_qemu() -> tuple[str, str]:
+    """(the program that is missing, the command that installs it, "" when unknown), or ("", "")."""
+    system, _, _, _, machine = os.uname()
+    programs = (f"qemu-system-{machine}", "qemu-img")
+    missing = [program for program in programs if not shutil.which(program)]
+    if system != "Linux" or not missing:
+        return "", ""
+    os_release = Path("/etc/os-release")
+    written = os_release.read_text() if os_release.is_file() else ""
+    for family, (command, x86_64, aarch64) in QEMU_PACKAGES.items():
+        if re.search(rf"^ID(_LIKE)?=.*\b{family}\b", written, re.MULTILINE):
+            return missing[0], f"sudo {command}{x86_64 if machine == 'x86_64' else aarch64}"
+    return missing[0], ""
 
 
-def preflight(context: Context, args: argparse.Namespace) -> dict[str, int]:
-    """Everything that can be known before anything is created; returns the sizes."""
-    need_ssh()
-    host = host_facts(context.folders)
-    if host.root:
-        raise AgentVMError(*setup_problems(host, False, 0)[0])
-    install = qemu_install_command(host.os_release, host.machine)
-    if host.system == "Linux" and install and not (host.qemu and host.qemu_img):
-        log.info(f"QEMU is not installed. This installs it: {install}")
-        if confirm("run it?", args.yes):
-            subprocess.run(shlex.split(install), stdout=sys.stderr, check=False)
-            host = host_facts(context.folders)
-    problems = setup_problems(
-        host, context.get("minimal"), context.get("memory") if context.chosen("memory") else 0
-    )
+def setup_problems(host: Host, settings: Settings) -> list[tuple[str, str]]:
+    """(problem, next step) for everything that would make a setup fail later."""
+    problems = []
+    if os.geteuid() == 0:
+        problems.append(("running as root: limactl refuses it", "run as an ordinary user"))
+    if not shutil.which("ssh"):
+        problems.append(("ssh is not installed", "install your system's OpenSSH client"))
+    missing, install = missing_qemu()
+    if missing:
+        problems.append((f"{missing} is not installed", install or "install QEMU with its tools"))
+    home = host.folders.lima_home
+    need = (4 if settings.get("minimal") else 10) * GIB
+    free = shutil.disk_usage(next(path for path in (home, *home.parents) if path.exists())).free
+    if free < need:
+        problem = f"{free // GIB} GiB free in Lima's home; setup needs {need // GIB}"
+        problems.append((problem, "free some space, or set LIMA_HOME to another disk"))
+    memory, there = settings.get("memory"), host_memory() // GIB
+    if settings.chosen("memory") and memory > there:
+        problems.append((f"--memory {memory}: the host has {there} GiB", "ask for less memory"))
+    return problems
+
+
+def host_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def kvm_is_missing() -> bool:
+    return sys.platform == "linux" and not os.access("/dev/kvm", os.R_OK | os.W_OK)
+
+
+def preflight(host: Host, settings: Settings, yes: bool) -> None:
+    """Everything that can be known before anything is created."""
+    clone_name("project", "0" * 6, str(host.folders.lima_home))  # raises when no run could have one
+    missing, install = missing_qemu()
+    if install and os.geteuid() != 0:
+        log.info(f"{missing} is not installed. This installs it: {install}")
+        if confirm("run it?", yes):
+            with child(shlex.split(install), stdout=sys.stderr) as process:
+                process.wait()
+    problems = setup_problems(host, settings)
     if problems:
         more = "".join(f"\nalso: {problem} ({step})" for problem, step in problems[1:])
         raise AgentVMError(problems[0][0], hint=problems[0][1] + more)
-    if host.system == "Linux" and not host.kvm:
+    if kvm_is_missing():
         log.warn("no usable /dev/kvm: the VM is emulated and slow (is your user in the group kvm?)")
-    if not context.lima.binary:
-        context.lima.binary = install_lima(context, args.yes)
-    check_lima_version(context.lima)
-    return sizes_for(context, host)
+    if not host.lima.binary:
+        host.lima.binary = install_lima(host.folders, settings.get("lima-url").rstrip("/"), yes)
+    checked_lima_version(host.lima)
 
 
-def install_lima(context: Context, yes: bool) -> str:
-    """Install Lima with Homebrew, else from its release below our data folder; limactl's path."""
-    if shutil.which("brew"):
-        if not confirm("Lima is not installed: run `brew install lima`?", yes):
-            raise AgentVMError("Lima is not installed", hint="brew install lima, or setup --yes")
-        subprocess.run(["brew", "install", "lima"], stdout=sys.stderr, check=False)
-    else:
-        url, target = context.get("lima-url"), context.folders.data / "lima"
-        if not confirm(f"Lima is not installed: get it from {url} into {target}?", yes):
-            raise AgentVMError("Lima is not installed", hint="install it, or setup --yes")
-        download_lima(url.rstrip("/"), target)
-    binary = find_limactl(context.folders)
-    if not binary:
-        raise AgentVMError(
-            "Lima could not be installed", hint="see https://lima-vm.io/docs/installation/"
-        )
-    return binary
-
-
-def lima_archive_name(system: str, machine: str, version: str) -> str:
-    arch = {"arm64": "arm64" if system == "Darwin" else "aarch64"}.get(machine, machine)
-    return f"lima-{version}-{system}-{arch}.tar.gz"
-
-
-def download_lima(url: str, target: Path) -> None:
-    """The release archive, checked against the release's SHA256SUMS, unpacked as `target`."""
+def install_lima(folders: Folders, url: str, yes: bool) -> str:
+    """Lima's release, checked against its SHA256SUMS, unpacked in our data folder; its limactl."""
     import hashlib
-    import platform
-    import tarfile
-    import tempfile
 
-    name = lima_archive_name(platform.system(), platform.machine(), LIMA_RELEASE)
-    sums = fetch(f"{url}/SHA256SUMS").decode(errors="replace")
-    wanted = next(
-        (line.split()[0] for line in sums.splitlines() if line.endswith((f" {name}", f"*{name}"))),
-        "",
-    )
-    if not wanted:
+    target = folders.data / "lima"
+    if not confirm(f"Lima is not installed: get it from {url} into {target}?", yes):
+        raise AgentVMError("Lima is not installed", hint="install it, or setup --yes")
+    system, _, _, _, machine = os.uname()
+    name = f"lima-{LIMA_RELEASE}-{system}-{machine}.tar.gz"
+    sums = get_url(f"{url}/SHA256SUMS").decode(errors="replace")
+    lines = [line for line in sums.splitlines() if line.endswith((f" {name}", f"*{name}"))]
+    if not lines:
         raise AgentVMError(f"{url}/SHA256SUMS does not name {name}", hint="install Lima by hand")
     log.step(f"getting {name}")
-    archive = fetch(f"{url}/{name}")
-    if hashlib.sha256(archive).hexdigest() != wanted.lower():
-        raise AgentVMError(
-            f"{name} does not have the checksum of {url}/SHA256SUMS", hint="try another --lima-url"
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        archive_path = Path(folder, name)
-        archive_path.write_bytes(archive)
-        # The filter is in Python 3.9.17 and later; the checksum has vouched for the archive before.
-        safe: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-        try:
-            with tarfile.open(archive_path) as tar:
-                tar.extractall(Path(folder, "lima"), **safe)
-        except (OSError, tarfile.TarError) as error:
-            raise AgentVMError(f"{name} cannot be unpacked: {error}") from error
-        shutil.rmtree(target, ignore_errors=True)
-        Path(folder, "lima").replace(target)
+    archive = get_url(f"{url}/{name}")
+    if hashlib.sha256(archive).hexdigest() != lines[0].split()[0].lower():
+        problem = f"{name} does not have the checksum of {url}/SHA256SUMS"
+        raise AgentVMError(problem, hint="try another --lima-url")
+    unpack(archive, target)
+    return shutil.which("limactl") or ""
 
 
-def fetch(url: str) -> bytes:
-    import urllib.error
-    import urllib.request
-
-    try:
-        with urllib.request.urlopen(url, timeout=60) as response:
-            return bytes(response.read())
-    except (OSError, ValueError) as error:
-        raise AgentVMError(
-            f"{url}: {getattr(error, 'reason', error)}", hint="--lima-url takes a mirror"
-        ) from error
+def lima_folder(folders: Folders) -> Path:
+    """The folder of templates: lima/ beside the resolved script, else the copy in the script."""
+    checkout = Path(__file__).resolve().parent / "lima"
+    if (checkout / "agent-vm.yaml").is_file():
+        return checkout
+    for name, contents in EMBEDDED.items():
+        make_private_folder((folders.state / "lima" / name).parent)
+        write_file(folders.state / "lima" / name, contents)
+    return folders.state / "lima"
 
 
-def npm_registry(context: Context) -> str:
-    """--npm-registry, else what npm on the host is configured with, else "". No passwords."""
-    if context.get("npm-registry"):
-        return str(context.get("npm-registry"))
-    with contextlib.suppress(argparse.ArgumentTypeError):
-        return web_address(output_of("npm", "config", "get", "registry"))
-    return ""
+def create_options(settings: Settings) -> list[str]:
+    """What `limactl create` is told besides the template."""
+    # The default sizes are at most half of the host's, and that is said.
+    options = [f"--disk={settings.get('disk')}"]
+    for name, total in (("cpus", os.cpu_count() or 1), ("memory", host_memory() // GIB)):
+        size, half = settings.get(name), max(1, total // 2)
+        if size > half and not settings.chosen(name):
+            log.info(f"{name}: {half}, half of this host's (the default is {size})")
+            size = half
+        options.append(f"--{name}={size}")
 
-
-def create_expression(
-    params: Mapping[str, str], image: str, digest: str, arch: str, certificates: Sequence[str]
-) -> str:
-    """What `limactl create --set` changes in the template; pure."""
+    registry = settings.get("npm-registry")
+    if not registry:
+        with contextlib.suppress(argparse.ArgumentTypeError):  # one with a password stays here
+            registry = web_address(first_line_of("npm", "config", "get", "registry"))
+    locale = os.environ.get("LC_ALL") or os.environ.get("LANG", "")
+    params = {
+        "minimal": "true" if settings.get("minimal") else "",
+        "aptMirror": settings.get("apt-mirror"),
+        "npmRegistry": registry,
+        "locale": "" if settings.get("template") else locale,
+    }
     parts = [".mountTypesUnsupported = []"]
     parts += [f".param.{name} = {yq_value(value)}" for name, value in params.items() if value]
-    if image:
-        entry = {"location": image, "arch": arch, **({"digest": digest} if digest else {})}
-        parts.append(f".images = {yq_value([entry])}")
+    if settings.get("image"):
+        image = settings.get("image")
+        location = image if "://" in image else os.path.abspath(os.path.expanduser(image))
+        arch = {"arm64": "aarch64"}.get(os.uname().machine, os.uname().machine)
+        parts.append(f".images = {yq_value([{'location': location, 'arch': arch}])}")
+    certificates = [Path(path).read_text(errors="replace") for path in settings.get("ca-cert")]
+    if not all("-----BEGIN CERTIFICATE-----" in pem for pem in certificates):
+        raise AgentVMError("--ca-cert: not every file holds a PEM certificate")
     if certificates:
-        parts.append(f".caCerts.certs = (.caCerts.certs // []) + {yq_value(list(certificates))}")
-    return " | ".join(parts)
-
-
-def template_expression(context: Context, environ: Mapping[str, str]) -> str:
-    import platform
-
-    params = {
-        "minimal": "true" if context.get("minimal") else "",
-        "aptMirror": context.get("apt-mirror"),
-        "npmRegistry": npm_registry(context),
-        "locale": ""
-        if context.get("template")
-        else environ.get("LC_ALL") or environ.get("LANG", ""),
-    }
-    arch = {"arm64": "aarch64", "amd64": "x86_64"}.get(platform.machine(), platform.machine())
-    certificates = [Path(path).read_text(errors="replace") for path in context.get("ca-cert")]
-    return create_expression(
-        params, context.get("image"), context.get("image-digest"), arch, certificates
-    )
+        parts.append(f".caCerts.certs = (.caCerts.certs // []) + {yq_value(certificates)}")
+    return [*options, "--set", " | ".join(parts)]
 
 
 class ProvisionLog:
-    """Follows the guest's provisioning log while `limactl start` waits, and shows its steps."""
+    """The guest's provisioning log, whose steps are shown while `limactl start` waits."""
 
-    def __init__(self, instance: Instance) -> None:
-        config = str(instance.dir / "ssh.config")
+    def __init__(self, guest: Guest) -> None:
         # Not through Lima's control master: boot ends the first user session, and it with it.
-        self.command = [
-            "ssh", "-F", config, "-q", "-o", "ControlMaster=no", "-o", "ControlPath=none",
-            instance.hostname, f"tail -n +1 -F {PROVISION_LOG} 2> /dev/null",
-        ]  # fmt: skip
-        self.config = config
-        self.seen: set[str] = set()
-        self.process: subprocess.Popen[str] | None = None
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self.follow, daemon=True)
+        own = ("-o", "ControlMaster=no", "-o", "ControlPath=none", "-o", "ConnectTimeout=5")
+        self.ssh = [*guest.ssh, *own, guest.instance.hostname]
+        self.lines: list[str] = []
 
-    def follow(self) -> None:
-        while not self.done.wait(2):
-            if not os.path.exists(self.config):
-                continue
-            self.process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL, encoding="utf-8", errors="replace",
-                start_new_session=True,
-            )  # fmt: skip
-            assert self.process.stdout
-            for line in self.process.stdout:
-                self.take(line.rstrip("\n"))
-            self.process.wait()
-
-    def take(self, line: str) -> None:
-        if line.startswith("agent-vm: ") and line not in self.seen:
-            log.step(line[len("agent-vm: ") :])
-            self.seen.add(line)
-        elif log.verbose:
-            print(line, file=sys.stderr)
-
-    def __enter__(self) -> ProvisionLog:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self.done.set()
-        if self.process and self.process.poll() is None:
-            stop_process(self.process)
-        self.thread.join(timeout=5)
+    def show(self) -> None:
+        """Show what has come since the last call."""
+        new = f"tail -n +{len(self.lines) + 1} {PROVISION_LOG}"
+        finished = captured([*self.ssh, new], timeout=20)
+        whole_lines = finished.out.split("\n")[:-1] if finished.status == 0 else []
+        for line in whole_lines:
+            if line.startswith("agent-vm: "):
+                log.step(line[len("agent-vm: ") :])
+            elif log.verbose:
+                print(line, file=sys.stderr)
+        self.lines += whole_lines
 
 
-ESSENTIAL_CHECKS = ("claude --version", "git --version", "jq --version")
-FULL_CHECKS = (
-    *(f"{tool} --version" for tool in ("curl", "gcc", "node", "npm", "rg", "fd", "gh")),
-    "python3 -m venv /tmp/smoke",
-    "docker compose version",
-    "docker buildx version",
-    "sg docker -c 'docker version'",
-    "chromium --headless --disable-gpu --dump-dom data:text/html,smoke-test | grep smoke-test",
-)
-# The next boot may take any installed kernel; each must have the mount type that the host confines.
-KERNEL_CHECK = 'for k in /boot/vmlinuz-*; do /sbin/modinfo -k "${k#*/vmlinuz-}" 9p; done'
-
-
-def smoke_test(guest: Guest, minimal: bool, provisioned: bool) -> None:
-    """What a run needs answers in the guest; a template of the user's own owes the essentials."""
-    checks = [*ESSENTIAL_CHECKS]
-    if provisioned and not minimal:
-        checks += FULL_CHECKS
-    if guest.instance.vm_type == "qemu":
-        checks.append(KERNEL_CHECK)
-    for check in checks:
-        result = guest.run(f"bash -lc {shlex.quote('set -e -o pipefail; ' + check)}", timeout=600)
-        if result.returncode:
-            raise AgentVMError(
-                f"the new base instance failed its smoke test: {check}",
-                details="\n".join(result.stdout.splitlines()[-10:]),
-            )
-
-
-def check_provisioned(context: Context, guest: Guest, provision_log: ProvisionLog) -> bool:
-    """Whether our scripts ran. Lima does not report a failed one, so look for their last marker."""
-    kept_log = context.folders.state / "logs" / "setup.log"
-    result = guest.run(f"cat {PROVISION_LOG}")
-    if result.returncode and not provision_log.seen:
-        return False  # a template of the user's own
-    kept_log.write_text(result.stdout)
-    if guest.run(f"test -e {PROVISION_DONE}").returncode:
-        errors = re.findall(r"^agent-vm: error: (.*)", result.stdout, re.MULTILINE)
-        raise AgentVMError(
-            f"provisioning failed{': ' + errors[0] if errors else ''}",
-            details="\n".join([*result.stdout.splitlines()[-15:], f"--- all of it: {kept_log}"]),
-        )
-    return True
-
-
-def log_in(context: Context, guest: Guest) -> None:
-    """Without a credential on the host: log in once, in the guest, when somebody is there."""
-    if find_credential(context):
-        return
-    if not (os.isatty(0) and os.isatty(1)):
-        log.info(
-            "no credential yet: `agent-vm auth set` stores one, or set CLAUDE_CODE_OAUTH_TOKEN"
-        )
-        return
-    log.info(
-        "Claude starts now for its login, which is kept in the base instance: every VM has it."
-    )
-    log.info("To keep it out: Ctrl-C here, then `claude setup-token` and `agent-vm auth set`.")
-    if guest.attach(["bash", "-lc", "claude auth login"], tty=True):
-        log.warn("nobody is logged in: `agent-vm auth set` stores a token, or run setup again")
-
-
-@contextlib.contextmanager
-def setup_lock(context: Context) -> Iterator[None]:
-    with context.lock(f"{context.base}.setup.lock", wait=False) as free:
-        if not free:
-            raise AgentVMError(
-                f"another setup of {context.base} is running", hint="wait for it to end"
-            )
-        yield
-
-
-def build_base(context: Context, args: argparse.Namespace) -> None:
-    """Build NAME.new beside the base instance, test it, then let it take the name."""
-    sizes = preflight(context, args)
-    own_hook = Path(os.path.expanduser("~/.claude-vm.setup.sh"))
-    hooks = readable_hooks(own_hook, context.folders.config / "setup.sh")
-    with setup_lock(context):
-        base = find_base(context)  # one that runs could not be replaced at the end
-        new = context.base + ".new"
-        if (context.folders.lima_home / new).exists():
-            log.info(f"removing {new}, left by a setup that was cut off")
-            remove_clone(context.lima, context.leases, new)
-        context.leases.take(new, "")
-        try:
-            notes = provision(context, new, sizes, hooks)
-            swap_base(context)
-        finally:
-            with shielded():
-                if (context.folders.lima_home / new).exists():
-                    try_remove(context.lima, context.leases, new)
-                context.leases.drop(new)
-    report_setup(context, notes, replaced=base is not None)
-
-
-def create_new(
-    context: Context, new: str, sizes: Mapping[str, int], default_template: Path
-) -> Instance:
-    log.step(f"creating {new} (Lima gets the disk image on the first time)")
-    options = [f"--{name}={value}" for name, value in sizes.items()]
-    template = context.get("template") or str(default_template)
-    context.lima.create(new, template, *options, "--set", template_expression(context, os.environ))
-    instance = context.lima.find(new)
-    if instance is None or instance.mounts:
-        raise AgentVMError(
-            f"{new} would mount {instance.mounts[0][0]}" if instance else f"{new} is not there",
-            hint=f"look into the template and {context.folders.lima_home}/_config",
-        )
-    return instance
-
-
-def first_start(context: Context, instance: Instance) -> None:
-    """Start, and wait for provisioning: Lima itself gives up on a running VM after ten minutes."""
-    deadline = time.monotonic() + 9 * context.lima.timeout
+def boot_for_setup(host: Host, guest: Guest, provision_log: ProvisionLog) -> None:
+    """Start it and wait for provisioning; Lima itself gives up on it after ten minutes."""
+    limit = 9 * host.lima.timeout
+    deadline = time.monotonic() + limit
     try:
-        start_instance(context, instance.name, 9 * context.lima.timeout)
-    except AgentVMError:
+        host.lima.start(guest.instance.name, limit, meanwhile=provision_log.show)
+    except AgentVMError as error:
         # "boot scripts must have finished" is polled 200 times (Lima's hostagent/requirements.go).
-        guest = Guest(instance)
-        while guest.alive() and time.monotonic() < deadline:
-            if guest.run("test -s /run/lima-boot-done").returncode == 0:
-                return
+        while guest.run("test -s /run/lima-boot-done").status != 0:
+            if time.monotonic() > deadline or not guest.alive():
+                logs = failure_logs(host, guest.instance.name)
+                raise AgentVMError(str(error), error.hint, f"{error.details}\n{logs}") from error
+            provision_log.show()
             time.sleep(5)
-        raise
+    provision_log.show()
 
 
-def restart_for_kernel(context: Context, guest: Guest) -> None:
-    """Provisioning may have replaced the running kernel; without its modules no Docker starts."""
-    if guest.run("test -d /lib/modules/$(uname -r)/kernel").returncode:
-        log.step("restarting it with its new kernel")
-        context.lima.stop(guest.instance.name)
-        start_instance(context, guest.instance.name, context.lima.timeout)
-
-
-def provision(
-    context: Context, new: str, sizes: Mapping[str, int], hooks: Sequence[Path]
-) -> list[str]:
-    """Create, boot, provision, test and stop the instance `new`; the fall-backs that it noted."""
-    with lima_dir() as folder:
-        instance = create_new(context, new, sizes, folder / "agent-vm.yaml")
+def provision(host: Host, settings: Settings, name: str, hooks: Sequence[Path]) -> list[str]:
+    """Create, boot, provision, test and stop the instance; the fall-backs that it noted."""
+    log.step(f"creating {name} (Lima gets the disk image on the first time)")
+    template = settings.get("template") or str(lima_folder(host.folders) / "agent-vm.yaml")
+    host.lima.create(name, template, *create_options(settings))
+    instance = host.lima.find(name)
+    if instance is None or instance.mounts:
+        problem = f"{name} would mount {instance.mounts[0][0]}" if instance else f"no {name}"
+        hint = f"look into the template and {host.folders.lima_home}/_config"
+        raise AgentVMError(problem, hint)
     guest = Guest(instance)
-    log.step(f"starting {new}")
-    with ProvisionLog(instance) as provision_log:
-        first_start(context, instance)
-    provisioned = check_provisioned(context, guest, provision_log)
-    restart_for_kernel(context, guest)
+    provision_log = ProvisionLog(guest)
+    log.step(f"starting {name}")
+    boot_for_setup(host, guest, provision_log)
+    # Provisioning may have replaced the running kernel; without its modules no Docker starts. The
+    # tests wait for the next boot.
+    if guest.run("test -d /lib/modules/$(uname -r)/kernel").status:
+        log.step("restarting it with its new kernel")
+        host.lima.stop(name)
+        boot_for_setup(host, guest, provision_log)
+    # Lima does not report a script that failed: look for the marker of the last one. No line at
+    # all is a template of the user's own.
+    lines, kept = provision_log.lines, host.folders.state / "logs" / "setup.log"
+    write_file(kept, "\n".join(lines) + "\n")
+    if lines and guest.run(f"test -e {PROVISION_DONE}").status:
+        errors = [line for line in lines if line.startswith("agent-vm: error: ")]
+        cause = errors[0][len("agent-vm: error: ") :] if errors else "no script says why"
+        end = "\n".join([*lines[-15:], f"--- all of it: {kept}"])
+        raise AgentVMError(f"provisioning failed: {cause}", details=end)
     for path in hooks:
         log.step(f"running {path}")
-        run_hook(guest, path, inside=False)
-    log.step("testing it")
-    smoke_test(guest, context.get("minimal"), provisioned)
-    notes = guest.run("cat /var/lib/agent-vm/notes 2> /dev/null").stdout.splitlines()
-    log_in(context, guest)
+        run_hook(guest, path, mounted=False)
+    notes = guest.run("cat /var/lib/agent-vm/notes 2> /dev/null").out.splitlines()
     log.step("stopping it")
-    context.lima.stop(new)
+    host.lima.stop(name)
+    host.lima.protect(name)
     return notes
 
 
-def swap_base(context: Context) -> None:
-    """NAME becomes NAME.old, NAME.new becomes NAME; recover_base() repairs half a swap."""
-    base, new, old = context.base, context.base + ".new", context.base + ".old"
-    with shielded(), context.lock(f"{base}.lock"):
-        names = {instance.name: instance.status for instance in context.lima.list()}
-        if names.get(base) == "Broken":  # nothing that could be cloned or rolled back to
-            remove_clone(context.lima, context.leases, base)
-            del names[base]
-        if base in names:
-            if old in names:
-                context.lima.unprotect(old)
-                context.lima.delete(old)
-            context.lima.rename(base, old)
-        context.lima.rename(new, base)
-        context.lima.protect(base)  # a rename drops the protection
-        if base in names:
-            context.lima.protect(old)
-
-
-def report_setup(context: Context, notes: Sequence[str], replaced: bool) -> None:
-    log.step(f"{context.base} is ready")
+def build_base(host: Host, settings: Settings, args: argparse.Namespace) -> None:
+    """Build an instance, test it, and only then let the base name mean it."""
+    preflight(host, settings, args.yes)
+    own_hook = Path(os.path.expanduser("~/.claude-vm.setup.sh"))
+    hooks = readable_hooks(own_hook, host.folders.config / "setup.sh")
+    name = base_name(settings)
+    instance, oldest = f"{name}.{os.urandom(3).hex()}", ""
+    host.leases.take(instance, "")
+    try:
+        notes = provision(host, settings, instance, hooks)
+        with signals.held(), file_lock(host.folders.state / "bases.lock"):
+            current, oldest = read_base(host.folders, name)
+            if oldest:  # who is killed from here on leaves it to the next command
+                host.leases.take(oldest, "")
+            write_base(host.folders, name, current=instance, previous=current)
+            host.leases.drop(instance)
+    finally:
+        with signals.held():
+            for unused in {instance, oldest} - {"", *base_roles(host.folders)}:
+                try_remove(host, unused)
+    log.step(f"{name} is ready")
+    if not find_credential(host):
+        log.info("no credential yet: `claude setup-token` makes one, `agent-vm auth set` stores it")
     for note in notes:
         log.info(f"note: {note}")
-    if replaced:
+    if current:
         log.info("the previous one is kept until the next setup: agent-vm setup --rollback")
-
-
-def roll_back(context: Context) -> None:
-    """Exchange the base instance and the previous one."""
-    base, old, swap = context.base, context.base + ".old", context.base + ".swap"
-    with setup_lock(context):
-        find_base(context)
-        with shielded(), context.lock(f"{base}.lock"):
-            names = {instance.name for instance in context.lima.list()}
-            if not {base, old} <= names:
-                raise AgentVMError(f"there is no {old} to go back to", hint="agent-vm list")
-            for source, target in ((base, swap), (old, base), (swap, old)):
-                context.lima.rename(source, target)
-            context.lima.protect(base)
-            context.lima.protect(old)
-    log.info(f"{base} is the previous one again; {old} is the one that it replaces")
 
 
 # --- commands ---
 
 
 def cmd_setup(args: argparse.Namespace) -> int:
-    context = Context.open(args, need_lima=args.rollback, collect=True)
-    if args.rollback:
-        roll_back(context)
-    else:
-        build_base(context, args)
+    host, settings = open_host(args, need_lima=args.rollback, collect=True)
+    if not args.rollback:
+        build_base(host, settings, args)
+        return 0
+    name = base_name(settings)
+    with file_lock(host.folders.state / "bases.lock"):
+        current, previous = read_base(host.folders, name)
+        if not previous or host.lima.find(previous) is None:
+            raise AgentVMError(f"there is no previous {name} to go back to", hint="agent-vm list")
+        write_base(host.folders, name, current=previous, previous=current)
+    log.info(f"{name} is the previous one again: {previous}")
     return 0
 
 
 def cmd_run(args: argparse.Namespace) -> int:
-    return start_run(args, [*AGENT, *args.command])
+    return start_run(args, [*AGENT, *args.command], agent=True)
 
 
 def cmd_shell(args: argparse.Namespace) -> int:
-    return start_run(args, args.command or ["bash", "-l"])
+    return start_run(args, args.command or ["bash", "-l"], agent=False)
 
 
-def start_run(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    return run_in_clone(Context.open(args, need_lima=False, collect=True), args, argv)
-
-
-def our_instances(context: Context) -> list[dict[str, Any]]:
-    """What `list` shows, a dict an instance; also what --json prints."""
-    leases = {lease.name: lease for lease in context.leases.all()}
-    rows = []
-    for instance in context.lima.list():
-        lease = leases.get(instance.name)
-        if not is_base(instance.name) and not is_clone(instance.name):
-            continue
-        role = "base" if is_base(instance.name) else "clone"
-        if lease and role == "clone":
-            orphan = context.leases.is_orphan(lease)
-            role = "kept" if lease.keep else "orphan" if orphan else "running"
-        rows.append({
-            "name": instance.name,
-            "status": instance.status,
-            "role": role,
-            "project": lease.project if lease else "",
-            "age_seconds": round(time.time() - (lease.created if lease else created(instance))),
-            "cpus": instance.cpus,
-            "memory_bytes": instance.memory,
-            "disk_bytes": disk_usage(instance.dir),
-        })  # fmt: skip
-    return rows
-
-
-def created(instance: Instance) -> float:
+def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int:
+    host, settings = open_host(args, need_lima=False, collect=True)
     try:
-        return (instance.dir / "lima-version").stat().st_mtime
-    except OSError:
-        return time.time()
+        project = os.getcwd()  # without symlinks: the same path must be found again by --resume
+    except OSError as error:
+        raise AgentVMError("the current directory does not exist any more") from error
+    typed = os.environ.get("PWD", project)
+    if typed != project and os.path.realpath(typed) == project:
+        log.info(f"{typed} is a link: {project} is mounted")
+    readonly, more = settings.get("readonly"), settings.get("mount")
+    mounts = plan_mounts(host, project, readonly, more, args.force_mount)
+    hooks = readable_hooks(host.folders.config / "runtime.sh", Path(project, PROJECT_HOOK))
+    credential, variables = find_credential(host), guest_variables(host, settings)
+    sizes = [f"--{key}={settings.get(key)}" for key in ("cpus", "memory") if settings.chosen(key)]
+    # Not `git -C project`: its config, which the agent writes, can include any file of the host.
+    ask_git = ("git", "config", "--global", "--includes", "--get")
+    identity = {key: first_line_of(*ask_git, key) for key in ("user.name", "user.email")}
+    localtime = os.path.realpath("/etc/localtime").rpartition("/zoneinfo/")[2]
+    zone = os.environ.get("TZ", "").lstrip(":") or localtime
+    name = base_name(settings)
+    question = f"there is no base instance {name} yet: set it up now?"
+    if not read_base(host.folders, name)[0] and confirm(question, args.yes):
+        build_base(host, settings, args)
+    base = usable_base(host, name)
+    github = plan_github(host, settings, project, mounts, args.repo or "")
+    plan = Plan(
+        project=project,
+        argv=argv,
+        mounts=mounts,
+        sizes=sizes,
+        forward=settings.get("forward"),
+        keep=args.keep,
+        agent=agent,
+        variables=variables,
+        credential=credential,
+        hooks=hooks,
+        git_identity={key: value for key, value in identity.items() if value},
+        zone=zone if re.fullmatch(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*", zone) else "",
+        github=github,
+        briefing=GITHUB_BRIEFING.format(repo=github.repo) if github else "",
+    )
+    try:
+        return run(host, base, plan)
+    finally:
+        prune_records(host)
 
 
 def disk_usage(folder: Path) -> int:
     """Bytes that the files of a folder occupy; sparse disks count what they hold."""
-    total = 0
     with contextlib.suppress(OSError):
-        total = sum(path.lstat().st_blocks * 512 for path in folder.iterdir())
-    return total
-
-
-def human_age(seconds: float) -> str:
-    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f}{unit}"
-    return f"{seconds:.0f}s"
-
-
-def human_size(size: float) -> str:
-    return f"{size / (1 << 30):.1f} GiB" if size >= 1 << 29 else f"{size / (1 << 20):.0f} MiB"
+        return sum(path.lstat().st_blocks * 512 for path in folder.iterdir())
+    return 0
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
@@ -2887,439 +2168,276 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def cmd_list(args: argparse.Namespace) -> int:
-    rows = our_instances(Context.open(args, collect=True))
-    if args.json:
-        for row in rows:
-            print(json.dumps(row))
-        return 0
+    host, _ = open_host(args, collect=True)
+    leases = {lease.name: lease for lease in host.leases.all()}
+    roles = base_roles(host.folders)
     table = [("NAME", "STATUS", "ROLE", "AGE", "DISK", "PROJECT")]
-    table += [
-        (
-            *(row[key] for key in ("name", "status", "role")),
-            human_age(row["age_seconds"]),
-            human_size(row["disk_bytes"]),
-            printable(row["project"]),
-        )
-        for row in rows
-    ]
-    print_table(table)
+    for instance in host.lima.list():
+        if not is_base(instance.name) and not is_clone(instance.name):
+            continue
+        lease, role = leases.get(instance.name), roles.get(instance.name, "")
+        if not role and lease:
+            busy = "building" if is_base(instance.name) else "running"
+            role = "kept" if lease.keep else "orphan" if host.leases.is_orphan(lease) else busy
+        born = lease.created if lease else changed(instance.dir / "lima-version") or time.time()
+        row: dict[str, Any] = {
+            "name": instance.name,
+            "status": instance.status,
+            "role": role or "unused",
+            "project": lease.project if lease else "",
+            "age_seconds": round(time.time() - born),
+            "cpus": instance.cpus,
+            "memory_bytes": instance.memory,
+            "disk_bytes": disk_usage(instance.dir),
+        }
+        if args.json:
+            print(json.dumps(row))
+        age, size = f"{row['age_seconds'] / 86400:.1f}d", f"{row['disk_bytes'] / GIB:.1f} GiB"
+        project = printable(row["project"])
+        table.append((row["name"], row["status"], row["role"], age, size, project))
+    if not args.json:
+        print_table(table)
     return 0
 
 
-def printable(text: str) -> str:
-    """Text for a terminal that shows what it says: nothing that is invisible or moves the rest."""
-    return "".join(char if is_plain(char) else "?" for char in text)
-
-
-def guest_words(text: str) -> str:
-    """`printable`, and without the runs of spaces that would begin a line with a guest's words."""
-    return re.sub(" {2,}", " ", printable(text))
-
-
-def is_plain(char: str) -> bool:
-    if char.isascii():
-        return char.isprintable()
-    import unicodedata
-
-    blank = char in "\u2800\u3164\u115f\u1160\uffa0"
-    turned = unicodedata.bidirectional(char) in ("NSM", "R", "AL", "AN")
-    return char.isprintable() and not blank and not turned
-
-
-def instance_named(context: Context, name: str) -> Instance:
+def instance_named(host: Host, name: str) -> Instance:
     if not is_clone(name) and not is_base(name):
         raise AgentVMError(f"{name!r} is not an instance of agent-vm", hint="agent-vm list")
-    instance = context.lima.find(name)
+    instance = host.lima.find(name)
     if instance is None:
         raise AgentVMError(f"instance {name} does not exist", hint="agent-vm list")
     return instance
 
 
 def cmd_stop(args: argparse.Namespace) -> int:
-    context = Context.open(args)
-    instance = instance_named(context, args.instance)
+    host, _ = open_host(args)
+    instance = instance_named(host, args.instance)
     if instance.status == "Running":
-        context.lima.stop(instance.name)
+        host.lima.stop(instance.name)
     return 0
 
 
 def cmd_rm(args: argparse.Namespace) -> int:
-    context = Context.open(args)
-    instance = instance_named(context, args.instance)
-    lease = next((lease for lease in context.leases.all() if lease.name == instance.name), None)
+    host, _ = open_host(args)
+    instance = instance_named(host, args.instance)
     if is_base(instance.name) and not args.force:
         raise AgentVMError(f"{instance.name} is a base instance", hint="rm --force removes it")
-    in_use = lease and not lease.keep and not context.leases.is_orphan(lease)
-    if lease and in_use and not args.force:
-        raise AgentVMError(
-            f"{instance.name} is in use by process {lease.pid}", hint="end that run, or rm --force"
-        )
-    if instance.protected:
-        context.lima.unprotect(instance.name)
-    remove_clone(context.lima, context.leases, instance.name)
+    for lease in host.leases.all():
+        used = not lease.keep and not host.leases.is_orphan(lease)
+        if lease.name == instance.name and used and not args.force:
+            problem = f"{instance.name} is in use by process {lease.pid}"
+            raise AgentVMError(problem, hint="end that run, or rm --force")
+    with file_lock(host.folders.state / "bases.lock"):
+        name = instance.name.partition(".")[0]
+        names = read_base(host.folders, name)
+        if instance.name in names:
+            # First: the name must not mean what is no more, whatever becomes of the deletion.
+            host.leases.take(instance.name, "")
+            current, previous = ("" if one == instance.name else one for one in names)
+            write_base(host.folders, name, current, previous)
+    remove_instance(host, instance.name)
     return 0
 
 
 def cmd_gc(args: argparse.Namespace) -> int:
-    context = Context.open(args)
-    sizes = {
-        lease.name: disk_usage(context.folders.lima_home / lease.name)
-        for lease in context.leases.orphans()
-    }
-    if args.dry_run:
-        for name, size in sizes.items():
-            print(f"{name}  {human_size(size)}")
-        return 0
-    for name in collect_garbage(context.lima, context.leases):
-        print(f"{name}  {human_size(sizes.get(name, 0))}")
-    return 1 if context.leases.orphans() else 0
+    host, _ = open_host(args)
+    orphans = [lease.name for lease in host.leases.orphans()]
+    for name in orphans if args.dry_run else collect_garbage(host, wait=True):
+        print(name)
+    return 1 if host.leases.orphans() and not args.dry_run else 0
 
 
 def cmd_ssh_config(args: argparse.Namespace) -> int:
-    instance = instance_named(Context.open(args), args.instance)
+    host, _ = open_host(args)
+    instance = instance_named(host, args.instance)
     if instance.status != "Running":
         raise AgentVMError(f"{instance.name} is {instance.status.lower()}: it has no ssh port")
     print((instance.dir / "ssh.config").read_text(), end="")
     return 0
 
 
+def cmd_log(args: argparse.Namespace) -> int:
+    """The proxy's decisions in a run, as it wrote them; the newest run unless one is named."""
+    host, _ = open_host(args, need_lima=False)
+    files = sorted((host.folders.state / "audit").glob("*.jsonl"), key=changed)
+    chosen = [path for path in files if args.run in ("", path.stem)]
+    if not chosen:
+        names = " ".join(path.stem for path in files)
+        raise AgentVMError(f"no run {args.run} with GitHub", hint=f"there are: {names or 'none'}")
+    log.info(chosen[-1].stem)
+    print(chosen[-1].read_text(errors="replace"), end="")
+    return 0
+
+
 def cmd_auth(args: argparse.Namespace) -> int:
-    context = Context.open(args, need_lima=False)
-    actions = {"set": auth_set, "status": auth_status, "clear": auth_clear}
-    return actions[args.action](context)
+    host, _ = open_host(args, need_lima=False)
+    path = host.folders.config / "credential"
+    given = ""
+    if args.action == "set":
+        if os.isatty(0):
+            import getpass
+
+            asked = "token from `claude setup-token`, or API key (not shown): "
+            with contextlib.suppress(EOFError):
+                given = getpass.getpass(asked)
+        else:
+            given = sys.stdin.read(10_000)
+        name, value = recognised_credential(given)
+        make_private_folder(path.parent)
+        write_file(path, f"{name}={value}\n")
+        log.info(f"stored as {name} in {path}")
+        return 0
+    if args.action == "clear":
+        remove_file(path)
+        return 0
+    credential = find_credential(host)
+    print(f"{credential.name} from {credential.origin}" if credential else "none on this host")
+    if credential:
+        print("it enters the guest: the agent there can read it")
+    return 0 if credential else 1
 
 
-def recognise(text: str) -> tuple[str, str]:
+def recognised_credential(words: str) -> tuple[str, str]:
     """The (variable, credential) in what `claude setup-token` prints, an export line, or a key."""
-    found = set(re.findall(r"(sk-ant-(?:oat|api))([\w-]{16,})", text, re.ASCII))
+    found = set(re.findall(r"(sk-ant-(?:oat|api))([\w-]{16,})", words, re.ASCII))
     if len(found) != 1:
-        raise AgentVMError(
-            "stdin holds neither an OAuth token (sk-ant-oat…) nor an API key (sk-ant-api…)",
-            hint="run `claude setup-token` on any machine and paste the token that it prints",
-        )
+        hint = "run `claude setup-token` on any machine and paste the token that it prints"
+        problem = "stdin holds neither an OAuth token (sk-ant-oat…) nor an API key (sk-ant-api…)"
+        raise AgentVMError(problem, hint)
     prefix, rest = found.pop()
-    return CREDENTIAL_PREFIX[prefix], prefix + rest
+    return CREDENTIALS[0] if prefix == "sk-ant-oat" else CREDENTIALS[1], prefix + rest
 
 
-def auth_set(context: Context) -> int:
-    """Store what stdin holds: an OAuth token of `claude setup-token`, or an API key."""
-    if os.isatty(0):
-        import getpass
-
-        text = ""
-        with contextlib.suppress(EOFError):
-            text = getpass.getpass("token from `claude setup-token`, or API key (not shown): ")
-    else:
-        text = sys.stdin.read(10_000)
-    name, value = recognise(text)
-    path = context.folders.config / "credential"
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    part = path.with_name("credential.part")
-    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(f"{name}={value}\n")
-    part.replace(path)
-    log.info(f"stored as {name} in {path}")
-    return 0
-
-
-def auth_status(context: Context) -> int:
-    credential = find_credential(context)
-    if credential is None:
-        print("none on the host; an agent uses the login in the base instance, if there is one")
-        print("that login, if any, is copied into every VM")
-        return 1
-    print(f"{credential.name} from {credential.origin}")
-    print("it enters the guest: the agent there can read it")
-    return 0
+def cmd_doctor(args: argparse.Namespace) -> int:
+    host, settings = open_host(args, need_lima=False)
+    failed = False
+    for name, look in looks(host, settings).items():
+        try:
+            level, message, fix = "ok", look(), ""
+        except AgentVMError as error:
+            needed = name in ("host", "lima", "base instance")
+            level, message, fix = "fail" if needed else "warn", str(error), error.hint
+        failed = failed or level == "fail"
+        if args.json:
+            print(json.dumps({"name": name, "level": level, "message": message, "fix": fix}))
+        else:
+            print(f"{level:<5} {name}: {message}" + (f"\n      fix: {fix}" if fix else ""))
+    if args.verbose and not args.json:
+        rows = [("SETTING", "VALUE", "FROM")]
+        for name in SETTINGS:
+            value, origin = settings.find(name)
+            rows.append((name, shown_setting(name, value) or "-", origin))
+        places = {"template": lima_folder(host.folders), **host.folders._asdict()}
+        rows += [(name, str(path), "") for name, path in places.items()]
+        print()
+        print_table(rows)
+    return 1 if failed else 0
 
 
-def auth_clear(context: Context) -> int:
-    (context.folders.config / "credential").unlink(missing_ok=True)
-    return 0
+def looks(host: Host, settings: Settings) -> dict[str, Callable[[], str]]:
+    """What doctor looks at: each says what is well, or raises what is not and what mends it."""
 
+    def ready_host() -> str:
+        for problem, fix in setup_problems(host, settings):
+            raise AgentVMError(problem, fix)
+        kvm = ", no usable /dev/kvm: VMs are emulated and slow" if kvm_is_missing() else ""
+        return f"{os.cpu_count()} CPUs, {host_memory() / GIB:.0f} GiB memory{kvm}"
 
-def masked(url: str) -> str:
-    return re.sub(r"//[^/@]*@", "//…@", url)
+    def lima() -> str:
+        if not host.lima.binary:
+            raise AgentVMError("limactl is not installed", "agent-vm setup installs it")
+        return f"{checked_lima_version(host.lima)} ({host.lima.binary})"
+
+    def base_instance() -> str:
+        base = usable_base(host, base_name(settings))
+        days = (time.time() - changed(base.dir / "lima-version")) / 86400
+        return f"{base.name}, {days:.0f} days old" + (": setup updates it" if days > 30 else "")
+
+    def leftovers() -> str:
+        leases = {lease.name for lease in host.leases.all()}
+        for path in sorted(host.folders.lima_home.glob("agent-vm-*")):
+            if path.name not in leases | base_roles(host.folders).keys():
+                raise AgentVMError(f"nothing names {path.name}", f"agent-vm rm --force {path.name}")
+        for lease in host.leases.orphans():
+            raise AgentVMError(f"{lease.name}: its run is gone", "agent-vm gc")
+        return "none"
+
+    def credential() -> str:
+        found = find_credential(host)
+        if not found:
+            raise AgentVMError("none on this host", "claude setup-token, then agent-vm auth set")
+        return f"{found.name} from {found.origin}; it enters the guest"
+
+    return {
+        "host": ready_host,
+        "lima": lima,
+        "base instance": base_instance,
+        "leftovers": leftovers,
+        "credential": credential,
+    }
 
 
 def shown_setting(name: str, value: Any) -> str:
     if name == "env":  # a value may be a secret
         return " ".join(item.partition("=")[0] for item in value)
     if name == "mount":
-        return " ".join(f"{m.source}:{'rw' if m.writable else 'ro'}:{m.target}" for m in value)
+        return " ".join(f"{mount.source.path}:{mount.target}" for mount in value)
     if isinstance(value, bool):
         return "yes" if value else "no"
     return " ".join(value) if isinstance(value, tuple) else str(value)
 
 
-def cmd_info(args: argparse.Namespace) -> int:
-    context = Context.open(args, need_lima=False)
-    with lima_dir() as folder:
-        beside = folder.parent == Path(__file__).resolve().parent
-        template = context.get("template") or (
-            str(folder) if beside else "the copy inside the script"
-        )
-    rows = [("SETTING", "VALUE", "FROM")]
-    for name in SETTINGS:
-        value, origin = context.setting(name)
-        rows.append((name, shown_setting(name, value) or "-", origin))
-    print_table(rows)
-    print()
-    print_table([
-        ("agent-vm", f"{__version__}, {Path(__file__).resolve()}"),
-        ("limactl", context.lima.binary or "not installed"),
-        ("template", template),
-        ("base instance", context.base),
-        ("state", str(context.folders.state)),
-        ("config", str(context.folders.config)),
-        ("data", str(context.folders.data)),
-        ("Lima's home", str(context.folders.lima_home)),
-        ("npm registry", npm_registry(context) or "npm's own"),
-        *((name, masked(os.environ[name])) for name in sorted(os.environ) if PROXY.fullmatch(name)),
-    ])  # fmt: skip
-    return 0
-
-
-class Check(NamedTuple):
-    name: str
-    level: str  # ok, warn or fail
-    message: str
-    fix: str = ""
-
-
-def cmd_doctor(args: argparse.Namespace) -> int:
-    context = Context.open(args, need_lima=False)
-    checks = [
-        *host_checks(context), *lima_checks(context), *run_checks(context),
-        *github_checks(context),
-    ]  # fmt: skip
-    for check in checks:
-        if args.json:
-            print(json.dumps(check._asdict()))
-        else:
-            print(
-                f"{check.level:<5} {check.name}: {check.message}"
-                + (f"\n      fix: {check.fix}" if check.fix else "")
-            )
-    return 1 if any(check.level == "fail" for check in checks) else 0
-
-
-def verdict(name: str, ok: str, problem: str, fix: str, level: str = "warn") -> Check:
-    """ok with what is well, unless that is empty."""
-    return Check(name, "ok", ok) if ok else Check(name, level, problem, fix)
-
-
-def host_checks(context: Context) -> Iterator[Check]:
-    host = host_facts(context.folders)
-    problems = setup_problems(host, context.get("minimal"), 0)
-    for problem, fix in problems:
-        yield Check("host", "fail", problem, fix)
-    if not problems:
-        free = f"{human_size(host.disk_free)} free below {context.folders.lima_home}"
-        yield Check("host", "ok", f"{host.cpus} CPUs, {human_size(host.memory)} memory")
-        yield Check("disk", "ok", free)
-    if host.system == "Linux":
-        if host.qemu and host.qemu_img:
-            yield Check("qemu", "ok", "installed")
-        usable = "/dev/kvm is usable" if host.kvm else ""
-        fix = "sudo usermod -aG kvm $USER, then log in again"
-        yield verdict("kvm", usable, "no usable /dev/kvm: VMs are slow", fix)
-    for tool, level in (("ssh", "fail"), ("git", "warn"), ("openssl", "warn")):
-        yield verdict(tool, shutil.which(tool) or "", "not installed", f"install {tool}", level)
-
-
-def lima_checks(context: Context) -> Iterator[Check]:
-    if not context.lima.binary:
-        yield Check("lima", "fail", "limactl is not installed", "agent-vm setup installs it")
-        return
-    try:
-        check_lima_version(context.lima)
-        version = ".".join(map(str, context.lima.version()))
-        yield Check("lima", "ok", f"{version} ({context.lima.binary})")
-        instances = context.lima.list()
-    except AgentVMError as error:
-        yield Check("lima", "fail", str(error), error.hint)
-        instances = None
-    yield from half_made(context.folders.lima_home)
-    if instances is None:
-        return
-    base = next((instance for instance in instances if instance.name == context.base), None)
-    if base is None:
-        yield Check("base instance", "fail", f"there is no {context.base}", "agent-vm setup")
-    elif base.status != "Stopped":
-        fix = f"agent-vm stop {base.name}" if base.status == "Running" else "agent-vm setup"
-        yield Check("base instance", "fail", f"{base.name} is {base.status.lower()}", fix)
-    else:
-        days = (time.time() - created(base)) / 86400
-        fix = "agent-vm setup brings it up to date" if days > 30 else ""
-        yield Check(
-            "base instance", "warn" if fix else "ok", f"{base.name}, {days:.0f} days old", fix
-        )
-
-
-def half_made(lima_home: Path) -> Iterator[Check]:
-    """Instance folders without lima.yaml: an older limactl fails on every verb because of one."""
-    for folder in sorted(lima_home.glob("[!_.]*")):
-        if folder.is_dir() and not (folder / "lima.yaml").exists():
-            fix = f"rm -r {shlex.quote(str(folder))}  (when no limactl is working on it)"
-            yield Check("lima", "warn", f"{folder} is half-made", fix)
-
-
-def run_checks(context: Context) -> Iterator[Check]:
-    orphans = ", ".join(lease.name for lease in context.leases.orphans())
-    ok = "" if orphans else "none"
-    yield verdict("orphans", ok, f"{orphans}: their runs are gone", "agent-vm gc")
-    leased = {lease.name for lease in context.leases.all()}
-    for path in context.folders.lima_home.glob("agent-vm-*"):
-        if is_clone(path.name) and path.name not in leased:
-            yield Check("orphans", "warn", f"{path.name} has no lease", f"agent-vm rm {path.name}")
-    try:
-        credential = find_credential(context)
-    except AgentVMError as error:
-        yield Check("credential", "fail", str(error), error.hint)
-        return
-    ok = f"{credential.name} from {credential.origin}; it enters the guest" if credential else ""
-    fix = "agent-vm auth set, unless the base instance is logged in"
-    yield verdict("credential", ok, "none on the host", fix)
-
-
-def github_checks(context: Context) -> Iterator[Check]:
-    """What a run with GitHub needs, where config.ini or the environment asks for it."""
-    try:
-        if context.get("github") == "off":
-            return
-        context.get("github-policy")
-        profile = context.get("github-profile")
-        for script in (GITHUB_PROXY, *(["github_app_token.py"] if profile else [])):
-            beside(script)
-    except AgentVMError as error:
-        yield Check("GitHub", "fail", str(error), error.hint)
-        return
-    gh = "gh" if (context.folders.config / "gh-token-allowed").exists() else ""
-    source = GITHUB_TOKEN if context.secrets.get(GITHUB_TOKEN) else profile or gh
-    ok = f"{context.get('github')}, with the token of {source}" if source else ""
-    yield verdict("GitHub", ok, "there is no token", f"{GITHUB_TOKEN} or github-profile")
-
-
 def cmd_template(args: argparse.Namespace) -> int:
-    with lima_dir() as folder:
-        if args.action == "show":
-            print((folder / "agent-vm.yaml").read_text(), end="")
-            return 0
-        if not args.directory:
-            raise AgentVMError(
-                "template export: which directory?", hint="agent-vm template export DIR"
-            )
-        target = Path(args.directory)
-        try:
-            shutil.copytree(folder, target)
-        except FileExistsError as error:
-            raise AgentVMError(f"{target} exists", hint="name a new directory") from error
-        except OSError as error:
-            raise AgentVMError(f"cannot write {target}: {error}") from error
+    folder, target = lima_folder(folders_of(os.environ)), Path(args.directory)
+    if target.exists():
+        raise AgentVMError(f"{target} exists", hint="name a new directory")
+    copy_folder(folder, target)
     log.info(f"edit {target}/agent-vm.yaml, then: agent-vm setup --template {target}/agent-vm.yaml")
     return 0
-
-
-SHELL_FUNCTIONS = {
-    "agent-vm": "",
-    "claude-vm-setup": "setup",
-    "claude-vm": "run --",
-    "claude-vm-shell": "shell",
-}
 
 
 def cmd_shell_init(args: argparse.Namespace) -> int:
     """Shell functions; all that follows `claude-vm` is the agent's, so no flag of ours clashes."""
     # -I: a PYTHONPATH into the project must not choose the modules that run on the host.
-    command = shlex.join([sys.executable, "-I", os.path.realpath(__file__)])
-    for name, verb in SHELL_FUNCTIONS.items():
-        line = f"{command} {verb}".rstrip()
-        if args.shell == "fish":
-            print(f"function {name}; {line} $argv; end")
-        else:
-            print(f'{name}() {{ {line} "$@"; }}')
+    script = shlex.join([sys.executable, "-I", os.path.realpath(__file__)])
+    form = "function {}; {} $argv; end" if args.shell == "fish" else '{}() {{ {} "$@"; }}'
+    print(form.format("agent-vm", script))
+    print(form.format("claude-vm-setup", f"{script} setup"))
+    print(form.format("claude-vm", f"{script} run --"))
+    print(form.format("claude-vm-shell", f"{script} shell"))
     return 0
 
 
-def parser_words(parser: argparse.ArgumentParser) -> dict[str, list[str]]:
-    """verb -> its options; "" -> the verbs. What completion offers, read from the parser."""
-    verbs = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
-    words = {"": [*verbs]}
-    for verb, sub in verbs.items():
-        words[verb] = [option for action in sub._actions for option in action.option_strings]
-        words[verb] += [str(choice) for action in sub._actions for choice in action.choices or ()]
-    return words
-
-
-def cmd_completion(args: argparse.Namespace) -> int:
-    words = parser_words(build_parser())
-    render = {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion}
-    print(render[args.shell](words))
-    return 0
-
-
-def bash_completion(words: Mapping[str, Sequence[str]]) -> str:
-    cases = "\n".join(
-        f"    {verb}) words={shlex.quote(' '.join(of))} ;;" for verb, of in words.items() if verb
-    )
-    return f"""# shellcheck shell=bash
-_agent_vm() {{
-  local words
+COMPLETION = """\
+# shellcheck shell=bash
+if [ -n "${ZSH_VERSION-}" ]; then autoload -Uz compinit bashcompinit; compinit; bashcompinit; fi
+_agent_vm() {
+  local word words='VERBS'
+  if [ "$COMP_CWORD" -gt 1 ]; then
+    words=$(agent-vm "${COMP_WORDS[@]:1:1}" --help 2> /dev/null | grep -oE -e '--[a-z-]+' | sort -u)
+  fi
   COMPREPLY=()
-  case "${{COMP_WORDS[1]}}" in
-{cases}
-    *) words={shlex.quote(" ".join(words[""]))} ;;
-  esac
-  local word current="${{COMP_WORDS[COMP_CWORD]}}"
-  while IFS= read -r word; do COMPREPLY+=("$word"); done < <(compgen -W "$words" -- "$current")
-}}
-complete -o default -F _agent_vm agent-vm agent_vm.py"""
+  while IFS= read -r word; do COMPREPLY+=("$word"); done \
+    < <(compgen -W "$words" -- "${COMP_WORDS[@]:$COMP_CWORD:1}")
+}
+complete -o default -F _agent_vm agent-vm"""
 
 
-def zsh_completion(words: Mapping[str, Sequence[str]]) -> str:
-    cases = "\n".join(
-        f"    {verb}) compadd -- {' '.join(of)} ;;" for verb, of in words.items() if verb
-    )
-    return f"""_agent_vm() {{
-  if (( CURRENT == 2 )); then compadd -- {" ".join(words[""])}; return; fi
-  case "$words[2]" in
-{cases}
-  esac
-  _files
-}}
-(( $+functions[compdef] )) || {{ autoload -Uz compinit && compinit; }}
-compdef _agent_vm agent-vm agent_vm.py"""
+def cmd_completion(_args: argparse.Namespace) -> int:
+    """For bash, and for zsh by its bashcompinit; options are asked of the verb's own --help."""
+    verbs = [name[len("cmd_") :].replace("_", "-") for name in globals() if name[:4] == "cmd_"]
+    print(COMPLETION.replace("VERBS", " ".join(verbs)))
+    return 0
 
 
-def fish_completion(words: Mapping[str, Sequence[str]]) -> str:
-    lines = [
-        f"complete -c agent-vm -n __fish_use_subcommand -f -a {shlex.quote(' '.join(words['']))}"
-    ]
-    for verb, of in words.items():
-        for word in of if verb else ():
-            option = (
-                f"-l {word[2:]}"
-                if word.startswith("--")
-                else f"-a {word}"
-                if word[0] != "-"
-                else ""
-            )
-            if option:
-                lines.append(
-                    f"complete -c agent-vm -n '__fish_seen_subcommand_from {verb}' {option}"
-                )
-    return "\n".join(lines)
-
+# --- help, parser, main ---
 
 EPILOG = """\
 examples:
-  agent_vm.py setup                         build the base instance
   cd my-project && agent_vm.py run          the agent in this directory, in a VM of its own
-  agent_vm.py run -- -p "fix the tests"     everything after -- is the agent's
   agent_vm.py run --mount ~/data:ro --memory 16 -- --resume
   agent_vm.py shell -- make test            a command instead of the agent
-  eval "$(agent_vm.py shell-init)"          defines claude-vm, claude-vm-shell, claude-vm-setup
+  agent_vm.py shell-init >> ~/.bashrc       defines claude-vm, claude-vm-shell, claude-vm-setup
 
 environment:
   CLAUDE_CODE_OAUTH_TOKEN, ANTHROPIC_API_KEY  the agent's credential; it enters the guest
@@ -3328,46 +2446,24 @@ environment:
   AGENT_VM_<SETTING>                          a setting, e.g. AGENT_VM_MEMORY=16
   LIMA_HOME, XDG_STATE_HOME, XDG_CONFIG_HOME, XDG_DATA_HOME
 
-files:
-  ~/.config/agent-vm/config.ini     settings, in a section [agent-vm]
-  ~/.config/agent-vm/credential     written by `auth set`
-  ~/.claude-vm.setup.sh, ~/.config/agent-vm/setup.sh    run in the guest, once, by setup
-  ~/.config/agent-vm/runtime.sh, .claude-vm.runtime.sh  run in the guest, before the agent
-  ~/.local/state/agent-vm/          leases, transcripts, logs
-
 exit status:
-  run and shell: the guest's command's; 125 when agent-vm failed; 130 after
-  Ctrl-C, 128 + N after signal N
-  other commands: 0 ok, 1 failed, 2 usage; setup fails with 125
+  run and shell: the guest's command's; 125 when agent-vm failed; 130 after Ctrl-C, 128 + N after
+  signal N; other commands: 0 ok, 1 failed, 2 usage; setup fails with 125
 """
 
 
-def add_settings(parser: argparse.ArgumentParser, *names: str) -> None:
+def add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
     """Flags for settings; absent flags are None, so that environment and config are asked."""
     for name in names:
         setting = SETTINGS[name]
-        if setting.parse is yes_or_no:
-            parser.add_argument(
-                f"--{name}", action=argparse.BooleanOptionalAction, help=setting.help
-            )
-            continue
-        parser.add_argument(
-            f"--{name}",
-            type=setting.parse,
-            action="append" if setting.many else "store",
-            help=setting.help,
-            metavar=setting.metavar,
-        )
-
-
-SETUP_SETTINGS = (
-    "name", "minimal", "disk", "memory", "cpus", "template", "image", "image-digest", "ca-cert",
-    "apt-mirror", "npm-registry", "lima-url", "timeout",
-)  # fmt: skip
-RUN_SETTINGS = (
-    "name", "memory", "cpus", "mount", "readonly", "github", "github-profile", "github-policy",
-    "confirm-writes", "forward", "env", "timeout",
-)  # fmt: skip
+        shown = shown_setting(name, setting.default)
+        options: dict[str, Any] = {"type": setting.parse, "metavar": setting.metavar}
+        if setting.many:
+            options["action"] = "append"
+        if setting.parse in (yes_or_no, yes_no_or_auto):
+            options = {"action": argparse.BooleanOptionalAction, "default": None}
+        explained = f"{setting.help} (default {shown})" if shown else setting.help
+        parser.add_argument(f"--{name}", help=explained, **options)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -3381,104 +2477,63 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version)
     verbs = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def verb(
-        name: str, func: Callable[..., int], text: str, failure: int = 1
-    ) -> argparse.ArgumentParser:
-        sub = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
-        sub.add_argument(
-            "-v", "--verbose", action="store_true", help="show commands and their output"
-        )
+    def flag(sub: argparse.ArgumentParser, name: str, summary: str) -> None:
+        sub.add_argument(name, action="store_true", help=summary)
+
+    def verb(func: Callable[..., int], summary: str, failure: int = 1) -> argparse.ArgumentParser:
+        name = func.__name__.replace("cmd_", "").replace("_", "-")
+        sub = verbs.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        summary = "show commands and their output"
+        sub.add_argument("-v", "--verbose", action="store_true", help=summary)
         sub.add_argument("-q", "--quiet", action="store_true", help="no progress messages")
         sub.set_defaults(func=func, failure=failure)
         return sub
 
-    setup = verb("setup", cmd_setup, "build the base instance, or build it anew", failure=EXIT_OURS)
-    add_settings(setup, *SETUP_SETTINGS)
-    setup.add_argument("--yes", action="store_true", help="install what is missing without asking")
-    setup.add_argument(
-        "--rollback", action="store_true", help="go back to the previous base instance"
-    )
-    for name, func, text in (
-        ("run", cmd_run, "run Claude Code on the current directory in a VM of its own"),
-        ("shell", cmd_shell, "a shell, or a command, in a VM of its own"),
+    setup = verb(cmd_setup, "build the base instance, or build it anew", failure=EXIT_OURS)
+    add_settings(setup, SETUP_SETTINGS)
+    flag(setup, "--yes", "install what is missing without asking")
+    flag(setup, "--rollback", "go back to the previous base instance")
+    for sub in (
+        verb(cmd_run, "run Claude Code on the current directory in a VM of its own", EXIT_OURS),
+        verb(cmd_shell, "a shell, or a command, in a VM of its own", EXIT_OURS),
     ):
-        run = verb(name, func, text, failure=EXIT_OURS)
-        add_settings(run, *RUN_SETTINGS)
-        run.add_argument("--keep", action="store_true", help="keep the VM afterwards")
-        run.add_argument(
-            "--force-mount", action="store_true", help="mount a directory that is refused otherwise"
-        )
-        run.add_argument(
-            "--yes",
-            action="store_true",
-            help="set up without asking when there is no base instance",
-        )
-        run.add_argument(
+        add_settings(sub, RUN_SETTINGS)
+        repo_help = "give the agent this GitHub repository; kept for the project"
+        sub.add_argument("--repo", type=owner_and_repo, metavar="OWNER/REPO", help=repo_help)
+        flag(sub, "--keep", "keep the VM afterwards")
+        flag(sub, "--force-mount", "mount a directory that is refused otherwise")
+        flag(sub, "--yes", "set up without asking when there is no base instance")
+        sub.add_argument(
             "command", nargs=argparse.REMAINDER, metavar="[--] ARG", help="passed on untouched"
         )
-    add_other_verbs(verb)
-    return parser
-
-
-def add_other_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
-    listing = verb("list", cmd_list, "list base instances and clones")
-    listing.add_argument("--json", action="store_true", help="one JSON object a line")
-    verb("stop", cmd_stop, "stop an instance").add_argument("instance")
-    remove = verb("rm", cmd_rm, "delete an instance")
+    flag(verb(cmd_list, "list base instances and clones"), "--json", "one JSON object a line")
+    verb(cmd_stop, "stop an instance").add_argument("instance")
+    remove = verb(cmd_rm, "delete an instance")
     remove.add_argument("instance")
-    remove.add_argument("--force", action="store_true", help="also one in use, or a base instance")
-    gc = verb("gc", cmd_gc, "remove clones whose run is gone")
-    gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
-    verb("ssh-config", cmd_ssh_config, "print the ssh configuration of a running VM").add_argument(
-        "instance"
-    )
-    doctor = verb("doctor", cmd_doctor, "check the host, Lima and the base instance")
-    doctor.add_argument("--json", action="store_true", help="one JSON object a line")
-    audit = verb("log", cmd_log, "show what a run did on GitHub")
+    flag(remove, "--force", "also one in use, or a base instance")
+    flag(verb(cmd_gc, "remove VMs whose run is gone"), "--dry-run", "only say which")
+    verb(cmd_ssh_config, "print the ssh configuration of a running VM").add_argument("instance")
+    summary = "check the host, Lima and the base instance; -v: settings"
+    flag(verb(cmd_doctor, summary), "--json", "one JSON object a line")
+    audit = verb(cmd_log, "what a run did on GitHub, one JSON object a line")
     audit.add_argument("run", nargs="?", default="", help="a VM's name (default: the newest)")
-    audit.add_argument("--json", action="store_true", help="one JSON object a line")
-    verb("info", cmd_info, "show the settings in force and where they come from")
-    auth = verb("auth", cmd_auth, "store, show or remove the agent's credential")
-    auth.add_argument(
-        "action", choices=("set", "status", "clear"), help="set reads the credential from stdin"
-    )
-    template = verb("template", cmd_template, "show or export the Lima template")
-    template.add_argument("action", choices=("show", "export"))
-    template.add_argument("directory", nargs="?")
-    shell_init = verb(
-        "shell-init",
-        cmd_shell_init,
-        "print shell functions: claude-vm, claude-vm-shell, claude-vm-setup",
-    )
+    auth = verb(cmd_auth, "store, show or remove the agent's credential")
+    auth.add_argument("action", choices=("set", "status", "clear"), help="set reads it from stdin")
+    template = verb(cmd_template, "write the Lima template into a directory of yours")
+    template.add_argument("action", choices=("export",))
+    template.add_argument("directory")
+    shell_init = verb(cmd_shell_init, "print claude-vm and its companions, for your shell's file")
     shell_init.add_argument("shell", nargs="?", default="bash", choices=("bash", "zsh", "fish"))
-    completion = verb("completion", cmd_completion, "print shell completion")
-    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
-
-
-def open_standard_streams() -> None:
-    """A closed stdin, stdout or stderr would give its number to the next file that is opened."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-    # Python made these None; print() would take stdout in place of stderr.
-    sys.stdin = sys.stdin or open(0, closefd=False)
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)
+    verb(cmd_completion, "print completion for bash and zsh")
+    return parser
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """argparse, except that everything after the first `--` is taken as it is (run, shell)."""
     at = argv.index("--") if "--" in argv else len(argv)
     parser = build_parser()
-    # Not nargs="?", which would take the agent's first word for the repository.
-    ours = ["--github=on" if word == "--github" else word for word in argv[:at]]
-    for word, after in zip(argv[:at], argv[1:at]):
-        if word == "--github" and (after in ("off", "auto") or re.fullmatch(OWNER_REPO, after)):
-            parser.error(f"--github={after}, in one word; the agent's own words go after --")
-    args, unknown = parser.parse_known_args(ours)
-    rest = argv[at:]
+    args, unknown = parser.parse_known_args(argv[:at])
+    rest = list(argv[at:])
     if unknown:
         note = "; the agent's own go after --" if hasattr(args, "command") else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{note}")
@@ -3487,6 +2542,14 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     if hasattr(args, "command"):
         args.command = [*args.command, *(rest if args.command else rest[1:])]
     return args
+
+
+def open_standard_streams() -> None:
+    """A closed stdin, stdout or stderr would give its number to the next file that is opened."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
 
 
 def report(error: AgentVMError) -> None:
@@ -3499,12 +2562,6 @@ def report(error: AgentVMError) -> None:
         print("\n".join(filter(None, lines)), file=sys.stderr, flush=True)
 
 
-def host_error(error: OSError | UnicodeError) -> str:
-    if isinstance(error, OSError) and error.filename:
-        return f"cannot use {error.filename}: {error.strerror}"
-    return str(error)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     open_standard_streams()
     failure = EXIT_OURS
@@ -3513,7 +2570,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         secret = (*CREDENTIALS, GITHUB_TOKEN)
         args.secrets = {name: os.environ.pop(name) for name in secret if name in os.environ}
         log.verbose, log.quiet, failure = args.verbose, args.quiet, args.failure
-        catch_signals()
+        signals.catch()
         status = int(args.func(args))
         sys.stdout.flush()
         return status
@@ -3524,15 +2581,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our stdout has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
-    except (
-        OSError,
-        UnicodeError,
-    ) as error:  # a full disk, a missing directory: the host's fault, not a bug
-        report(AgentVMError(host_error(error), hint="" if log.verbose else "more with -v"))
+    except (OSError, UnicodeError) as error:
+        # A full disk, a missing directory: the host's fault, not a bug.
+        problem = str(error)
+        if isinstance(error, OSError) and error.filename:
+            problem = f"cannot use {error.filename}: {error.strerror}"
+        report(AgentVMError(problem, hint="" if log.verbose else "more with -v"))
         if log.verbose:
             raise
     finally:
-        ignore_signals()  # the status is settled; Python's own shutdown is not to be interrupted
+        signals.settled = True  # Python's own shutdown is not to be interrupted
     return int(failure)
 
 

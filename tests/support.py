@@ -30,7 +30,8 @@ ROOT = TESTS.parent
 SCRIPT = ROOT / "agent_vm.py"
 FAKES = TESTS / "fakes"
 CACHED = FAKES / "cached.py"  # runs SCRIPT, quicker
-BASE = "agent-vm-base"
+BASE_NAME = "agent-vm-base"
+BASE = f"{BASE_NAME}.0b0b0b"  # the instance that the name means
 TOKEN = "sk-ant-oat01-not-a-real-token-0123456789abcdef"
 GUEST_TOOLS = (
     "chromium", "curl", "docker", "fd", "gcc", "gh", "modinfo", "mount", "mountpoint", "node",
@@ -171,7 +172,7 @@ class Sandbox:
             (self.guest_bin / name).symlink_to(FAKES / "guest/tool")
         for name in ("qemu-img", "qemu-system-x86_64", "qemu-system-aarch64"):
             executable(self.bin / name, "exit 1")
-        for name in ("git", "bash", "ps", "sysctl", "openssl"):
+        for name in ("git", "bash", "ps", "sysctl", "openssl", "tar", "gzip"):
             found = shutil.which(name)
             if found:
                 (self.bin / name).symlink_to(found)
@@ -250,9 +251,30 @@ class Sandbox:
         (folder / "ssh.config").write_text("Host a-host\n")
         if running:
             (folder / "ha.pid").write_text("1")
-        if name.startswith(BASE):
+        if name.startswith(BASE_NAME):
             (folder / "protected").touch()
         return folder
+
+    def name_base(self, current: str, previous: str = "", name: str = BASE_NAME) -> None:
+        """Let a base name mean these instances, as setup does."""
+        (self.state / "bases").mkdir(parents=True, exist_ok=True)
+        self.state.chmod(0o700)
+        (self.state / "bases" / name).write_text(f"{current} {previous or '-'}\n")
+
+    def read_names(self, name: str = BASE_NAME) -> list[str]:
+        """The instances that a base name means: the current one, then the previous one."""
+        with contextlib.suppress(FileNotFoundError):
+            return [
+                word for word in (self.state / "bases" / name).read_text().split() if word != "-"
+            ]
+        return []
+
+    def make_base(self, name: str = BASE_NAME, **more: Any) -> str:
+        """A base instance that its name means; the instance."""
+        instance = f"{name}.0b0b0b"
+        self.make_instance(instance, **more)
+        self.name_base(instance, name=name)
+        return instance
 
     def make_lease(self, name: str, **fields: Any) -> None:
         """A lease whose process is gone, unless `fields` say otherwise."""
@@ -278,7 +300,7 @@ class Sandbox:
         return sorted(path.name for path in self.lima.glob("[!_.]*"))
 
     def clones(self) -> list[str]:
-        return [name for name in self.instances() if not name.startswith(BASE)]
+        return [name for name in self.instances() if not name.startswith(BASE_NAME)]
 
     def leases(self) -> list[str]:
         return sorted(path.stem for path in (self.state / "leases").glob("*.json"))
@@ -335,7 +357,7 @@ class WorldTest(unittest.TestCase):
         self.box = open_sandbox()
         self.addCleanup(self.box.close)
         if self.base:
-            self.box.make_instance()
+            self.box.make_base()
 
     def assert_nothing_left(self) -> None:
         """No instance but the base, no lease, no link, no temporary file."""

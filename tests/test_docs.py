@@ -12,7 +12,17 @@ import github_app_token
 import github_mcp_proxy
 from tests.support import ROOT
 
-WORDS = agent_vm.parser_words(agent_vm.build_parser())
+
+def parser_words(parser: argparse.ArgumentParser) -> dict[str, list[str]]:
+    """verb -> its options; "" -> the verbs."""
+    verbs = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
+    words = {
+        verb: [o for a in sub._actions for o in a.option_strings] for verb, sub in verbs.items()
+    }
+    return {"": [*verbs], **words}
+
+
+WORDS = parser_words(agent_vm.build_parser())
 
 
 class ReadmeTest(unittest.TestCase):

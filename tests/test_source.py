@@ -83,7 +83,7 @@ WRITE_METHODS = set(
     """.split()
 )
 ONE_ARGUMENT = {"rename", "replace"}  # Path's; with two arguments it is str.replace or another
-OPENERS = {"open", "io.open", "os.open", "os.fdopen"}
+OPENERS = {"open", "io.open", "os.open"}  # os.fdopen opens nothing: it wraps what is open
 WRITING_FLAGS = {"O_WRONLY", "O_RDWR", "O_CREAT", "O_APPEND", "O_TRUNC", "O_TMPFILE"}
 
 # What a pure section may not touch: the functions of these modules, and what is above.

@@ -277,15 +277,13 @@ class OrphanTest(WorldTest):
         self.assertTrue(precious.exists())
         self.assert_nothing_left()
 
-    def test_a_file_that_is_no_lease_is_named_and_harms_nothing(self) -> None:
+    def test_a_file_that_is_no_lease_harms_nothing(self) -> None:
         self.box.make_lease("default")
         other = self.box.make_instance("default")
         self.box.write(self.box.state / "leases/broken.json", "{")
         self.box.write(self.box.state / "leases/list.json", "[1, 2]")
         result = self.box.run("run")
         self.assertEqual(result.status, 0, result.err)
-        for name in ("default.json", "broken.json", "list.json"):
-            self.assertIn(f"{name} is not a lease", result.err)
         self.assertTrue(other.exists())
 
     def test_a_lease_that_a_power_cut_left_empty_makes_an_orphan(self) -> None:
@@ -299,10 +297,10 @@ class OrphanTest(WorldTest):
         self.box.run("gc")
         self.assertEqual(self.box.instances(), [BASE])
 
-    def test_dry_run_says_sizes_and_removes_nothing(self) -> None:
+    def test_dry_run_removes_nothing(self) -> None:
         name = self.orphan()
         result = self.box.run("gc", "--dry-run")
-        self.assertRegex(result.out, rf"^{name}  \d+ MiB\n$")
+        self.assertEqual((result.status, result.out), (0, f"{name}\n"))
         self.assertEqual((self.box.clones(), self.box.leases()), ([name], [name]))
 
     def test_an_orphan_that_cannot_be_deleted_is_kept_for_the_next_time(self) -> None:

@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import types
 import unittest
 from pathlib import Path
 from typing import Any
@@ -34,20 +35,18 @@ COMMANDS: list[tuple[list[str], int, str]] = [
     (["protect", "ct-a"], 0, "Protected `ct-a`"),
     (["protect", "ct-none"], 1, "failed to inspect instance `ct-none`"),
     (["delete", "-f", "ct-a"], 1, "instance is protected to prohibit accidental removal"),
-    (["clone", "--tty=false", "ct-a", "ct.c.new"], 0, ""),
-    (["delete", "-f", "ct.c.new"], 0, "Deleted `ct.c.new`"),
-    (["rename", "--tty=false", "ct-a", "ct-b"], 1, "instance `ct-b` already exists"),
-    (["rename", "--tty=false", "ct-none", "ct-r"], 1, "instance `ct-none` not found"),
-    (["rename", "--tty=false", "ct-a", "ct-r"], 0, ""),
-    (["unprotect", "ct-r"], 0, "Instance `ct-r` isn't protected. Skipping."),
-    (["stop", "ct-r"], 1, "expected status `Running`, got `Stopped`"),
+    (["clone", "--tty=false", "ct-a", "ct.c0ffee"], 0, ""),
+    (["delete", "-f", "ct.c0ffee"], 0, "Deleted `ct.c0ffee`"),
+    (["unprotect", "ct-a"], 0, "Unprotected `ct-a`"),
+    (["unprotect", "ct-a"], 0, "Instance `ct-a` isn't protected. Skipping."),
+    (["stop", "ct-a"], 1, "expected status `Running`, got `Stopped`"),
     (["stop", "ct-none"], 1, "no such file or directory"),
     (["delete", "-f", "ct-none"], 0, "Ignoring non-existent instance `ct-none`"),
     (["delete", "-f", "ct-half"], 1, "exists but its `lima.yaml` could not be read"),
     (["clone", "--tty=false", "ct-b", "ct-d", "--set", ".a bad expression"], 1, "invalid input"),
     (["start", "--tty=false", "--no-such-flag", "ct-b"], 1, "unknown flag: --no-such-flag"),
     (["frobnicate"], 1, 'unknown command \\"frobnicate\\"'),
-    (["delete", "-f", "ct-r"], 0, "Deleted `ct-r`"),
+    (["delete", "-f", "ct-a"], 0, "Deleted `ct-a`"),
 ]  # fmt: skip
 
 
@@ -99,25 +98,19 @@ class FakeTest(unittest.TestCase):
     def test_the_fields_that_are_read(self) -> None:
         for command, _, _ in COMMANDS[:4]:
             self.run_limactl(*(str(self.template) if w == "TEMPLATE" else w for w in command))
-        self.run_limactl("clone", "--tty=false", "ct-a", "ct.c.new")
+        self.run_limactl("clone", "--tty=false", "ct-a", "ct.c0ffee")
         self.run_limactl("protect", "ct-a")
         text = self.run_limactl("list", "--format", "json").stdout
         found = {instance.name: instance for instance in agent_vm.parse_instances(text)}
-        self.assertEqual(sorted(found), ["ct-a", "ct-b", "ct-half", "ct.c.new"])
+        self.assertEqual(sorted(found), ["ct-a", "ct-b", "ct-half", "ct.c0ffee"])
         clone = found["ct-b"]
         self.assertEqual((clone.status, clone.mounts), ("Stopped", (("/usr", False),)))
         self.assertEqual((clone.mount_type, clone.cpus, clone.memory), ("9p", 1, 1 << 30))
         self.assertEqual((clone.forward_agent, clone.hostname), (False, "lima-ct-b"))
         self.assertTrue(clone.home.startswith("/"))
         self.assertTrue((clone.dir / "lima.yaml").is_file())
-        self.assertEqual(found["ct.c.new"].hostname, "lima-ct-c-new")
-        self.assertEqual((found["ct-a"].protected, clone.protected), (True, False))
+        self.assertEqual(found["ct.c0ffee"].hostname, "lima-ct-c0ffee")
         self.assertEqual(found["ct-half"].status, "Broken")
-
-    def test_a_rename_drops_the_protection(self) -> None:
-        for command in (COMMANDS[0][0], ["protect", "ct-a"], ["rename", "ct-a", "ct-r"]):
-            self.run_limactl(*(str(self.template) if w == "TEMPLATE" else w for w in command))
-        self.assertFalse(self.instances()["ct-r"]["protected"])
 
     def test_the_defaults_of_limas_home_add_mounts_to_every_instance(self) -> None:
         self.run_limactl("create", "--tty=false", "--name=ct-a", str(self.template))
@@ -128,8 +121,9 @@ class FakeTest(unittest.TestCase):
         self.assertEqual([mount["location"] for mount in mounts], ["/usr"])
 
     def test_the_version(self) -> None:
-        version = agent_vm.parse_lima_version(self.run_limactl("--version").stdout)
-        self.assertGreaterEqual(version[:2], agent_vm.MIN_LIMA)
+        printed = self.run_limactl("--version").stdout
+        lima: Any = types.SimpleNamespace(version=lambda: printed)
+        self.assertRegex(agent_vm.checked_lima_version(lima), r"^\d+\.\d+")
 
 
 class RealTest(FakeTest):

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import agent_vm
 from tests.support import BASE
+from tests.support import BASE_NAME
 from tests.support import TOKEN
 from tests.support import Result
 from tests.support import Sandbox
@@ -50,7 +51,7 @@ class WholeRunTest(unittest.TestCase):
     def setUpClass(cls) -> None:
         cls.box = open_sandbox()
         cls.addClassCleanup(cls.box.close)
-        cls.box.make_instance()
+        cls.box.make_base()
         cls.box.write(cls.box.home / ".gitconfig", "[user]\nname = Ada L.\nemail = a@example.org\n")
         cls.box.write(cls.box.home / ".ssh/id_ed25519", "a key of the host", 0o600)
         cls.project = cls.box.home / AWKWARD
@@ -266,7 +267,7 @@ class OptionTest(WorldTest):
         self.assert_nothing_left()
 
     def test_name_chooses_the_base_instance(self) -> None:
-        self.box.make_instance(f"{BASE}-web", disk="the other disk")
+        self.box.make_base(f"{BASE_NAME}-web", disk="the other disk")
         result = self.box.run("run", "--name", "web", "--", 'sh:cat "$FAKE_GUEST_INSTANCE/disk"')
         self.assertEqual((result.status, result.out), (0, "the other disk"), result.err)
 
@@ -346,7 +347,6 @@ class MountTest(WorldTest):
 
     def test_private_folders_are_not_mounted(self) -> None:
         keys = Path(self.folder(".ssh"))
-        self.box.state.mkdir(parents=True)
         for folder in (Path("/"), self.box.home, keys, self.box.lima, self.box.state.parent):
             with self.subTest(folder=folder):
                 self.assert_refused(self.box.run("run", cwd=folder), "not given to an agent")
@@ -611,6 +611,7 @@ class OddEnvironmentTest(WorldTest):
         self.box.write(self.box.root / "c/agent-vm/config.ini", "[agent-vm]\nmemory = 7\n")
         folders = {f"XDG_{name}_HOME": str(self.box.root / name[0].lower())
                    for name in ("CONFIG", "STATE", "DATA")}  # fmt: skip
+        shutil.move(self.box.state, self.box.root / "s/agent-vm")
         self.assertEqual(self.box.run("run", **folders).status, 0)
         self.assertEqual(self.box.started_config()["memory"], 7)
         self.assertTrue((self.box.root / "s/agent-vm/sessions").is_dir())
@@ -666,20 +667,21 @@ class BaseInstanceTest(WorldTest):
 
     def test_no_base_instance(self) -> None:
         result = self.box.run("run")
-        self.assert_refused(result, f"no base instance {BASE}", "agent-vm setup")
+        self.assert_refused(result, f"no base instance {BASE_NAME}", "agent-vm setup")
         self.assert_nothing_left()
 
     def test_no_base_instance_of_that_name(self) -> None:
-        self.assert_refused(self.box.run("run", "--name", "web"), f"{BASE}-web")
+        self.assert_refused(self.box.run("run", "--name", "web"), f"{BASE_NAME}-web")
 
     def test_a_base_instance_that_runs(self) -> None:
-        self.box.make_instance(running=True)
+        self.box.make_base(running=True)
         self.assert_refused(self.box.run("run"), "is running", f"agent-vm stop {BASE}")
         self.assertEqual(self.box.instances(), [BASE])
         self.assertEqual(self.box.leases(), [])
 
     def test_a_base_instance_that_is_broken(self) -> None:
         (self.box.lima / BASE).mkdir()
+        self.box.name_base(BASE)
         self.assert_refused(self.box.run("run"), "is broken", "agent-vm setup")
         self.assertEqual(self.box.clones(), [])
 
