@@ -128,7 +128,7 @@ class VMTest(unittest.TestCase):
         (home / ".gitconfig").write_text("[user]\n name = Ada L.\n email = ada@example.org\n")
         cls.start_model()
         cls.addClassCleanup(cls.remove_base, bool(kept))
-        if not (cls.root / "l/agent-vm-base").exists():
+        if not (cls.root / "state/agent-vm/bases/agent-vm-base").exists():
             setup = cls.agent_vm("setup", "--minimal", "--memory", "2", "--yes", capture=False)
             assert setup.returncode == 0, "setup failed"
 
@@ -148,8 +148,8 @@ class VMTest(unittest.TestCase):
     @classmethod
     def remove_base(cls, kept: bool) -> None:
         if not kept:
-            for name in ("agent-vm-base", "agent-vm-base.old"):
-                cls.agent_vm("rm", "--force", name)
+            for path in (cls.root / "l").glob("agent-vm-base.*"):
+                cls.agent_vm("rm", "--force", path.name)
 
     @classmethod
     def start(
@@ -328,16 +328,16 @@ class VMTest(unittest.TestCase):
 
     def test_claude_code_uses_github(self) -> None:
         self.serve_github()
-        argv = ("--github=good/r", "--", "-p", "use mcp__github__list_issues")
+        argv = ("--repo", "good/r", "--", "-p", "use mcp__github__list_issues")
         result = self.agent_vm("run", *argv, cwd=self.project())
         self.assertEqual((result.returncode, result.stdout), (0, "all done\n"), result.stderr)
-        self.assertIn("1 read, 0 writes, 0 refused", result.stderr)
+        self.assertIn("1 reads, 0 writes, 0 refused", result.stderr)
 
     def test_git_in_the_guest_reaches_one_repository_and_no_token(self) -> None:
         bare, project = self.serve_github(), self.project()
         middle = len(GITHUB_TOKEN) // 2
         parts = (GITHUB_TOKEN[:middle], GITHUB_TOKEN[middle:], str(project))
-        argv = ("shell", "--github=good/r", "--", "bash", "-c", USE_GITHUB, "use", *parts)
+        argv = ("shell", "--repo", "good/r", "--", "bash", "-c", USE_GITHUB, "use", *parts)
         with self.start(*argv, cwd=project) as process:
             name = self.started_clone(process)
             wait_for(
@@ -369,38 +369,37 @@ class VMTest(unittest.TestCase):
         self.assertIn("refused: git push ref=refs/heads/main", err)
         self.assert_nothing_left()
 
-    def test_a_push_is_asked_about_while_the_agent_has_the_terminal(self) -> None:
+    def test_each_push_is_put_to_the_users_own_command(self) -> None:
         bare, project = self.serve_github(), self.project()
+        asked, approve = self.root / "asked", self.root / "approve"
+        approve.write_text(
+            f"#!/bin/sh\ncat >> {asked}; tail -n 1 {asked} | grep -q refs/heads/a && exit 0\n"
+            "echo not this one; exit 1\n"
+        )
+        approve.chmod(0o755)
+        policy = self.root / "policy.ini"
+        policy.write_text(f"[policy]\napprove = {approve}\n")
         script = (
             "git clone -q https://github.com/good/r ~/r; cd ~/r; git push -q origin HEAD:a;"
-            " git push origin HEAD:b; stty size; read line; echo read=$line; exit 7"
+            " git push origin HEAD:b; exit 7"
         )
-        argv = ("shell", "--github=good/r", "--confirm-writes", "--", "bash", "-c", script)
-        command = [sys.executable, str(SCRIPT), *argv]
-        terminal = support.Terminal(command, {**self.env, "TERM": "xterm"}, project, None)
-        self.addCleanup(terminal.close)
-        for answer, words in (("y\r", "git push refs/heads/a"), ("no\r", "git push refs/heads/b")):
-            terminal.expect(words)
-            terminal.expect("allow? y/n ")
-            terminal.seen = ""
-            terminal.type(answer)
-        terminal.expect("the user said no")
-        terminal.type("to the agent\r")
-        terminal.expect("read=to the agent")
-        self.assertEqual(terminal.wait(), 7, terminal.seen)
+        argv = ("--repo", "good/r", "--github-policy", str(policy), "--", "bash", "-c", script)
+        result = self.agent_vm("shell", *argv, cwd=project)
+        self.assertEqual(result.returncode, 7, result.stderr)
+        self.assertIn("not this one", result.stderr)
         refs = subprocess.run(
             ["git", "-C", bare, "for-each-ref", "--format=%(refname)"],
             stdout=subprocess.PIPE, text=True, check=True,
         )  # fmt: skip
         self.assertEqual(refs.stdout, "refs/heads/a\nrefs/heads/main\n")
-        self.assertIn("done: git push ref=refs/heads/a", terminal.seen)
+        self.assertIn("done: git push ref=refs/heads/a", result.stderr)
         self.assert_nothing_left()
 
     def test_github_readonly_and_kill_9(self) -> None:
         self.serve_github()
         project = self.project()
         script = "git clone https://github.com/good/r ~/r; cd ~/r; git push origin HEAD:fix; cat"
-        argv = ("shell", "--github=good/r", "--readonly", "--", "bash", "-c", script)
+        argv = ("shell", "--repo", "good/r", "--readonly", "--", "bash", "-c", script)
         errors = self.root / "readonly.log"
         with open(errors, "w") as file:
             process = subprocess.Popen(
