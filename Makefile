@@ -4,7 +4,7 @@ TOOLS := .venv/bin
 SCRIPTS := $(wildcard *.py)
 SHELL_FILES := $(wildcard lima/provision/*.sh) .ci/run
 
-.PHONY: test test-fast lint check embed contract vm-test bench bench-proxy fuzz-proxy tools clean
+.PHONY: test test-fast lint check embed docs contract vm-test bench bench-proxy fuzz-proxy tools clean
 
 test:  ## all but vm-test: a minute, no network, no Lima
 	$(PYTHON) -m tests
@@ -19,11 +19,15 @@ lint: $(TOOLS)/ruff  ## ruff, mypy, shellcheck, and limactl validate when there 
 	$(call when,shellcheck,shellcheck $(SHELL_FILES))
 	$(call when,limactl,limactl validate lima/*.yaml)
 	$(PYTHON) tests/tools/embed.py --check
+	$(PYTHON) tests/tools/options.py --check
 
 check: lint test
 
 embed:  ## copy lima/ into agent_vm.py
 	$(PYTHON) tests/tools/embed.py
+
+docs:  ## write docs/options.md from the parsers
+	$(PYTHON) tests/tools/options.py
 
 contract:  ## one list of commands against the fake and the real limactl
 	$(PYTHON) -m tests _contract.
