@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import unittest
 from pathlib import Path
 from typing import Any
@@ -59,39 +58,16 @@ class RepositoryTest(unittest.TestCase):
         ):  # fmt: skip
             self.assertEqual(agent_vm.github_repository(url), "", url)
 
-    def test_the_remote_that_the_branch_tracks_else_origin(self) -> None:
-        settings = [
-            ("remote.upstream.url", "up"), ("remote.origin.url", "one"),
-            ("remote.origin.url", "two"), ("remote.mine.url", "mine"),
-            ("branch.fix.remote", "mine"), ("branch.old.remote", "gone"), ("branch.x/y.remote", "."),
-        ]  # fmt: skip
-        for head, url in (
-            ("ref: refs/heads/fix", "mine"), ("ref: refs/heads/main", "one"), ("a" * 40, "one"),
-            ("ref: refs/heads/old", "one"), ("ref: refs/heads/x/y", "one"), ("", "one"),
-        ):  # fmt: skip
-            self.assertEqual(agent_vm.git_remote(settings, head), url, head)
-        self.assertEqual(agent_vm.git_remote(settings[:1], "ref: refs/heads/main"), "")
-
-    def test_instead_of_as_git_does_it(self) -> None:
-        settings = [
-            ("url.https://github.com/.insteadof", "gh:"), ("url.git@github.com:me/.insteadof", "gh:m/"),
-            ("url.https://github.com/.pushinsteadof", "p:"),
-        ]  # fmt: skip
-        for url in ("gh:octo/widget", "gh:m/tool", "p:x/y", "https://github.com/a/b"):
-            config = [f"{key}={value}" for key, value in settings]
-            argv = ["git", *(word for pair in config for word in ("-c", pair))]
-            done = subprocess.run([*argv, "ls-remote", "--get-url", url], capture_output=True,
-                                  text=True, check=True, cwd="/")  # fmt: skip
-            self.assertEqual(agent_vm.instead_of(url, settings) + "\n", done.stdout)
-
-    def test_the_guests_git_goes_to_the_proxy_for_this_repository_alone(self) -> None:
+    def test_the_guests_git_goes_to_the_proxy_by_the_usual_addresses(self) -> None:
         served = "http://host.lima.internal:4711/git/octo/widget.git"
         for url, expected in (
             ("https://github.com/octo/widget", served), ("https://github.com/octo/widget.git", served),
             ("git@github.com:octo/widget.git", served), ("ssh://git@github.com/octo/widget", served),
             ("git@github.com:Octo/Widget.git", served),
-            ("https://github.com/octo/widget-docs", ""), ("git@github.com:octo/widget2.git", ""),
-            ("https://github.com/octo/widget.github.io", ""), ("https://github.com/octo/Widget_x", ""),
+            # A prefix leads these there, too; the proxy refuses them and says why.
+            ("https://github.com/octo/widget-docs", f"{served}-docs"),
+            ("https://github.com/octo/widget.github.io", f"{served}hub.io"),
+            ("https://github.com/octo/Widget_x", ""),
             ("https://github.com/octo/other", ""), ("https://github.com/evil/secret.git", ""),
         ):  # fmt: skip
             self.assertEqual(self.get_url(url), expected or url)
@@ -108,58 +84,44 @@ class RepositoryTest(unittest.TestCase):
         return done.stdout.strip()
 
     def test_a_secret_is_in_no_repr(self) -> None:
-        choice = agent_vm.GitHubChoice("octo/widget", "", {"GITHUB_MCP_TOKEN": TOKEN}, ())
+        environ = {"GITHUB_MCP_TOKEN": TOKEN}
+        choice = agent_vm.GitHubChoice(repo="o/r", remote="", environ=environ, options=())
         self.assertNotIn(TOKEN, repr(choice))
         self.assertNotIn(GITHUB.secret, repr(GITHUB))
 
 
 class ReceiptTest(unittest.TestCase):
-    def line(self, tool: str, verdict: str = "forward", **more: Any) -> dict[str, Any]:
-        return {"time": "t", "method": "tools/call", "tool": tool, "verdict": verdict,
-                "reason": "", "target": {}, **more}  # fmt: skip
+    def entry(self, verdict: str, what: str, **more: Any) -> dict[str, Any]:
+        return {"verdict": verdict, "what": what, "reason": "", "url": "", "count": 1, **more}
 
-    def test_what_was_sent_and_what_was_not(self) -> None:
-        refused = self.line("create_branch", "refuse", reason="read-only", target={"branch": "x"})
-        lines = [
-            self.line("issue_read"), self.line("get_me"), self.line("search_code"),
-            self.line("git-upload-pack", method="git"), self.line("git-receive-pack", method="git"),
-            self.line("pull_request_read", target={"pullNumber": 3}),
-            self.line("git-receive-pack", method="git", target={"ref": "refs/heads/fix"}),
-            self.line("create_pull_request", target={"base": "main"}),
-            self.line("create_branch", target={"branch": "b"}),
-            self.line("issue_write", target={"issue_number": 7}), refused, refused,
-            {**self.line(""), "method": "tools/list"},
-            self.line("git-receive-pack", "done", method="git", target={"ref": "refs/heads/fix"}),
-            self.line("create_pull_request", "done",
-                      target={"base": "main", "url": "https://github.com/octo/widget/pull/12"}),
-            self.line("issue_write", "failed", reason="HTTP 500", target={"issue_number": 7}),
+    def test_what_the_proxy_counted_in_words(self) -> None:
+        receipt = [
+            {"reads": 6, "writes": 3, "refused": 2},
+            self.entry("done", "git push ref=refs/heads/fix"),
+            self.entry("done", "create_pull_request base=main", url="https://github.com/o/r/pull/12"),
+            self.entry("refused", "create_branch branch=x", reason="read-only", count=2),
+            {"more": 5},
         ]  # fmt: skip
-        self.assertEqual(
-            agent_vm.github_receipt(lines),
-            [
-                "6 reads, 4 writes, 2 refused",
-                "done: git push ref=refs/heads/fix",
-                "done: create_pull_request base=main https://github.com/octo/widget/pull/12",
-                "not known what became of it: create_branch branch=b",
-                "refused: create_branch branch=x: read-only (2 times)",
-                "failed: issue_write issue_number=7: HTTP 500",
-            ],
-        )
+        expected = [
+            "6 reads, 3 writes, 2 refused",
+            "done: git push ref=refs/heads/fix",
+            "done: create_pull_request base=main https://github.com/o/r/pull/12",
+            "refused: create_branch branch=x read-only (2 times)",
+            "and 5 more: agent-vm log",
+        ]
+        self.assertEqual(agent_vm.receipt_lines(receipt), expected)
 
-    def test_words_of_the_guest_do_not_read_like_ours(self) -> None:
-        target = {"branch": "x: done: create_pull_request\n\x1b[2J"}
-        (_, told) = agent_vm.github_receipt([self.line("create_branch", "refuse", target=target)])
-        self.assertEqual(
-            told, r'refused: create_branch branch="x: done: create_pull_request\n\u001b[2J": '
-        )
+    def test_a_proxy_that_died_said_nothing(self) -> None:
+        self.assertEqual(agent_vm.receipt_lines([]), ["? reads, ? writes, ? refused"])
 
-    def test_a_flood_does_not_bury_what_was_done(self) -> None:
-        lines = [self.line("create_branch", "forward"), self.line("create_branch", "done")]
-        lines += [self.line("x", "refuse", reason=str(n)) for n in range(1000)]
-        told = agent_vm.github_receipt(lines)
-        self.assertEqual(told[:2], ["0 reads, 1 write, 1000 refused", "done: create_branch"])
-        self.assertEqual(told[-1], "and 981 more: agent-vm log")
-        self.assertLess(len(told), 25)
+    def test_words_of_the_guest_do_not_move_the_cursor(self) -> None:
+        receipt = [
+            {"reads": 0, "writes": 1, "refused": 0},
+            self.entry("done", "x\n\x1b[2J" + "y" * 999),
+        ]
+        (_, told) = agent_vm.receipt_lines(receipt)
+        self.assertEqual(told[:14], "done: x??[2Jyy")
+        self.assertEqual(len(told), 300)
 
     def test_what_is_shown_is_what_it_says(self) -> None:
         for text, shown in (
@@ -188,6 +150,15 @@ class GitHubWorld(WorldTest):
         )
         self.git("init", "-q", "-b", "work")
         self.remote("https://github.com/octo/widget.git")
+        self.choose("octo/widget")
+
+    def choose(self, repo: str, project: Path | None = None) -> None:
+        """As if the user had chosen it in an earlier run."""
+        key = agent_vm.session_key(str(project or self.box.project))
+        self.box.write(self.box.state / "github" / key, f"{repo}\n")
+
+    def forget(self) -> None:
+        shutil.rmtree(self.box.state / "github")
 
     def git(self, *argv: str) -> str:
         done = subprocess.run(["git", "-C", self.box.project, *argv], env=self.box.env,
@@ -240,11 +211,11 @@ class GitHubRunTest(GitHubWorld):
     def test_what_the_guest_gets(self) -> None:
         result = self.run_and_look("--github")
         self.assertIn("GitHub: octo/widget\n", result.err)
-        self.assertIn("0 reads, 0 writes, 0 refused (", result.err)
+        self.assertIn("0 reads, 0 writes, 0 refused\n", result.err)
         self.assertIn(self.secret, self.guest_file("gitconfig"))
         self.assertIn("octo/widget", self.guest_file("briefing"))
         modes = self.guest_file("modes")
-        for name in (".claude.json", "gitconfig", "github-header", "credential"):
+        for name in (".claude.json", "gitconfig", "probe-header", "credential"):
             self.assertRegex(modes, rf"600 \S*{name}\n")
         self.assertIn("include.path=~/.agent-vm/gitconfig", self.guest_file("global"))
 
@@ -288,24 +259,16 @@ class GitHubRunTest(GitHubWorld):
         self.assertNotEqual(self.secret, first)
 
     def test_an_agent_uses_a_tool_and_the_log_has_it(self) -> None:
-        call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {
-            "name": "create_branch", "arguments": {"branch": "fix"}}}  # fmt: skip
-        script = f"""
-        curl -s -H @$HOME/.agent-vm/github-header -H 'Content-Type: application/json' \
-          -H 'Accept: application/json, text/event-stream' \
-          -d '{json.dumps(call)}' "$(jq -r .mcpServers.github.url ~/.claude.json)" > answer
-        """
-        result = self.run_and_look("--github", script=script)
+        result = self.run_and_look("--github", script=f"name=fix\n({BRANCH}) > answer")
         name = self.audits()[0].stem
-        self.assertIn(f"0 reads, 1 write, 0 refused (agent-vm log {name})", result.err)
+        self.assertIn("GitHub: 0 reads, 1 writes, 0 refused\n", result.err)
         self.assertRegex(result.err, r"done: create_branch .*branch=fix")
         shown = self.box.run("log")
-        self.assertIn("create_branch", shown.out)
-        lines = [json.loads(line) for line in self.box.run("log", "--json").out.splitlines()]
+        self.assertIn(name, shown.err)
+        lines = [json.loads(line) for line in shown.out.splitlines()]
         forwarded = [line for line in lines if line["verdict"] == "forward"]
         self.assertEqual([line["tool"] for line in forwarded], ["create_branch"])
-        name = self.audits()[0].stem
-        self.assertEqual(self.box.run("log", name, "--json").out.count("\n"), len(lines))
+        self.assertEqual(self.box.run("log", name).out, shown.out)
         self.assert_refused(self.box.run("log", "no-such-run"), "no-such-run", name, status=1)
 
     def test_readonly_is_proved_too(self) -> None:
@@ -314,10 +277,38 @@ class GitHubRunTest(GitHubWorld):
         self.assertIn("read-only", result.out)
         self.assertIn("GitHub: octo/widget, read-only", result.err)
 
-    def test_a_named_repository_needs_no_remote(self) -> None:
+    def test_a_named_repository_needs_no_remote_and_is_kept_for_the_project(self) -> None:
+        self.forget()
         self.git("config", "--unset", "remote.origin.url")
-        result = self.run_and_look("--github=other/thing")
-        self.assertIn("GitHub: other/thing", result.err)
+        self.assertIn("GitHub: other/thing", self.run_and_look("--repo", "other/thing").err)
+        self.assertIn("GitHub: other/thing", self.run_and_look("--github").err)
+        elsewhere = self.box.home / "elsewhere"
+        elsewhere.mkdir()
+        result = self.box.run("run", "--github", cwd=elsewhere)
+        self.assert_refused(result, "no GitHub repository was chosen", "--repo OWNER/REPO")
+
+    def test_without_a_choice_the_exact_words_to_type_are_said(self) -> None:
+        self.forget()
+        result = self.box.run("run", "--github")
+        self.assert_refused(result, "no GitHub repository was chosen", "--repo octo/widget")
+        self.assertEqual(self.box.limactl("clone"), [])
+
+    def test_at_a_terminal_what_the_remote_says_is_asked_about_once(self) -> None:
+        self.forget()
+        for answer, status in (("n\r", 125), ("y\r", 0)):
+            terminal = self.box.terminal("run", "--github")
+            terminal.expect("give the agent the GitHub repository octo/widget")
+            terminal.type(answer)
+            self.assertEqual(terminal.wait(), status, terminal.seen)
+        self.assertEqual(self.box.run("run", "--github").status, 0)
+
+    def test_what_the_remote_says_later_changes_nothing(self) -> None:
+        self.remote("https://github.com/victim/private")
+        result = self.run_and_look("--github")
+        self.assertIn("the agent gets octo/widget", result.err)
+        self.assertIn("GitHub: octo/widget\n", result.err)
+        self.assertNotIn("victim", self.guest_file("gitconfig"))
+        self.assertIn("GitHub: victim/private", self.run_and_look("--repo", "victim/private").err)
 
     def test_off_by_default(self) -> None:
         result = self.box.run("run", "--", "sh:cat ~/.claude.json ~/.agent-vm/*")
@@ -330,137 +321,21 @@ class GitHubRunTest(GitHubWorld):
         self.box.write_config("github = auto")
         self.assertIn("GitHub: octo/widget", self.run_and_look().err)
         result = self.box.run("run", GITHUB_MCP_TOKEN="")
-        self.assertEqual(result.status, 0, result.err)
-        self.remote("https://gitlab.com/octo/widget.git")
+        self.assertEqual((result.status, result.err), (0, ""))
+        self.forget()
         result = self.box.run("run")
         self.assertEqual((result.status, result.err), (0, ""))
 
-    def test_what_is_missing_is_said(self) -> None:
-        for env, remote, words in (
-            ({"GITHUB_MCP_TOKEN": ""}, "git@github.com:octo/widget", ("no GitHub token", "GITHUB_MCP_TOKEN")),
-            ({}, "git@gitlab.com:octo/widget", ("git@gitlab.com:octo/widget is not on github.com", "--github=OWNER/REPO")),
-        ):  # fmt: skip
-            self.remote(remote)
-            self.assert_refused(self.box.run("run", "--github", **env), *words)
+    def test_a_missing_token_is_said(self) -> None:
+        result = self.box.run("run", "--github", GITHUB_MCP_TOKEN="")
+        self.assert_refused(result, "no GitHub token", "GITHUB_MCP_TOKEN", "--github-profile")
         self.assertEqual(self.box.limactl("clone"), [])
 
     def test_wrong_values(self) -> None:
-        for value in (
-            "octo",
-            "octo/",
-            "a/b/c",
-            "yes",
-            "",
-            "-x/y",
-            "octo/wid get",
-            "a/..",
-            "https://x",
-        ):
-            result = self.box.run("run", f"--github={value}")
-            self.assert_refused(result, "off, auto or OWNER/REPO", status=2)
-
-    def test_a_remote_that_an_agent_may_have_written_is_asked_about(self) -> None:
-        self.assertEqual(self.box.run("run").status, 0)
-        self.remote("https://github.com/victim/private")
-        refused = ("victim/private", "an agent was here before", "--github=victim/private")
-        self.assert_refused(self.box.run("run", "--github"), *refused)
-        nested = self.box.project / "nested"
-        nested.mkdir()
-        subprocess.run(["git", "init", "-q", nested], check=True, env=self.box.env)
-        url = ("config", "remote.origin.url", "https://github.com/victim/other")
-        subprocess.run(["git", "-C", nested, *url], check=True, env=self.box.env)
-        result = self.box.run("run", "--github", cwd=nested)
-        self.assert_refused(result, "victim/other", "an agent was here before")
-        moved = self.box.home / "moved"
-        self.box.project.rename(moved)
-        result = self.box.run("run", "--github", cwd=moved)
-        self.assert_refused(result, "victim/private", "an agent was here before")
-        moved.rename(self.box.project)
-        self.remote("https://github.com/octo/widget")
-        self.assertEqual(self.box.run("run", "--github=octo/widget").status, 0)
-        self.assertEqual(self.box.run("run", "--github").status, 0)
-
-    def test_a_worktree_shares_what_an_agent_may_have_written(self) -> None:
-        self.git(
-            "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "x"
-        )
-        trees = [self.box.home / name for name in ("one", "two")]
-        for tree in trees:
-            self.git("worktree", "add", "-q", "-b", tree.name, str(tree))
-        self.assertEqual(self.box.run("run", cwd=trees[0]).status, 0)
-        self.remote("https://github.com/victim/private")
-        for folder in (self.box.project, trees[1]):
-            result = self.box.run("run", "--github", cwd=folder)
-            self.assert_refused(result, "an agent was here before")
-        self.remote("https://github.com/octo/widget")
-        self.assertEqual(self.box.run("run", "--github=octo/widget", cwd=trees[0]).status, 0)
-        self.assertEqual(self.box.run("run", "--github", cwd=trees[1]).status, 0)
-        self.assertEqual(self.box.run("run", "--github").status, 0, "the main one")
-        new = self.box.home / "new"
-        self.git("worktree", "add", "-q", "-b", "new", str(new))
-        self.assertEqual(self.box.run("run", "--github", cwd=new).status, 0)
-
-    def test_a_git_file_that_leads_elsewhere_brings_no_acceptance(self) -> None:
-        """An agent in `other` leads its .git to the repository of another project."""
-        self.git(
-            "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "x"
-        )
-        self.assertEqual(self.box.run("run", "--github").status, 0)
-        for argv in ((), ("--github",)):  # never accepted there, and accepted
-            other = self.box.home / f"other{len(argv)}"
-            subprocess.run(["git", "init", "-q", other], check=True, env=self.box.env)
-            url = ("config", "remote.origin.url", "https://github.com/me/mine")
-            subprocess.run(["git", "-C", other, *url], check=True, env=self.box.env)
-            self.assertEqual(self.box.run("run", *argv, cwd=other).status, 0)
-            evil = self.box.project / f".git/worktrees/evil{len(argv)}"
-            evil.mkdir(parents=True)
-            (evil / "gitdir").write_text(f"{other}/.git\n")
-            (evil / "commondir").write_text("../..\n")
-            (evil / "HEAD").write_text("ref: refs/heads/work\n")
-            shutil.rmtree(other / ".git")
-            (other / ".git").write_text(f"gitdir: {evil}\n")
-            self.assert_refused(self.box.run("run", "--github", cwd=other), "octo/widget")
-
-    def test_a_disk_that_is_mounted_anew_and_a_folder_that_is_renamed(self) -> None:
-        self.assertEqual(self.box.run("run", "--github").status, 0)
-        moved = self.box.home / "moved"
-        self.box.project.rename(moved)
-        self.assertEqual(self.box.run("run", "--github", cwd=moved).status, 0)
-        for mark in (self.box.state / "written").glob("[0-9]*-[0-9]*"):
-            if mark.name.replace("-", "").isdigit():
-                mark.unlink()  # as if all of it had other numbers now
-        subprocess.run(["git", "-C", moved, "config", "remote.origin.url",
-                        "https://github.com/victim/private"], check=True, env=self.box.env)  # fmt: skip
-        self.assert_refused(self.box.run("run", "--github", cwd=moved), "victim/private")
-
-    def test_a_folder_that_no_vm_could_write_may_change_its_remote(self) -> None:
-        for url in ("https://github.com/octo/widget", "https://github.com/octo/gadget"):
-            self.remote(url)
-            self.assertEqual(self.box.run("run", "--github", "--readonly").status, 0)
-
-    def test_another_folder_that_an_agent_could_write(self) -> None:
-        other = self.box.home / "other"
-        subprocess.run(["git", "init", "-q", other], check=True, env=self.box.env)
-        self.assertEqual(self.box.run("run", "--mount", f"{other}:rw").status, 0)
-        url = ("config", "remote.origin.url", "https://github.com/victim/other")
-        subprocess.run(["git", "-C", other, *url], check=True, env=self.box.env)
-        self.assert_refused(self.box.run("run", "--github", cwd=other), "an agent was here before")
-
-    def test_remotes_that_were_accepted_may_take_turns(self) -> None:
-        other = "https://github.com/me/widget"
-        self.assertEqual(self.box.run("run", "--github").status, 0)
-        self.remote(other)
-        self.assertEqual(self.box.run("run", "--github=me/widget").status, 0)
-        for url in ("https://github.com/octo/widget", other):
-            self.remote(url)
-            self.assertEqual(self.box.run("run", "--github").status, 0, url)
-        self.assertEqual(self.box.run("run", "--github=third/one").status, 0)
-        self.assertEqual(self.box.run("run", "--github").status, 0, "a name by hand is no remote")
-
-    def test_a_word_after_the_flag_is_not_lost(self) -> None:
-        for word in ("other/thing", "auto", "off"):
-            result = self.box.run("run", "--github", word, "--", "-p", "x")
-            self.assert_refused(result, f"--github={word}", status=2)
+        for value in ("octo", "octo/", "a/b/c", "", "-x/y", "octo/wid get", "a/..", "https://x"):
+            result = self.box.run("run", f"--repo={value}")
+            self.assert_refused(result, "is not OWNER/REPO", status=2)
+        self.assert_refused(self.box.run("run", "--github=octo/widget"), "--github", status=2)
 
     def test_a_policy_that_an_agent_can_write(self) -> None:
         text = "[policy]\nallow = default-branch\n"
@@ -472,22 +347,12 @@ class GitHubRunTest(GitHubWorld):
         out.symlink_to(mine)
         for path in (planted, link, "policy.ini", out):
             result = self.box.run("run", "--github", f"--github-policy={path}")
-            self.assert_refused(result, "which an agent can write")
-        top, mid = self.box.home / "top.ini", self.box.project / "mid.ini"
-        mid.symlink_to(mine)
-        top.symlink_to(mid)
-        result = self.box.run("run", "--github", f"--github-policy={top}")
-        self.assert_refused(result, "which an agent can write")
+            self.assert_refused(result, "which is mounted", str(self.box.config))
         folder = self.box.home / "folder"
         shared = self.box.write(folder / "policy.ini", text)
-        result = self.box.run(
-            "run", "--github", "--mount", f"{folder}:rw", "--github-policy", str(shared)
-        )
-        self.assert_refused(result, "which an agent can write")
-        self.assertEqual(self.box.run("run", "--mount", f"{folder}:rw").status, 0)
-        result = self.box.run("run", "--github", "--github-policy", str(shared))
-        self.assert_refused(result, "which an agent can write")
-        result = self.box.run("run", "--github=octo/widget", f"--github-policy={mine}")
+        argv = ("--mount", str(folder), "--github-policy", str(shared))
+        self.assert_refused(self.box.run("run", "--github", *argv), "which is mounted")
+        result = self.box.run("run", "--github", f"--github-policy={mine}")
         self.assertEqual(result.status, 0, result.err)
 
     def test_readonly_is_told_by_the_proxy(self) -> None:
@@ -495,11 +360,8 @@ class GitHubRunTest(GitHubWorld):
         for argv, env in (
             ([f"--github-policy={policy}"], {}), ([], {"GITHUB_MCP_READONLY": "true"}),
         ):  # fmt: skip
-            result = self.box.run(
-                "run", "--github", *argv, "--", "sh:cat ~/.claude/CLAUDE.md", **env
-            )
+            result = self.box.run("run", "--github", *argv, "--", "sh:true", **env)
             self.assertIn("GitHub: octo/widget, read-only\n", result.err)
-            self.assertIn("Everything there is read-only", result.out)
         result = self.box.run("run", "--github", "--no-readonly", GITHUB_MCP_READONLY="1")
         self.assertIn("GitHub: octo/widget\n", result.err)
 
@@ -524,30 +386,11 @@ class GitHubRunTest(GitHubWorld):
             result = self.run_and_look(
                 "--github", "--github-profile=w", script=f"name=b\n({BRANCH})", **env
             )
-        self.assertIn("1 write, 0 refused", result.err)
+        self.assertIn("1 writes, 0 refused", result.err)
         (token,) = github.tokens
         sent = {x.headers["authorization"] for x in self.upstream.seen}
         self.assertEqual(sent, {f"Bearer {token}"})
         self.assertNotIn(token, json.dumps(self.box.calls()) + result.err)
-
-    def test_gh_is_asked_for_only_after_a_yes(self) -> None:
-        calls = self.box.root / "gh-calls"
-        executable(self.box.bin / "gh", f'echo "$*" >> {calls}; echo {TOKEN}')
-        self.box.env.pop("GITHUB_MCP_TOKEN")
-        self.assert_refused(
-            self.box.run("run", "--github"), "no GitHub token", "gh's at a terminal"
-        )
-        for answer, status in (("n\r", 125), ("y\r", 0)):
-            self.assertFalse(calls.exists())
-            terminal = self.box.terminal("run", "--github")
-            terminal.expect("all your repositories")
-            terminal.type(answer)
-            self.assertEqual(terminal.wait(), status, terminal.seen)
-        self.assertEqual(self.box.run("run", "--github").status, 0)
-        self.assertEqual(calls.read_text(), "auth token --hostname github.com\n" * 2)
-        self.assertEqual(
-            {x.headers["authorization"] for x in self.upstream.seen}, {f"Bearer {TOKEN}"}
-        )
 
     def test_no_module_of_the_projects_runs_on_the_host(self) -> None:
         trap = self.box.root / "trapped"
@@ -567,6 +410,7 @@ class GitHubRunTest(GitHubWorld):
 
     def test_owners_with_an_underscore_and_urls_with_other_letters(self) -> None:
         self.remote("https://usér@github.com/octo_acme/widget.git")
+        self.choose("octo_acme/widget")
         result = self.box.run(
             "run", "--github", "--", "sh:git config --list > /dev/null && echo ok"
         )
@@ -582,27 +426,28 @@ class GitHubRunTest(GitHubWorld):
         self.assertEqual(list(logs.glob("*.github.log")), [])
         self.assertEqual([path for path in before if not path.exists()], [])
 
-    def test_the_probe_is_not_in_the_log_of_the_agent(self) -> None:
-        self.box.run("run", "--github")
+    def test_the_probe_is_neither_counted_nor_in_the_log_nor_passed_on(self) -> None:
+        result = self.box.run("run", "--github")
         self.assertEqual(self.box.run("log").out, "")
-        self.assertIn("agent-vm-probe", self.audits()[0].read_text())
+        self.assertIn("0 refused", result.err)
+        self.assertEqual(self.upstream.calls("get_file_contents"), [])
 
-    def test_hooks_are_asked_about_too(self) -> None:
-        self.box.write(self.box.project / ".claude-vm.runtime.sh", BRANCH.replace("'$name'", "h"))
-        terminal = self.box.terminal("run", "--github", "--confirm-writes", "--", "-p", "x")
-        terminal.expect('create_branch {"branch": "h"}')
-        terminal.type("y\r")
-        self.assertEqual(terminal.wait(), 0, terminal.seen)
-        self.assertIn("done: create_branch branch=h", terminal.seen)
-
-    def test_a_remote_that_has_changed_is_asked_about(self) -> None:
-        self.assertEqual(self.box.run("run", "--github").status, 0)
-        self.remote("https://github.com/evil/secret.git")
-        self.assert_refused(self.box.run("run", "--github"), "evil/secret", "octo/widget")
-        self.box.write_config("github = auto")
-        self.assert_refused(self.box.run("run"), "evil/secret")
-        self.assertEqual(self.box.run("run", "--github=evil/secret").status, 0)
-        self.assertEqual(self.box.run("run", "--github").status, 0)
+    def test_each_write_is_put_to_the_command_of_the_policy(self) -> None:
+        asked = self.box.root / "asked"
+        executable(
+            self.box.home / "approve",
+            f"tee -a {asked} | grep -q good && exit 0; echo no good; exit 1",
+        )
+        policy = f"[policy]\napprove = {self.box.home}/approve\n"
+        path = self.box.write(self.box.home / "policy.ini", policy)
+        script = "".join(f"name={name}; ({BRANCH}) > {name}; " for name in ("good", "bad"))
+        result = self.run_and_look("--github", "--github-policy", str(path), script=script)
+        self.assertEqual(
+            [x.arguments["branch"] for x in self.upstream.calls("create_branch")], ["good"]
+        )
+        self.assertIn("no good", self.guest_file("bad"))
+        self.assertIn("done: create_branch branch=good", result.err)
+        self.assertIn('"bad"', asked.read_text())
 
     def test_a_config_that_an_agent_wrote_runs_and_reads_nothing(self) -> None:
         trap = self.box.root / "trapped"
@@ -617,7 +462,8 @@ class GitHubRunTest(GitHubWorld):
         config = self.box.project / ".git/config"
         config.rename(self.box.home / "config")
         config.symlink_to(self.box.home / "config")
-        self.assert_refused(self.box.run("run", "--github"), "no remote on github.com")
+        self.forget()
+        self.assert_refused(self.box.run("run", "--github"), "--repo OWNER/REPO")
 
     def test_a_probe_that_is_not_refused_stops_the_run(self) -> None:
         executable(self.box.guest_bin / "curl", "echo '{}'")
@@ -648,23 +494,6 @@ class GitHubRunTest(GitHubWorld):
             self.box.kill(process)
         self.assert_the_proxy_is_gone(port)
 
-    def test_doctor_looks_at_it_where_it_is_asked_for(self) -> None:
-        def line() -> str:
-            found = [x for x in self.box.run("doctor").out.splitlines() if " GitHub: " in x]
-            return found[0] if found else ""
-
-        self.assertEqual(line(), "")
-        for config, words in (
-            ("github = auto", "ok    GitHub: auto, with the token of GITHUB_MCP_TOKEN"),
-            ("github = sometimes", "fail  GitHub: config.ini: github: 'sometimes' is not"),
-            ("github = auto\ngithub-policy = /nope", "fail  GitHub: config.ini: github-policy"),
-        ):
-            self.box.write_config(config)
-            self.assertIn(words, line())
-        self.box.write_config("github = auto")
-        self.box.env.pop("GITHUB_MCP_TOKEN")
-        self.assertIn("warn  GitHub: there is no token", line())
-
     def test_the_agents_words_are_its_own(self) -> None:
         self.box.run("run", "--github", "--", "--github", "-p", "x")
         self.assertEqual(
@@ -674,133 +503,28 @@ class GitHubRunTest(GitHubWorld):
 
 
 BRANCH = """
-curl -s -H @$HOME/.agent-vm/github-header -H 'Content-Type: application/json' \\
+curl -s -H "Authorization: $(jq -r .mcpServers.github.headers.Authorization ~/.claude.json)" \\
+  -H 'Content-Type: application/json' \\
   -H 'Accept: application/json, text/event-stream' -d '{"jsonrpc": "2.0", "id": 1, "method":
   "tools/call", "params": {"name": "create_branch", "arguments": {"branch": "'$name'"}}}' \\
   "$(jq -r .mcpServers.github.url ~/.claude.json)"
 """
 
 
-def expect_again(terminal: Any) -> None:
-    """The question once more."""
-    terminal.seen = ""
-    terminal.expect("allow? y/n ")
-
-
-class ConfirmTest(GitHubWorld):
-    """--confirm-writes: what the person at the terminal says."""
-
-    def ask(self, script: str) -> Any:
-        return self.box.terminal("run", "--github", "--confirm-writes", "--", f"sh:{script}")
-
-    def created(self) -> list[str]:
-        return [x.arguments["branch"] for x in self.upstream.calls("create_branch")]
-
-    def test_yes_and_no(self) -> None:
-        script = "".join(f"name={name}; ({BRANCH}) > {name}; " for name in ("one", "two", "three"))
-        terminal = self.ask(script + "read line; echo read=$line > typed")
-        terminal.expect('create_branch {"branch": "one"')
-        terminal.expect("allow? y/n ")
-        self.assertEqual(self.created(), [])
-        terminal.type("perhaps\r")
-        expect_again(terminal)
-        terminal.type("y\r")
-        terminal.expect('"two"')
-        self.assertEqual(self.created(), ["one"])
-        time.sleep(0.5)
-        terminal.type("n\r")
-        terminal.expect('"three"')
-        time.sleep(0.5)
-        terminal.type("\x04")
-        wait_for(lambda: "said no" in self.text_of("three"), "the answer to the agent")
-        terminal.type("to the agent\r")
-        self.assertEqual(terminal.wait(), 0, terminal.seen)
-        self.assertEqual(self.created(), ["one"])
-        self.assertIn("the user said no", self.text_of("two"))
-        self.assertEqual(self.guest_file("typed"), "read=to the agent\n")
-        self.assertIn("1 write, 2 refused", terminal.seen)
-        self.assert_nothing_left()
-
-    def text_of(self, name: str) -> str:
-        path = self.box.project / name
-        return path.read_text() if path.exists() else ""
-
-    def test_a_word_that_was_typed_before_the_question_is_no_answer(self) -> None:
-        terminal = self.ask(
-            f"echo wait; while [ ! -e typed ]; do sleep 0.1; done; name=b; {BRANCH}"
-        )
-        terminal.expect("wait")
-        terminal.type("y")
-        (self.box.project / "typed").touch()
-        terminal.expect("allow? y/n ")
-        terminal.type("\r")
-        expect_again(terminal)
-        self.assertEqual(self.created(), [])
-        terminal.type("n\r")
-        self.assertEqual(terminal.wait(), 0, terminal.seen)
-
-    def test_ctrl_c_at_the_question_ends_the_run(self) -> None:
-        terminal = self.ask(f"name=b; {BRANCH}; sleep 60")
-        terminal.expect("allow? y/n ")
-        terminal.type("\x03")
-        self.assertEqual(terminal.wait(), 130, terminal.seen)
-        self.assertEqual(self.created(), [])
-        self.assert_nothing_left()
-
-    def test_what_the_guest_left_of_the_screen_does_not_matter(self) -> None:
-        terminal = self.ask(f"printf '\\033[23;24r\\033[?7l\\033(0\\033P'; name=b; {BRANCH}")
-        terminal.expect("allow? y/n ")
-        before, _, asked = terminal.seen.rpartition("\x18")
-        self.assertIn("\x1b[23;24r", before)
-        for reset in ("\x1b\\", "\x1b[r", "\x1b[?7h", "\x1b(B", "\x1b[0m", "\x1b[2J\x1b[H"):
-            self.assertIn(reset, asked.partition("The agent")[0])
-        terminal.type("n\r")
-        self.assertEqual(terminal.wait(), 0, terminal.seen)
-
-    def test_a_question_that_does_not_fit_is_not_asked(self) -> None:
-        terminal = self.ask(f"touch up; while [ ! -e small ]; do sleep 0.1; done; name=b\n{BRANCH}")
-        self.box.wait_for_file("up")
-        terminal.resize(5, 20)
-        (self.box.project / "small").touch()
-        terminal.expect("does not fit")
-        self.assertEqual(terminal.wait(), 0, terminal.seen)
-        self.assertEqual(self.created(), [])
-
-    def test_the_terminal_is_as_it_was_before(self) -> None:
-        terminal = self.ask(f"name=b\n{BRANCH}")
-        before = terminal.mode()
-        terminal.expect("allow? y/n ")
-        self.assertNotEqual(terminal.mode(), before)
-        terminal.type("n\r")
-        terminal.wait()
-        self.assertEqual(terminal.mode(), before)
-
+class KilledSshTest(WorldTest):
     def test_an_ssh_that_is_killed_leaves_no_raw_terminal(self) -> None:
         if not Path("/proc/self/cmdline").exists():
             self.skipTest("no /proc")
-        terminal = self.ask("touch up; sleep 60")
+        terminal = self.box.terminal("run", "--", "sh:touch up; sleep 60")
         before = terminal.mode()
         self.box.wait_for_file("up")
         self.assertNotEqual(terminal.mode(), before)
         pid = terminal.process.pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        (ssh,) = [int(x) for x in children if b"-S\0none" in read(Path(f"/proc/{x}/cmdline"))]
+        (ssh,) = [int(x) for x in children if b"ssh" in read(Path(f"/proc/{x}/cmdline"))]
         os.kill(ssh, signal.SIGKILL)
         terminal.wait()
         self.assertEqual(terminal.mode(), before)
-
-    def test_an_end_during_the_question(self) -> None:
-        terminal = self.ask(f"name=b; {BRANCH}")
-        terminal.expect("allow? y/n ")
-        terminal.process.terminate()
-        self.assertEqual(terminal.wait(), 143, terminal.seen)
-        self.assertEqual(self.created(), [])
-        self.assert_nothing_left()
-
-    def test_nobody_to_ask(self) -> None:
-        result = self.box.run("run", "--github", "--confirm-writes", new_session=True)
-        self.assert_refused(result, "no terminal to ask at")
-        self.assert_nothing_left()
 
 
 class GitOverTheProxyTest(GitHubWorld):
@@ -842,7 +566,7 @@ class GitOverTheProxyTest(GitHubWorld):
                               capture_output=True, text=True, check=True)  # fmt: skip
         self.assertEqual(refs.stdout, "second refs/heads/fix\nfirst refs/heads/main\n")
         self.assertIn("done: git push ref=refs/heads/fix\n", result.err)
-        self.assertIn("1 write, 3 refused", result.err)
+        self.assertIn("1 writes, 3 refused", result.err)
         self.assertIn("refs/heads/main", result.err)
 
 
