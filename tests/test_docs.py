@@ -116,7 +116,9 @@ class PagesTest(unittest.TestCase):
         self.assertEqual({word for word in words if word not in text}, set())
 
     def test_the_policy_that_it_shows_is_one(self) -> None:
-        block = re.search(r"```ini\n(\[policy\].*?)```", (ROOT / "docs/github.md").read_text(), re.S)
+        block = re.search(
+            r"```ini\n(\[policy\].*?)```", (ROOT / "docs/github.md").read_text(), re.S
+        )
         assert block
         with tempfile.NamedTemporaryFile("w", suffix=".ini") as file:
             file.write(block[1])
