@@ -507,7 +507,7 @@ other="$url/git/agent-vm-probe/other.git/info/refs?service=git-upload-pack"
 refused 'another repository over MCP' "$served" probe-header "$url/mcp" -d "$foreign"
 refused 'another repository over git' "$served" probe-header "$other"
 refused 'a wrong secret' 'secret is missing or wrong' wrong-header "$url/mcp" -d "$foreign"
-[ -n "$readonly" ] || exit 0
+[ -n "$is_readonly" ] || exit 0
 write=$(call create_branch '{"branch": "agent-vm-probe"}')
 push="$url/git/$repo.git/info/refs?service=git-receive-pack"
 refused 'a write over MCP' 'the policy is read-only' probe-header "$url/mcp" -d "$write"
@@ -521,7 +521,11 @@ def github_probe(github: GitHub, probe_secret: str) -> str:
     What carries the probe's secret is judged like the agent's own, but neither passed on nor
     counted. It comes from a file: it must not be in an argv.
     """
-    facts = {"repo": github.repo, "url": github.url, "readonly": "yes" if github.readonly else ""}
+    facts = {
+        "repo": github.repo,
+        "url": github.url,
+        "is_readonly": "yes" if github.readonly else "",
+    }
     header = pipe("cat > ~/.agent-vm/probe-header", f"Authorization: Bearer {probe_secret}")
     return f"{exports(facts)}{header}\n{PROBE}"
 
@@ -794,7 +798,7 @@ def real_place(path: str | Path) -> Place:
 
 def write_file(path: Path, contents: str) -> None:
     """All of it or nothing, on the disk when this returns, for the user alone."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f".{path.name}.{os.getpid()}")
     with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         file.write(contents)
         file.flush()
@@ -1260,10 +1264,10 @@ def github_proxy(host: Host, choice: GitHubChoice, name: str) -> Iterator[tuple[
                 log.warn(f"the GitHub proxy ended before the agent: {errors}")
             else:
                 errors.unlink(missing_ok=True)  # the audit has what is worth keeping
-            with signals.held(), contextlib.suppress(OSError, ValueError, KeyError):
-                process.stdin.close()
-                printed = process.stdout.read().decode(errors="replace")
-                for line in receipt_lines([json.loads(line) for line in printed.splitlines()]):
+            with signals.held(), contextlib.suppress(subprocess.TimeoutExpired, ValueError):
+                printed, _ = process.communicate(timeout=10)  # it closes stdin first
+                lines = printed.decode(errors="replace").splitlines()
+                for line in receipt_lines([json.loads(line) for line in lines]):
                     log.info(f"GitHub: {line}")
 
 
