@@ -29,7 +29,7 @@ class Reply(NamedTuple):
     status: int
     value: Any = None
     headers: tuple[tuple[str, str], ...] = ()
-    then: str = ""  # after the head: "slow" (a byte at a time) or "cut"
+    then: str = ""  # "hang" before the head; after it "slow" (a byte at a time) or "cut"
 
 
 class Seen(NamedTuple):
@@ -54,6 +54,13 @@ class GitHub(ThreadingHTTPServer):
         if tls:
             self.socket = tls.wrap_socket(self.socket, server_side=True)
         self.url = f"http{'s' if tls else ''}://localhost:{self.server_port}"
+        self.go = threading.Event()
+        self.reset()
+        self.changed = threading.Lock()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def reset(self) -> None:
+        """As it is at the beginning: for the next test."""
         self.repos = {"octo/widgets": 11, "octo/other": 12}
         self.selected = {11}
         self.permissions = {"contents": "write", "issues": "write", "pull_requests": "write",
@@ -70,8 +77,9 @@ class GitHub(ThreadingHTTPServer):
         self.git_root = ""  # bare repositories, served at OWNER/NAME.git
         self.pending = 0  # polls before the code is entered
         self.count = 0
-        self.changed = threading.Lock()
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+        self.public = True  # who is nobody can read of a repository
+        self.go.set()  # what hangs still belongs to another test
+        self.hangs, self.go = threading.Event(), threading.Event()
 
     def handle_error(self, *_: object) -> None:
         """A client that has gone is no error here."""
@@ -106,18 +114,24 @@ class GitHub(ThreadingHTTPServer):
                 self.tokens.pop(one, None)
                 self.refresh_tokens.discard(one)
             return Reply(202, {})
-        if path.startswith("/repos/") and path.count("/") == 3 and not token:
-            name = path[7:]
-            return (
-                Reply(200, {"id": self.repos[name]})
-                if name in self.repos
-                else error(404, "Not Found")
-            )
+        if path.startswith("/repos") and path.count("/") in (2, 3) and not token:
+            return self.read(path)
         if token.startswith("eyJ"):
             return self.app(path, token, body)
         if self.tokens.get(token, 0) < self.now():
             return error(401, "Bad credentials")
         return self.with_token(method, path, token)
+
+    def read(self, path: str) -> Reply:
+        """A repository, by its name or its number; a name that was changed leads to the number."""
+        old = self.renamed.get(path[7:])
+        if old:
+            target = f"/api/v3/repositories/{self.repos[old]}"
+            return Reply(301, {}, (("Location", target),))
+        for name, number in self.repos.items():
+            if self.public and path in (f"/repos/{name}", f"/repositories/{number}"):
+                return Reply(200, {"id": number, "full_name": name})
+        return error(404, "Not Found")
 
     def app(self, path: str, jwt: str, body: Any) -> Reply:
         claims = json.loads(base64.urlsafe_b64decode(jwt.split(".")[1] + "=="))
@@ -138,7 +152,8 @@ class GitHub(ThreadingHTTPServer):
             return Reply(200, installation)
         match = re.fullmatch(r"/repos/([^/]+/[^/]+)/installation", path)
         if match and match[1] in self.renamed:
-            target = f"/api/v3/repos/{self.renamed[match[1]]}/installation"
+            number = self.repos[self.renamed[match[1]]]
+            target = f"/api/v3/repositories/{number}/installation"
             return Reply(301, {}, (("Location", target),))
         if match:
             known = self.repos.get(match[1]) in self.selected
@@ -260,6 +275,9 @@ class Handler(BaseHTTPRequestHandler):
             )
         data = reply.value if isinstance(reply.value, bytes) else json.dumps(reply.value).encode()
         data = b"" if reply.value is None else data
+        if reply.then == "hang":
+            self.server.hangs.set()
+            self.server.go.wait(30)
         self.send_response(reply.status)
         for name, value in reply.headers:
             self.send_header(name, value)

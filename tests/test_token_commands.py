@@ -1,0 +1,273 @@
+"""status, revoke, git's helper, profiles and flags of github_app_token.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import unittest
+from pathlib import Path
+
+import github_app_token as g
+from tests.fakes.github import error
+from tests.token_case import SCRIPT
+from tests.token_case import TIMEOUT
+from tests.token_case import Case
+
+
+class CommandTest(Case):
+    def argv(self, verb: str, *more: str) -> tuple[str, ...]:
+        return (verb, "--key", str(self.key), "--permissions", "dev", *more)
+
+    def test_revoke(self) -> None:
+        argv = self.argv("revoke")
+        token = self.passes(self.token())
+        self.github.on("/api/v3/installation/token", error(404, "Not Found"))
+        self.fails(self.run_it(*argv), g.FAILED, "HTTP 404")
+        self.github.replies.clear()
+        self.assertEqual(self.run_it(*argv).status, 0)
+        self.assertNotIn(token, self.github.tokens)
+        self.passes(self.token())
+        self.github.tokens.clear()
+        done = self.run_it(*argv)
+        self.assertEqual(done.status, 0, "an expired token is none")
+        self.assertIn("was not valid any more", done.err)
+        self.assertIn("nothing is cached", self.run_it(*argv).err)
+
+    def test_status(self) -> None:
+        self.github.clock = 100
+        token = self.passes(self.token())
+        done = self.run_it(*self.argv("status"))
+        self.assertEqual(done.status, 0, done.out)
+        for word in (
+            "key: SHA256:",
+            "our-app",
+            "offset ",
+            "octo/widgets",
+            "contents:write",
+            "7, selected",
+        ):
+            self.assertIn(word, done.out)
+        self.assertNotIn(token, done.out)
+        wide = ("status", "--key", str(self.key), "--permissions", "workflows:write")
+        done = self.run_it(*wide, "--format", "json")
+        findings = json.loads(done.out)["findings"]
+        self.assertEqual((done.status, findings[-1]["ok"]), (g.MEND, False))
+        self.assertIn("accept", findings[-1]["hint"])
+        done = self.run_it("status", "--key", "/nonexistent", "--permissions", "dev")
+        self.assertEqual(done.status, g.MEND)
+        self.assertIn("FAIL", done.out)
+        self.cache.chmod(0o755)
+        done = self.run_it(*self.argv("status"))
+        self.assertEqual(done.status, g.MEND)
+        self.assertIn("fix: chmod 700", done.out)
+
+    def test_git_asks_and_gets(self) -> None:
+        host = f"localhost:{self.github.server_port}"
+        ours = f"protocol=http\nhost={host}\npath=octo/widgets"
+
+        def ask(action: str, text: str) -> str:
+            argv = self.argv("git-credential", action)
+            return self.passes(self.run_it(*argv, data=text.encode() + b"\n\n"))
+
+        for text in (
+            ours.replace(host, "evil.example"), ours.replace("http", "https"), ours.replace("widgets", "other"),
+            ours.replace("widgets", "widgets2"), f"protocol=http\nhost={host}", "",
+        ):  # fmt: skip
+            self.assertEqual(ask("get", text), "", text)
+        self.assertEqual(self.github.seen, [])
+        for suffix in ("", ".git", "/", ".git/info/lfs", ".wiki.git"):
+            said = ask("get", ours.replace("octo", "OCTO") + suffix)
+            answer = dict(line.split("=") for line in said.splitlines())
+            self.assertEqual(answer["username"], "x-access-token")
+            self.assertIn(answer["password"], self.github.tokens)
+            self.assertGreater(int(answer["password_expiry_utc"]), time.time())
+        self.assertEqual(ask("store", ours + "\npassword=x"), "")
+        ask("erase", ours + "\npassword=another")
+        self.assertEqual(len(list(self.cache.glob("installation-*.json"))), 1)
+        ask("erase", ours + f"\npassword={answer['password']}")
+        self.assertEqual(list(self.cache.glob("installation-*.json")), [])
+        done = self.run_it(*self.argv("git-credential", "get"), data=(ours + "\r\n\n").encode())
+        self.assertEqual(done.status, g.USAGE)
+
+    def test_profiles(self) -> None:
+        """What is said in the profile holds, but for what a flag says."""
+        self.profile(key=str(self.key), permissions="read")
+        self.passes(self.run_it("token", GITHUB_APP_ID="Iv-of-another", GITHUB_APP_REPO="evil/x"))
+        self.assertEqual(self.github.seen[-1].body["permissions"]["contents"], "read")
+        jwt = self.github.seen[0].authorization.partition(" ")[2]
+        self.assertIn(b"Iv23liEXAMPLE", claims_of(jwt))
+        flags = (
+            "--profile",
+            "w",
+            "--permissions",
+            "dev",
+            "--repo",
+            "octo/widgets",
+            "--app-id",
+            "9",
+        )
+        self.passes(self.run_it("token", *flags, GITHUB_APP_PROFILE=""))
+        self.assertEqual(self.github.seen[-1].body["permissions"]["contents"], "write")
+        self.fails(self.run_it("token", GITHUB_APP_PROFILE=""), g.USAGE, "--repo OWNER/NAME")
+
+    def test_profiles_that_are_none(self) -> None:
+        self.fails(self.run_it("token", "--profile", "x"), g.USAGE, "[x]")
+        for text, word in (
+            ("[w]\ntoken = x\n", "token is not a setting"),
+            ("[w]\nmin_ttl = 5m\n", "min_ttl is not a setting"),
+            ("[w]\nMIIEvQIBADANBgkqhkiG9w0BAQ = x\n", "a line is not a setting"),
+            ("[w]\nkey = -----BEGIN\nMIIEowIBAAKC\n", "not an INI file"),
+            ("\xff", "not an INI file"),
+        ):  # fmt: skip
+            self.ini.write_text(text, encoding="latin-1")
+            done = self.run_it("token")
+            self.fails(done, g.USAGE, word)
+            self.assertNotIn("MIIE", done.err)
+        self.ini.chmod(0o622)
+        self.fails(self.run_it("token"), g.MEND, "chmod go-rwx")
+        self.ini.unlink()
+        self.fails(self.run_it("token"), g.USAGE, "No such file")
+        os.mkfifo(self.ini, 0o600)
+        self.fails(self.run_it("token"), g.MEND, "is not a file")
+
+    def test_wrong_flags(self) -> None:
+        pasted = "ghp_" + "x1" * 18
+        for argv in (["--nonsense"], ["token", "--token", "x"], ["token", pasted], []):
+            done = self.run_it(*argv)
+            self.assertEqual(done.status, g.USAGE)
+            self.assertNotIn(pasted, done.err)
+        self.fails(self.token("--permissions", ""), g.USAGE, "--permissions")
+        for repo in ("o", "o/", "/r", "o/..", "o/r/x", "o/r%2fx", "-o/r", "o/r x", "o/\xfc"):
+            self.fails(self.token(f"--repo={repo}"), g.USAGE, "not a repository")
+        for number in ("x", "9" * 5000, "-1", "\u0663"):
+            self.fails(self.token(f"--repo-id={number}"), g.USAGE, "--repo-id is a number")
+        self.fails(self.token("--app-id", "a/b"), g.USAGE, "--app-id")
+        for verb in ("token", "login", "logout", "status", "revoke", "git-credential"):
+            self.assertIn("--repo", self.run_it(verb, "--help").out)
+
+
+class AsUsersDoTest(Case):
+    """Started as it is outside of the tests."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.profile(key=str(self.key), permissions="dev")
+
+    def test_copied_alone(self) -> None:
+        folder = self.home / "alone"
+        folder.mkdir()
+        script = Path(shutil.copy(SCRIPT, folder))
+        argv = [sys.executable, str(script), "token"]
+        done = subprocess.run(argv, env=self.env, capture_output=True, timeout=TIMEOUT)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(os.listdir(folder), [script.name])
+        self.assertIn(g.__version__, self.as_users_do("--version").stdout)
+
+    def test_on_a_terminal_it_is_masked(self) -> None:
+        token = self.passes(self.run_it("token"))
+        for argv, shown in (([], False), (["--show"], True)):
+            primary, secondary = pty.openpty()
+            self.as_users_do(
+                "token", *argv, capture_output=False, stdout=secondary, stderr=subprocess.DEVNULL
+            )
+            os.close(secondary)
+            said = os.read(primary, 10_000).decode()
+            os.close(primary)
+            self.assertEqual(token in said, shown, said)
+            self.assertEqual("octo/widgets" in said, not shown)
+
+    def test_streams_that_are_closed_or_full(self) -> None:
+        command = shlex.join([sys.executable, "-I", str(SCRIPT), "token"])
+        for closed in ("<&-", ">&-", "2>&-"):
+            done = subprocess.run(
+                ["sh", "-c", f"{command} {closed}"],
+                env=self.env,
+                capture_output=True,
+                timeout=TIMEOUT,
+            )
+            self.assertEqual((done.returncode, done.stdout, done.stderr), (2, b"", b""), closed)
+        self.assertEqual(self.github.seen, [])
+        with open("/dev/full", "w") as full:
+            said = self.as_users_do(
+                "token", capture_output=False, stdout=full, stderr=subprocess.PIPE
+            )
+        self.assertEqual((said.returncode, said.stderr.count("\n")), (1, 1), said.stderr)
+
+    def test_settings_of_the_folder_it_is_run_in_do_not_count(self) -> None:
+        here = self.home / "project"
+        (here / "conf").mkdir(parents=True)
+        (here / "conf/github-app-token.ini").write_text("[v]\nkey = command:touch pwned\n")
+        self.write("project/openssl", b"#!/bin/sh\ntouch pwned\n", 0o700)
+        folders = {"XDG_CONFIG_HOME": "conf", "XDG_STATE_HOME": "state"}
+        env = {**self.env, **folders, "PATH": f".:{self.env['PATH']}"}
+        for argv in (["--profile", "v"], []):
+            done = self.as_users_do("token", *argv, env=env, cwd=here)
+            self.assertIn(done.returncode, (g.USAGE, g.MEND), done.stderr)
+        self.assertEqual(sorted(os.listdir(here)), ["conf", "openssl"])
+
+    def test_what_is_no_text(self) -> None:
+        env = {**self.env, "PYTHONIOENCODING": "ascii"}
+        command = [sys.executable, str(SCRIPT), "token", "--repo", "o/\xfc"]
+        done = subprocess.run(command, env=env, capture_output=True, timeout=TIMEOUT)
+        self.assertEqual(done.returncode, g.USAGE, done.stderr)
+        command[2:] = ["git-credential", "get"]
+        done = subprocess.run(
+            command, env={**env, "PYTHONIOENCODING": "utf-8"}, input=b"host=\xff\n",
+            capture_output=True, timeout=TIMEOUT,
+        )  # fmt: skip
+        self.assertNotIn(b"Traceback", done.stderr)
+        self.assertEqual(done.stdout, b"quit=1\n")
+
+
+class GitTest(Case):
+    """git itself, with the script as its helper."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        if not shutil.which("git"):
+            self.skipTest("git is not on PATH")
+        self.profile(key=str(self.key), permissions="dev")
+        self.url = f"{self.github.url}/octo/widgets.git"
+        helper = shlex.join([sys.executable, "-I", str(SCRIPT), "git-credential", "--profile", "w"])
+        self.git("config", "--global", f"credential.{self.github.url}.useHttpPath", "true")
+        self.git("config", "--global", f"credential.{self.url}.helper", f"!{helper}")
+
+    def git(self, *argv: str, data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+        env = {**self.env, "GIT_TERMINAL_PROMPT": "0", "GIT_CONFIG_NOSYSTEM": "1"}
+        return subprocess.run(
+            ["git", *argv], env=env, input=data, capture_output=True, timeout=TIMEOUT
+        )
+
+    def test_it_is_told_to_quit_when_there_is_no_token(self) -> None:
+        self.github.suspended = True
+        done = self.git("credential", "fill", data=f"url={self.url}\n\n".encode())
+        self.assertEqual(done.returncode, 128)
+        self.assertIn(b"suspended", done.stderr)
+
+    def test_a_clone(self) -> None:
+        """401, get, 200; with a token that has died meanwhile: 401, erase, and get again."""
+        self.git("init", "-q", "--bare", str(self.home / "served/octo/widgets.git"))
+        self.github.git_root = str(self.home / "served")
+        done = self.git("clone", self.url, str(self.home / "one"))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.github.tokens.clear()
+        self.assertEqual(self.git("clone", self.url, str(self.home / "two")).returncode, 128)
+        done = self.git("clone", self.url, str(self.home / "two"))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(len(self.github.paths("POST")), 2, "two tokens")
+
+
+def claims_of(jwt: str) -> bytes:
+    import base64
+
+    return base64.urlsafe_b64decode(jwt.split(".")[1] + "==")
+
+
+if __name__ == "__main__":
+    unittest.main()

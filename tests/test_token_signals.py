@@ -1,0 +1,159 @@
+"""Ctrl-C ends it within a second at any moment, and leaves no live token that nobody has."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+import unittest
+
+from tests.fakes.github import Reply
+from tests.token_case import FOUND
+from tests.token_case import MINT
+from tests.token_case import NO_SLEEP
+from tests.token_case import POLL
+from tests.token_case import REVOKE
+from tests.token_case import Done
+from tests.token_case import LoginCase
+from tests.token_case import Run
+from tests.token_case import ctrl_c_at
+from tests.token_case import minted
+
+AT_ONCE = 1.3  # seconds: one, and what a busy machine adds
+
+
+class SignalTest(LoginCase):
+    def mint(self, setup: str = "") -> Run:
+        return self.start("token", "--key", str(self.key), "--permissions", "dev", setup=setup)
+
+    def stopped(self, run: Run, number: int = signal.SIGINT, status: int = 130) -> Done:
+        began = time.monotonic()
+        os.kill(run.pid, number)
+        done = run.wait()
+        self.assertLess(time.monotonic() - began, AT_ONCE)
+        self.assertEqual((done.status, done.out), (status, ""), done.err)
+        self.assertNotIn("Traceback", done.err)
+        return done
+
+    def while_it_hangs(self, run: Run) -> Done:
+        self.assertTrue(self.github.hangs.wait(20), "no request hangs")
+        return self.stopped(run)
+
+    def stored_tokens(self) -> list[str]:
+        files = [*self.cache.glob("installation-*.json"), *self.cache.glob("user-*.json")]
+        return [json.loads(path.read_text())["token"] for path in files]
+
+    def test_github_hangs_before_anything_is_given(self) -> None:
+        self.github.on(FOUND, Reply(200, {"id": 7}, (), "hang"))
+        self.while_it_hangs(self.mint())
+        self.github.reset()
+        self.github.on(FOUND, Reply(200, {"id": 7}, (), "hang"))
+        run = self.mint()
+        self.assertTrue(self.github.hangs.wait(20))
+        self.stopped(run, signal.SIGTERM, 143)
+        self.assertEqual(self.github.paths("POST"), [])
+
+    def test_the_token_comes_just_after(self) -> None:
+        """Within the moment that it has, the answer is waited for: it is stored, and known."""
+        self.github.on(MINT, Reply(201, minted(self.github), (), "hang"))
+        run = self.mint()
+        self.assertTrue(self.github.hangs.wait(20))
+        threading.Timer(0.1, self.github.go.set).start()
+        self.stopped(run)
+        self.assertEqual(list(self.github.tokens), self.stored_tokens())
+
+    def test_the_token_does_not_come(self) -> None:
+        """Nobody can take back what nobody has: it says so, and the next run begins anew."""
+        self.github.on(MINT, Reply(201, minted(self.github), (), "hang"))
+        done = self.while_it_hangs(self.mint())
+        self.assertIn("nobody has it, and it expires", done.err)
+        self.assertEqual(self.stored_tokens(), [])
+
+    def test_when_the_token_is_granted(self) -> None:
+        for at in (1, 2):
+            self.github.tokens.clear()
+            shutil.rmtree(self.cache, ignore_errors=True)
+            self.assertEqual(self.mint(ctrl_c_at(at)).wait().status, 130)
+            self.assertEqual(list(self.github.tokens), self.stored_tokens())
+
+    def test_when_a_login_is_granted(self) -> None:
+        """Whichever request it comes at: stored and alive, or neither; the one before is over."""
+        for at in range(1, 7):
+            shutil.rmtree(self.cache, ignore_errors=True)
+            self.github.tokens.clear()
+            self.login()
+            done = self.login(setup=ctrl_c_at(at))
+            self.assertEqual(done.status, 130, done.err)
+            self.assertEqual(list(self.github.tokens), self.stored_tokens(), at)
+        self.assertEqual(self.login(setup=ctrl_c_at(7)).status, 0)
+
+    def test_github_hangs_while_a_login_is_checked(self) -> None:
+        path = "/api/v3/user/installations"
+        self.github.on(path, Reply(200, {"installations": []}, (), "hang"))
+        self.while_it_hangs(self.start("login", setup=NO_SLEEP))
+        self.assertEqual((self.github.tokens, self.stored_tokens()), ({}, []))
+
+    def test_github_hangs_while_a_login_is_asked_for(self) -> None:
+        self.github.on(POLL, Reply(200, {"error": "authorization_pending"}, (), "hang"))
+        self.while_it_hangs(self.start("login", setup=NO_SLEEP))
+        self.assertEqual(self.stored_tokens(), [])
+
+    def test_github_hangs_while_a_token_is_taken_back(self) -> None:
+        self.login()
+        self.github.on(REVOKE, Reply(202, {}, (), "hang"))
+        self.while_it_hangs(self.start("logout"))
+        self.assertEqual(len(self.stored_tokens()), 1, "it is to be done again")
+
+    def test_a_refresh_is_finished(self) -> None:
+        self.login()
+        self.store(expires_at=time.time() - 1)
+        for at in (1, 2):
+            done = self.run_it("token", setup=ctrl_c_at(at))
+            self.assertEqual((done.status, done.out), (130, ""), done.err)
+            self.assertEqual(list(self.github.tokens), self.stored_tokens())
+        self.passes(self.run_it("token"))
+        self.assertEqual(self.stored()["state"], "good")
+
+    def test_github_hangs_in_a_refresh(self) -> None:
+        self.login()
+        self.store(expires_at=time.time() - 1)
+        self.github.on(POLL, Reply(200, {}, (), "hang"))
+        self.while_it_hangs(self.start("token"))
+        self.assertEqual(self.stored()["state"], "refreshing", "the next run knows")
+
+    def test_while_nobody_enters_the_code(self) -> None:
+        self.github.pending = 1000
+        run = self.start("login", setup="real = g.time.sleep\ng.time.sleep = lambda s: real(99)\n")
+        while not self.github.paths("POST"):
+            time.sleep(0.01)
+        self.stopped(run)
+        self.assertEqual(self.stored_tokens(), [])
+
+    def test_a_command_that_prints_no_key(self) -> None:
+        command = f"echo $$ > {self.home / 'pid'}; exec sleep 60"
+        run = self.start("token", "--key", f"command:{command}", "--permissions", "dev")
+        pid = self.home / "pid"
+        while not (pid.exists() and pid.read_text().strip()):
+            time.sleep(0.01)
+        self.stopped(run)
+        with self.assertRaises(ProcessLookupError):
+            os.kill(int(pid.read_text()), 0)
+
+    def test_a_name_server_that_is_silent(self) -> None:
+        """Python calls no handler in there, whatever comes."""
+        setup = (
+            "import hashlib, socket\ndef silent(*a, **k):\n"
+            f" open({str(self.home / 'asked')!r}, 'w').close()\n"
+            " hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\nsocket.getaddrinfo = silent\n"
+        )
+        run = self.mint(setup)
+        while not (self.home / "asked").exists():
+            time.sleep(0.01)
+        self.stopped(run)
+
+
+if __name__ == "__main__":
+    unittest.main()
