@@ -20,6 +20,7 @@ Reaches:  GitHub's API and its login, by https; with --key agent the ssh-agent's
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import fcntl
 import hashlib
@@ -56,7 +57,6 @@ MAX_TEXT = 2000  # characters of foreign text that are looked at for a message
 MAX_KEY = 15_000  # fits a pipe everywhere; a 16384-bit key has 13 kB
 MIN_LIFE = 5 * 60  # seconds that a token must still live to be given out: time to use it
 MAX_LIFE = 70 * 60  # an installation token lives an hour
-MAX_TIME = 1e11  # seconds; NaN is not below it
 JWT_BEFORE, JWT_AFTER = 60, 300  # seconds around now: GitHub allows 600, clocks are off
 CHILD_SECONDS = 15
 REPLY_SECONDS = 60
@@ -98,27 +98,19 @@ class Config(NamedTuple):
     accept_new_repo: bool = False
 
 
-# What has been done with a token since GitHub gave it. Only a GOOD one is given out.
-GOOD = "good"
-UNCHECKED = "unchecked"  # nobody has looked yet what it reaches
-REFRESHING = "refreshing"  # its refresh token was sent: the answer may be lost
-
-
 class Token(NamedTuple):
     """A token as it is cached and printed; times in seconds since the epoch, by GitHub's clock."""
 
     token: str
-    type: str
     expires_at: float
     clock_offset: float  # GitHub's clock minus ours
-    api_url: str
     repo_id: int
     repo: str
     permissions: dict[str, str]
     login: str = ""  # whose it is: the App's slug, or the user
     refresh_token: str = ""
     refresh_expires_at: float = 0
-    state: str = GOOD
+    unfinished: bool = False  # a refresh has begun, or nobody has looked what came of it
 
     def __repr__(self) -> str:
         return f"<token {masked(self.token)}>"
@@ -131,26 +123,11 @@ class Token(NamedTuple):
 class Reply(NamedTuple):
     status: int
     headers: Mapping[str, str]
-    body: bytes
-    url: str
+    data: Object
 
-    def object(self) -> Object:
-        """The body; a web page where JSON is due means that something stands in between."""
-        try:
-            value = json.loads(self.body)
-        except (ValueError, RecursionError):
-            raise Failure(
-                LATER, f"{host_of(self.url)} sent no JSON (HTTP {self.status})",
-                "a captive portal or a proxy may answer in GitHub's place",
-            ) from None  # fmt: skip
-        return value if isinstance(value, dict) else {}
-
-    def message(self) -> str:
+    def said(self) -> str:
         """GitHub's own words, for an error text."""
-        try:
-            return redact(str(self.object().get("message", "")))[:300]
-        except Failure:
-            return ""
+        return redact(str(self.data.get("message", "")))[:300]
 
 
 # --- pure: words and addresses ---
@@ -173,8 +150,6 @@ def masked(token: str) -> str:
 
 
 def base64url(data: bytes) -> bytes:
-    import base64
-
     return base64.urlsafe_b64encode(data).rstrip(b"=")
 
 
@@ -191,25 +166,7 @@ def oauth_url_of(api_url: str) -> str:
 
 # --- pure: what was asked and what GitHub returned ---
 
-PRESETS = {
-    "read": {"contents": "read", "issues": "read", "pull_requests": "read"},
-    "dev": {"contents": "write", "issues": "write", "pull_requests": "write"},
-}
 LEVELS = ("read", "write", "admin")
-
-
-def parse_permissions(spec: str) -> dict[str, str]:
-    """`dev,checks:read` → the permissions by name; {} when nothing is said."""
-    wanted: dict[str, str] = {}
-    for word in spec.replace(",", " ").split():
-        name, _, level = word.partition(":")
-        if word in PRESETS:
-            wanted.update(PRESETS[word])
-        elif re.fullmatch("[a-z_]+", name) and level in LEVELS:
-            wanted[name] = level
-        else:
-            raise Failure(USAGE, f"{word!r} is not a permission", "for one: dev,checks:read")
-    return wanted
 
 
 def missing_permissions(wanted: Mapping[str, str], has: Mapping[str, str]) -> list[str]:
@@ -262,51 +219,45 @@ def parse_installation_token(data: Object, config: Config, pinned: int, now: flo
     ((number, name),) = reaches.items()
     if number != (pinned or number):
         raise Failure(MEND, f"GitHub gave a token for {name}, number {number} and not {pinned}")
-    check_name(name, config, pinned)
+    check_name(name, config)
     check_permissions(config.permissions, granted)
     return Token(
-        token=token, type="installation", expires_at=expires, clock_offset=0.0,
-        api_url=config.api_url, repo_id=number, repo=name, permissions=granted,
+        token=token, expires_at=expires, clock_offset=0.0, repo_id=number, repo=name,
+        permissions=granted,
     )  # fmt: skip
 
 
-def check_name(name: str, config: Config, pinned: int) -> None:
+def check_name(name: str, config: Config) -> None:
     """The repository is still called what it was called when it was first used."""
-    if name.lower() == config.repo.lower():
-        return
-    what = f"{config.repo} has come to mean another repository" if pinned else "a surprise"
-    hint = f"--repo {name}; or, if another one is meant by now, --accept-new-repo"
-    raise Failure(MEND, f"{what}: this one GitHub calls {name} now", hint)
-
-
-def alive(token: Token, refused: str, now: float) -> bool:
-    """May be given out, as far as is known; `refused`: SHA-256 of one that GitHub refused."""
-    digest = hashlib.sha256(token.token.encode()).hexdigest()
-    return token.left(now) > 0 and token.state != UNCHECKED and digest != refused
+    if name.lower() != config.repo.lower():
+        why = f"{config.repo} has come to mean another repository: GitHub calls this one {name} now"
+        raise Failure(MEND, why, f"--repo {name}; or, if another one is meant, --accept-new-repo")
 
 
 def usable(token: Token, config: Config, pinned: int, refused: str, now: float) -> bool:
-    """Whether a cached token is for this repository still, and lives long enough to be used."""
+    """Whether a cached token is for this repository still, and lives long enough to be used.
+
+    `refused` is the SHA-256 of one that GitHub does not take any more, whatever is cached of it.
+    """
     is_for_this = token.repo_id == (pinned or token.repo_id) and not config.accept_new_repo
-    lives = token.left(now) > MIN_LIFE and token.state == GOOD
-    return is_for_this and lives and alive(token, refused, now)
+    digest = hashlib.sha256(token.token.encode()).hexdigest()
+    lives = token.left(now) > MIN_LIFE and not token.unfinished and digest != refused
+    return is_for_this and lives
 
 
 def parse_cached(data: Object) -> Token:
     """The token of a file; ValueError or TypeError for what is damaged."""
     token = Token(**data)
     check_token(token.token)
-    for seconds in (token.expires_at, token.clock_offset, token.refresh_expires_at):
-        if not abs(seconds) < MAX_TIME:
-            raise ValueError("not a time")
+    token.left(token.refresh_expires_at)  # which are numbers
     return token
 
 
 def retry_after(reply: Reply, now: float) -> float:
     """Seconds that a rate limit asks to wait; 0 for other answers. `now` is GitHub's time."""
-    said = reply.message().lower()
     spent = reply.headers.get("x-ratelimit-remaining") == "0"
-    if reply.status != 429 and (reply.status != 403 or not (spent or "rate limit" in said)):
+    limited = reply.status == 403 and (spent or "rate limit" in reply.said().lower())
+    if not limited and reply.status != 429:
         return 0
     wait = 60.0
     with contextlib.suppress(KeyError, ValueError):
@@ -320,21 +271,11 @@ def checked(reply: Reply, what: str) -> Reply:
     """A reply that succeeded; Failure for the others, by their status."""
     if reply.status < 300:
         return reply
-    said = reply.message()
+    said = reply.said()
     if reply.status == 403:
         hint = "log in to the organization's SSO first" if "x-github-sso" in reply.headers else ""
         raise Failure(MEND, f"GitHub refuses {what}: {said}", hint)
     raise Failure(FAILED, f"GitHub answered HTTP {reply.status} to {what}: {said}")
-
-
-@contextlib.contextmanager
-def well_formed() -> Iterator[None]:
-    """Failure when an answer of GitHub's has not the documented form: a null for a number, say."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-        what = type(error).__name__
-        raise Failure(FAILED, f"GitHub's answer has not the documented form ({what})") from None
 
 
 # --- pure: keys ---
@@ -384,8 +325,6 @@ def spki_of_numbers(e: bytes, n: bytes) -> bytes:
 
 def fingerprint(spki: bytes) -> str:
     """As GitHub's settings show it: of the SPKI form. (ssh-keygen -l hashes another one.)"""
-    import base64
-
     return "SHA256:" + base64.b64encode(hashlib.sha256(spki).digest()).decode()
 
 
@@ -659,19 +598,14 @@ class Cache:
 def read_key(source: str) -> bytes:
     """The private key that a source names: FILE, -, env:NAME or command:CMD."""
     kind, _, rest = source.partition(":")
-    if "-----BEGIN" in source:
-        raise Failure(USAGE, "the private key: give where it is, not itself", "--key FILE")
     if kind == "command":
         return run_child(["sh", "-c", rest])[:MAX_KEY]
     if kind == "env":
         return os.environb.pop(os.fsencode(rest), b"")[:MAX_KEY]  # children do not inherit it
     try:
         if source == "-":
-            with SIGNALS.limit(CHILD_SECONDS):
-                return sys.stdin.buffer.read(MAX_KEY)
+            return sys.stdin.buffer.read(MAX_KEY)
         return read_file(os.path.expanduser(source), READABLE)[:MAX_KEY]
-    except TimeoutError:
-        raise Failure(MEND, "the private key: nothing came from stdin") from None
     except OSError as error:
         # A key that was given in the place of its file's name is not to be shown.
         shown = source if len(source) < 200 else "the file that it names"
@@ -682,7 +616,6 @@ class OpensslKey:
     """A key in PEM that the openssl command signs with."""
 
     def __init__(self, raw: bytes) -> None:
-        import base64
         import shutil
 
         self.pem = pem_of(raw)
@@ -721,8 +654,6 @@ class AgentKey:
     """A key that an ssh-agent holds; it signs, the key stays there."""
 
     def __init__(self, wanted: str) -> None:
-        import base64
-
         known, chosen = [], []
         found = strings(self.call(b"\x0b", 12)[4:])  # SSH_AGENTC_REQUEST_IDENTITIES
         for blob, comment in zip(found[::2], found[1::2]):
@@ -812,23 +743,23 @@ class GitHub:
                     raise
             time.sleep(pause)
         if 300 <= reply.status < 400:
-            raise self.moved(reply)
+            raise self.moved(url, reply)
         wait = retry_after(reply, self.now())
         if wait:
-            said = f"GitHub's rate limit is reached: {reply.message()}"
+            said = f"GitHub's rate limit is reached: {reply.said()}"
             raise Failure(LATER, said, f"try again in {wait:.0f} s")
         return reply
 
-    def send(self, method: str, url: str, token: str, data: bytes | None) -> Reply:
+    def send(self, method: str, url: str, token: str, content: bytes | None) -> Reply:
         import http.client
         import urllib.request
         from email.utils import parsedate_to_datetime
 
-        request = urllib.request.Request(url, data=data, method=method)
+        request = urllib.request.Request(url, data=content, method=method)
         request.add_header("User-Agent", f"agent-vm-github-app-token/{__version__}")
         request.add_header("Accept", "application/json")
         request.add_header("X-GitHub-Api-Version", "2022-11-28")
-        if data and url.startswith(f"{self.root}/"):  # else urllib says that it is a form
+        if content and url.startswith(f"{self.root}/"):  # else urllib says that it is a form
             request.add_header("Content-Type", "application/json")
         if token:
             request.add_unredirected_header("Authorization", f"Bearer {token}")
@@ -849,33 +780,36 @@ class GitHub:
         if response.status >= 500:
             said = f"GitHub answered HTTP {response.status}"
             raise Failure(LATER, said, "see githubstatus.com")
-        return Reply(response.status, headers, body, url)
+        try:
+            data = json.loads(body or b"{}")
+        except (ValueError, RecursionError):
+            data = None
+            if response.status < 300:
+                hint = "a captive portal or a proxy may answer in GitHub's place"
+                raise Failure(LATER, f"{host_of(url)} sent no JSON", hint) from None
+        return Reply(response.status, headers, data if isinstance(data, dict) else {})
 
-    def moved(self, reply: Reply) -> Failure:
+    def moved(self, url: str, reply: Reply) -> Failure:
         """No redirect is followed: the repository has a new name, or this is not GitHub."""
         from urllib.parse import urljoin
 
-        target = urljoin(reply.url, reply.headers.get("location", ""))
+        target = urljoin(url, reply.headers.get("location", ""))
         pattern = re.escape(self.root) + r"(/repos/([\w.-]+/[\w.-]+)|/repositories/[0-9]+)(/.*)?"
         found = re.fullmatch(pattern, target)
         if not found:
             hint = "a captive portal, a proxy, or not the address of GitHub's API"
             where = host_of(redact(target))
-            return Failure(LATER, f"{host_of(reply.url)} redirects to {where}", hint)
+            return Failure(LATER, f"{host_of(url)} redirects to {where}", hint)
         name = found[2] or ""
         if not name:  # GitHub leads to its number; the name of a public one can be had for it
             with contextlib.suppress(Failure):
-                name = redact(str(self.api("GET", found[1]).object().get("full_name", "")))
+                name = redact(str(self.api("GET", found[1]).data.get("full_name", "")))
         if not name:
             return Failure(MEND, "GitHub calls this repository something else now", "--repo O/R")
         return Failure(MEND, f"GitHub calls it {name} now", f"--repo {name}")
 
 
 # --- the story: one mint ---
-
-
-# What gets a new token: (config, cache, pinned number, token so far, refused) -> token.
-Renew = Callable[[Config, Cache, int, "Token | None", str], Token]
 
 
 class App:
@@ -896,7 +830,7 @@ class App:
     def call(self, method: str, path: str, body: Object | None = None) -> Reply:
         """An answer other than 401; when only the clock is wrong, signed once more by GitHub's."""
         reply = self.github.api(method, path, self.jwt, body)
-        said = reply.message()
+        said = reply.said()
         if reply.status != 401:
             return reply
         if not re.search("'iat'|'exp'|claim", said):
@@ -909,8 +843,10 @@ class App:
         return self.call(method, path, body)
 
 
-def token_for(config: Config, cache: Cache, refused: str, renew: Renew) -> tuple[Token, bool]:
-    """(a token for these settings, whether it was cached). `refused`: see `alive`."""
+def token_for(
+    config: Config, cache: Cache, refused: str, renew: Callable[..., Token]
+) -> tuple[Token, bool]:
+    """(a token for these settings, whether it was cached). `refused`: see `usable`."""
     pinned = pinned_id(config, cache)
     path = cache.token_path(config)
     token = cache.read_token(path)
@@ -926,7 +862,7 @@ def token_for(config: Config, cache: Cache, refused: str, renew: Renew) -> tuple
         token = cache.read_token(path)  # who held the lock may have got one
         if token and usable(token, config, pinned, refused, time.time()):
             return token, True
-        return renew(config, cache, pinned, token, refused), False
+        return renew(config, cache, pinned, token), False
 
 
 def pinned_id(config: Config, cache: Cache) -> int:
@@ -947,8 +883,7 @@ def pinned_id(config: Config, cache: Cache) -> int:
     raise Failure(MEND, why, "--accept-new-repo")
 
 
-@well_formed()
-def mint(config: Config, cache: Cache, pinned: int, *_: object) -> Token:
+def mint(config: Config, cache: Cache, pinned: int, _: Token | None) -> Token:
     """A new installation token for exactly the repository and the permissions asked for."""
     if not config.permissions:
         hint = "--permissions read, dev, or a list like contents:write,issues:read"
@@ -966,8 +901,8 @@ def mint(config: Config, cache: Cache, pinned: int, *_: object) -> Token:
         path = f"/app/installations/{int(installation['id'])}/access_tokens"
         reply = app.call("POST", path, wanted)
         if reply.status == 422:
-            raise not_granted(config, installation, reply.message())
-        grant = checked(reply, "the token").object()
+            raise not_granted(config, installation, reply.said())
+        grant = checked(reply, "the token").data
         with given_out_or(lambda: revoked_installation(github, grant.get("token"))):
             token = parse_installation_token(grant, config, pinned, github.now())
             token = token._replace(
@@ -1013,11 +948,11 @@ def installation_of(app: App, config: Config) -> Object:
     """The installation that covers the repository, or why there is none."""
     reply = app.call("GET", f"/repos/{config.repo}/installation")
     if reply.status == 404:
-        slug = app.call("GET", "/app").object().get("slug", "APP")
+        slug = app.call("GET", "/app").data.get("slug", "APP")
         where = f"{oauth_url_of(config.api_url)}/apps/{slug}/installations/new"
         hint = f"install it there, or add the repository: {where}"
         raise Failure(MEND, f"the App is not installed for {config.repo}", hint)
-    found = checked(reply, "the App's installation").object()
+    found = checked(reply, "the App's installation").data
     if found.get("suspended_at"):
         where = str(found.get("html_url", ""))
         raise Failure(MEND, f"the App's installation on {config.repo} is suspended", where)
@@ -1040,17 +975,15 @@ def not_granted(config: Config, installation: Object, said: str) -> Failure:
 
 # --- pure: what a login returns ---
 
+SECRET_FIELDS = ("access_token", "refresh_token")
+MAX_TIME = 1e11  # seconds; NaN is not below it
 DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"
 
 
-def origin_of(url: str) -> str:
-    return "/".join(url.split("/")[:3]).lower()
-
-
-def parse_login_token(grant: Object, config: Config, offset: float, now: float) -> Token:
+def parse_login_token(grant: Object, now: float) -> Token:
     """The token of a login or a refresh; Failure for one that cannot be limited.
 
-    Which repository it reaches is not said there: it is UNCHECKED. `now` is GitHub's time.
+    Which repository it reaches is not said there: it is `unfinished`. `now` is GitHub's time.
     """
     try:
         token = check_token(grant["access_token"])
@@ -1065,14 +998,9 @@ def parse_login_token(grant: Object, config: Config, offset: float, now: float) 
         hint = "the App's settings, Optional features, opt in to expiration"
         raise Failure(MEND, "this token is refused: it would never expire", hint)
     return Token(
-        token=token, type="user", expires_at=now + life, clock_offset=offset,
-        api_url=config.api_url, repo_id=0, repo="", permissions={}, refresh_token=refresh,
-        refresh_expires_at=now + refresh_life, state=UNCHECKED,
+        token=token, expires_at=now + life, clock_offset=0.0, repo_id=0, repo="", permissions={},
+        refresh_token=refresh, refresh_expires_at=now + refresh_life, unfinished=True,
     )  # fmt: skip
-
-
-def grant_of(token: Token) -> Object:
-    return {"access_token": token.token, "refresh_token": token.refresh_token}
 
 
 def check_reach(reaches: Mapping[int, str], number: int, repo: str) -> str:
@@ -1114,15 +1042,14 @@ def device_flow_failure(data: Mapping[str, Json]) -> Failure:
 # --- the story: a login, and its refresh ---
 
 
-def form(github: GitHub, path: str, again: bool = True, **fields: str) -> Object:
+def form(github: GitHub, path: str, fields: Mapping[str, str], again: bool = True) -> Object:
     """The answer of an OAuth endpoint. Its errors come with HTTP 200."""
     from urllib.parse import urlencode
 
-    data = urlencode(fields).encode()
-    return github.request("POST", github.oauth + path, "", data, again).object()
+    content = urlencode(fields).encode()
+    return github.request("POST", f"{github.oauth}/login/{path}", "", content, again).data
 
 
-@well_formed()
 def device_login(config: Config, cache: Cache) -> Token:
     """RFC 8628: show a code, wait until it is entered in a browser, and check what came of it."""
     if config.app_id.isdecimal():
@@ -1132,11 +1059,11 @@ def device_login(config: Config, cache: Cache) -> Token:
     number = repository_id(config, cache, github)
     with cache.lock(cache.token_path(config)):
         pass  # what would fail afterwards fails now
-    data = form(github, "/login/device/code", client_id=config.app_id)
+    data = form(github, "device/code", {"client_id": config.app_id})
     if "error" in data or "device_code" not in data:
         raise device_flow_failure(data)
     where = str(data.get("verification_uri", ""))
-    if origin_of(where) != origin_of(github.oauth):
+    if not where.lower().startswith(f"{github.oauth}/"):
         raise Failure(LATER, f"the code would have to be entered at {host_of(where)}, not GitHub")
     expires = float(data.get("expires_in", 900))
     interval = float(data.get("interval", 5))
@@ -1144,49 +1071,41 @@ def device_login(config: Config, cache: Cache) -> Token:
     print(f"Enter {code} at {redact(where)} within {expires / 60:.0f} min,", file=sys.stderr)
     print(f"as the user whose rights the token shall have: {config.repo} alone.", file=sys.stderr)
     deadline = time.monotonic() + expires
-    step = "wait"
-    while step == "wait":
+    asked = {
+        "client_id": config.app_id, "repository_id": str(number), "grant_type": DEVICE_GRANT,
+        "device_code": str(data["device_code"]),
+    }  # fmt: skip
+    while True:
         time.sleep(interval * 1.2)  # the clocks of VMs run fast, and GitHub counts
         if time.monotonic() > deadline:
             raise Failure(LOGIN, "the code expired before it was entered", "login again")
         with SIGNALS.held():
             try:
-                answer = form(
-                    github,
-                    "/login/oauth/access_token",
-                    client_id=config.app_id,
-                    repository_id=str(number),
-                    device_code=str(data["device_code"]),
-                    grant_type=DEVICE_GRANT,
-                )
+                answer = form(github, "oauth/access_token", asked)
             except Failure as failure:
                 if failure.status != LATER:
                     raise
                 continue
             step, interval = device_step(answer, interval)
             if step == "done":
-                token = stored_login(answer, config, cache, github, number)
-    return token
+                return stored_login(answer, config, cache, github, number)
 
 
 def stored_login(grant: Object, config: Config, cache: Cache, github: GitHub, number: int) -> Token:
     """The token of a login, checked and stored; the login before is over."""
-    with given_out_or(lambda: taken_back(github, grant)):
-        token = parse_login_token(grant, config, github.offset, github.now())
+    with given_out_or(lambda: taken_back(github, *map(grant.get, SECRET_FIELDS))):
+        token = parse_login_token(grant, github.now())
         name = check_reach(reach_of(token, github), number, config.repo)
-        check_name(name, config, number)
-        user = checked(github.api("GET", "/user", token.token), "the user's name").object()
+        check_name(name, config)
+        user = checked(github.api("GET", "/user", token.token), "the user's name").data
         token = token._replace(
-            login=str(user.get("login", "")), repo_id=number, repo=name, state=GOOD
-        )
+            clock_offset=github.offset, repo_id=number, repo=name, unfinished=False,
+            login=str(user.get("login", "")),
+        )  # fmt: skip
         path = cache.token_path(config)
         with cache.lock(path):
             before = cache.read_token(path)
-            over: bool | None = before is None
-            if before:
-                with contextlib.suppress(Failure):
-                    over = taken_back(github, grant_of(before))
-            if before and not over:
+            if before and not taken_back(github, before.token, before.refresh_token):
                 warn(f"GitHub did not revoke the login before, {masked(before.token)}")
             cache.write(path, token._asdict())
     return token
@@ -1198,7 +1117,7 @@ def reach_of(token: Token, github: GitHub) -> dict[int, str]:
 
     def listed(name: str, path: str) -> list[Object]:
         reply = github.api("GET", f"{path}?per_page=100", token.token)
-        data = checked(reply, f"the {name}").object()
+        data = checked(reply, f"the {name}").data
         items: list[Object] = data.get(name, [])
         if data.get("total_count", len(items)) != len(items):
             found[0] = "what is on the next page"  # the number of none: it is too much anyway
@@ -1220,21 +1139,17 @@ def repository_id(config: Config, cache: Cache, github: GitHub) -> int:
     if reply.status != 200:
         hint = f"--repo-id N; gh api repos/{config.repo} --jq .id shows it"
         raise Failure(USAGE, f"the id of {config.repo} is not known, and it is not public", hint)
-    number = int(reply.object().get("id", 0))
+    number = int(reply.data.get("id", 0))
     cache.write(cache.id_path(config), {"id": number, "full_name": config.repo})
     return number
 
 
-@well_formed()
-def refreshed(
-    config: Config, cache: Cache, pinned: int, token: Token | None, refused: str
-) -> Token:
+def refreshed(config: Config, cache: Cache, pinned: int, token: Token | None) -> Token:
     """A new token for an old one; the refresh token works once, and ends the old access token.
 
     The file says that a refresh has begun before the request is sent: if the answer is lost, the
     next run knows why the refresh token is dead.
     """
-    path = cache.token_path(config)
     if token is None:
         raise login_needed(config, "nobody has logged in for this repository")
     # A login is for the repository that it was made for, whatever its name means by now.
@@ -1244,40 +1159,29 @@ def refreshed(
     if token.refresh_expires_at < time.time() + token.clock_offset:
         raise login_needed(config, "the login has expired")
     github = GitHub(config)
-
-    def forgotten() -> bool | None:
-        cache.remove(path)
-        return taken_back(github, grant)
-
+    path = cache.token_path(config)
+    asked = {
+        "client_id": config.app_id, "grant_type": "refresh_token",
+        "refresh_token": token.refresh_token,
+    }  # fmt: skip
     with SIGNALS.held():
-        begun = token.state if token.state == UNCHECKED else REFRESHING
-        cache.write(path, token._replace(state=begun)._asdict())
-        try:
-            grant = form(
-                github,
-                "/login/oauth/access_token",
-                again=False,
-                client_id=config.app_id,
-                grant_type="refresh_token",
-                refresh_token=token.refresh_token,
-            )
-        except Failure as failure:
-            if failure.status != LATER or not alive(token, refused, time.time()):
-                raise
-            warn(f"{failure}: the token is not renewed yet")
-            return token
+        cache.write(path, token._replace(unfinished=True)._asdict())
+        grant = form(github, "oauth/access_token", asked, again=False)
         if "error" in grant:
             cache.remove(path)
-            lost = "" if token.state == GOOD else " after a refresh whose answer was lost"
+            lost = " after a refresh whose answer was lost" if token.unfinished else ""
             raise login_needed(config, f"GitHub does not know the login any more{lost}")
-        with given_out_or(lambda: taken_back(github, grant)):
-            new = parse_login_token(grant, config, github.offset, github.now())
-            new = new._replace(login=token.login, repo_id=token.repo_id, repo=token.repo)
-            cache.write(path, new._asdict())  # UNCHECKED: it is known, and not given out
+        with given_out_or(lambda: taken_back(github, *map(grant.get, SECRET_FIELDS))):
+            new = parse_login_token(grant, github.now())
+            new = new._replace(
+                clock_offset=github.offset, repo_id=token.repo_id, repo=token.repo,
+                login=token.login,
+            )  # fmt: skip
+            cache.write(path, new._asdict())  # known, and not given out
     reaches = reach_of(new, github)
-    with given_out_or(forgotten):
+    with given_out_or(lambda: taken_back(github, *map(grant.get, SECRET_FIELDS))):
         check_reach(reaches, new.repo_id, config.repo)
-    new = new._replace(state=GOOD)
+    new = new._replace(unfinished=False)
     cache.write(path, new._asdict())
     return new
 
@@ -1287,14 +1191,12 @@ def login_needed(config: Config, why: str) -> Failure:
     return Failure(LOGIN, why, hint + "; or give the App's --key")
 
 
-def taken_back(github: GitHub, grant: Object) -> bool | None:
-    """Whether GitHub took a grant's tokens back: github.com does, without anyone's authority."""
-    values = [grant.get("access_token"), grant.get("refresh_token")]
-    tokens = [value for value in values if value and isinstance(value, str)]
-    if not tokens:
+def taken_back(github: GitHub, *tokens: Json) -> bool | None:
+    """Whether GitHub took them back: github.com does, without anyone's authority."""
+    known = [token for token in tokens if token and isinstance(token, str)]
+    if not known:
         return None
-    reply = github.api("POST", "/credentials/revoke", "", {"credentials": tokens})
-    return reply.status < 300
+    return github.api("POST", "/credentials/revoke", "", {"credentials": known}).status < 300
 
 
 # --- commands ---
@@ -1303,18 +1205,17 @@ def taken_back(github: GitHub, grant: Object) -> bool | None:
 def cmd_token(config: Config, options: argparse.Namespace) -> int:
     token, cached = get_token(config, os.environ.get("GITHUB_TOKEN_REFUSED", ""))
     if sys.stdout.isatty() and not options.show:
-        print(described(token))
-        print("github_app_token: hint: it goes to a pipe as it is; --show prints it here",
-              file=sys.stderr)  # fmt: skip
+        print(f"{described(token)} (a pipe gets it as it is; --show prints it here)")
     elif options.format == "json":
+        ends = token.expires_at - token.clock_offset  # its readers compare it with this clock
         print(json.dumps({
             "version": 1,
             "token": token.token,
-            "type": token.type,
+            "type": "installation" if config.key else "user",
             "repositories": [{"id": token.repo_id, "full_name": token.repo}],
             "permissions": token.permissions,
-            "expires_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(ends_at(token))),
-            "api_url": token.api_url,
+            "expires_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(ends)),
+            "api_url": config.api_url,
             "login": token.login,
             "cached": cached,
         }))  # fmt: skip
@@ -1326,11 +1227,6 @@ def cmd_token(config: Config, options: argparse.Namespace) -> int:
 def get_token(config: Config, refused: str = "") -> tuple[Token, bool]:
     """(a token that lives for MIN_LIFE at least, whether it was cached)."""
     return token_for(config, Cache(), refused, mint if config.key else refreshed)
-
-
-def ends_at(token: Token) -> float:
-    """By this machine's clock: whoever reads it compares it with that."""
-    return token.expires_at - token.clock_offset
 
 
 def described(token: Token) -> str:
@@ -1347,40 +1243,38 @@ def cmd_login(config: Config, options: argparse.Namespace) -> int:
     return 0
 
 
-def cmd_logout(config: Config, options: argparse.Namespace) -> int:
-    return cmd_revoke(config._replace(key=""), options)
-
-
 def cmd_revoke(config: Config, options: argparse.Namespace) -> int:
     """Take back what is cached for these settings. An expired token is none: that is success."""
+    if options.verb == "logout":
+        config = config._replace(key="")
     cache = Cache()
     path = cache.token_path(config)
-    done = "revoked"
     with cache.lock(path), SIGNALS.held():
         token = cache.read_token(path)
         if token is None:
             print("github_app_token: nothing is cached for these settings", file=sys.stderr)
             return 0
         github = GitHub(config)
-        if token.type == "installation":
+        if config.key:
             reply = github.api("DELETE", "/installation/token", token.token)
-            if reply.status == 401:
-                done = "it was not valid any more"
-            elif reply.status != 204:
+            if reply.status not in (204, 401):
                 raise Failure(FAILED, f"GitHub did not revoke the token: HTTP {reply.status}")
         # A GitHub that cannot be asked raises: then this is to be done again.
-        elif not taken_back(github, grant_of(token)):
+        elif not taken_back(github, token.token, token.refresh_token):
             cache.remove(path)
             hint = f"{github.oauth}/settings/apps/authorizations does"
             raise Failure(FAILED, "it is forgotten here, but GitHub did not revoke it", hint)
         cache.remove(path)
-    print(f"github_app_token: {done}: {masked(token.token)}", file=sys.stderr)
+    print(f"github_app_token: not valid any more: {masked(token.token)}", file=sys.stderr)
     return 0
 
 
 def cmd_git_credential(config: Config, options: argparse.Namespace) -> int:
     """git's helper: answers for the repository alone, and for no other is there an answer."""
-    asked = read_credential(sys.stdin.read(64 * 1024))
+    text = sys.stdin.read(64 * 1024)
+    if "\r" in text or "\0" in text:
+        raise Failure(USAGE, "git's request has characters that none has")
+    asked = dict(line.split("=", 1) for line in text.split("\n") if "=" in line)
     repo = re.sub(r"(\.wiki)?(\.git)?(/info/lfs)?/?$", "", asked.get("path", ""))
     site = f"{asked.get('protocol')}://{asked.get('host', '').lower()}"
     if site != oauth_url_of(config.api_url) or repo.lower() != config.repo.lower():
@@ -1393,84 +1287,61 @@ def cmd_git_credential(config: Config, options: argparse.Namespace) -> int:
         with cache.lock(path):
             token = cache.read_token(path)
             if token and token.token == asked.get("password"):  # git was refused with it
-                if token.type == "installation":
+                if config.key:
                     cache.remove(path)
                 else:
-                    cache.write(path, token._replace(state=REFRESHING)._asdict())
+                    cache.write(path, token._replace(unfinished=True)._asdict())
     elif options.action == "get":
         token, _ = get_token(config)
-        print(f"username=x-access-token\npassword={token.token}\n"
-              f"password_expiry_utc={int(ends_at(token))}")  # fmt: skip
+        ends = int(token.expires_at - token.clock_offset)
+        print(f"username=x-access-token\npassword={token.token}\npassword_expiry_utc={ends}")
     return 0
-
-
-def read_credential(text: str) -> dict[str, str]:
-    if "\r" in text or "\0" in text:
-        raise Failure(USAGE, "git's request has characters that none has")
-    return dict(line.split("=", 1) for line in text.split("\n") if "=" in line)
 
 
 # --- status ---
 
 
-class Finding(NamedTuple):
-    name: str
-    ok: bool
-    text: str
-    hint: str = ""
-    status: int = 0
-
-
 def cmd_status(config: Config, options: argparse.Namespace) -> int:
     """What is set, cached and wrong; the exit status is that of the first fault."""
-    findings = list(findings_of(config, Cache()))
-    if options.format == "json":
-        print(json.dumps({"findings": [finding._asdict() for finding in findings]}))
-    else:
-        for finding in findings:
-            print(f"{'ok  ' if finding.ok else 'FAIL'} {finding.name}: {redact(finding.text)}")
-            if finding.hint:
-                print(f"     fix: {redact(finding.hint)}")
-    return next((finding.status for finding in findings if not finding.ok), 0)
+    cache = Cache()
+    status = 0
+    for look in (look_at_settings, look_at_key if config.key else look_at_login):
+        try:
+            for finding in look(config, cache):
+                print(f"ok   {redact(finding)}")
+        except Failure as failure:
+            print(f"FAIL {redact(str(failure))}")
+            if failure.hint:
+                print(f"     fix: {redact(failure.hint)}")
+            status = status or failure.status
+    return status
 
 
-def findings_of(config: Config, cache: Cache) -> Iterator[Finding]:
+def look_at_settings(config: Config, cache: Cache) -> Iterator[str]:
     asked = ",".join(f"{name}:{level}" for name, level in config.permissions.items())
     where = f"{config.repo}, App {config.app_id} at {host_of(config.api_url)}"
-    yield Finding("settings", True, f"{where}, {asked or 'no permissions'}")
-    try:
-        cache.check_folder()
-        yield Finding("cache", True, cache.folder)
-        token = cache.read_token(cache.token_path(config))
-        if token:
-            yield Finding("cached", True, described(token))
-    except Failure as failure:
-        yield failed("cache", failure)
-    try:
-        with well_formed():
-            yield from key_findings(config) if config.key else login_findings(config, cache)
-    except Failure as failure:
-        yield failed("GitHub", failure)
+    yield f"settings: {where}, {asked or 'no permissions'}"
+    cache.check_folder()
+    yield f"cache: {cache.folder}"
+    token = cache.read_token(cache.token_path(config))
+    if token:
+        yield f"cached: {described(token)}"
 
 
-def failed(name: str, failure: Failure) -> Finding:
-    return Finding(name, False, str(failure), failure.hint, failure.status)
-
-
-def key_findings(config: Config) -> Iterator[Finding]:
+def look_at_key(config: Config, cache: Cache) -> Iterator[str]:
     github = GitHub(config)
     app = App(config, github)
-    yield Finding("key", True, fingerprint(app.key.spki))
-    reply = checked(app.call("GET", "/app"), "the App")
-    yield Finding("App", True, f"{reply.object().get('slug')}, clock offset {github.offset:.0f} s")
+    yield f"key: {fingerprint(app.key.spki)}"
+    slug = checked(app.call("GET", "/app"), "the App").data.get("slug")
+    yield f"App: {slug}, clock offset {round(github.offset)} s"
     installation = installation_of(app, config)
-    selection = installation.get("repository_selection")
-    yield Finding("installation", True, f"{installation.get('id')}, {selection} repositories")
+    which = installation.get("repository_selection")
+    yield f"installation: {installation.get('id')}, {which} repositories"
     if missing_permissions(config.permissions, installation.get("permissions") or {}):
-        yield failed("permissions", not_granted(config, installation, ""))
+        raise not_granted(config, installation, "")
 
 
-def login_findings(config: Config, cache: Cache) -> Iterator[Finding]:
+def look_at_login(config: Config, cache: Cache) -> Iterator[str]:
     token = cache.read_token(cache.token_path(config))
     if token is None:
         raise login_needed(config, "no key is given, and nobody has logged in")
@@ -1479,7 +1350,7 @@ def login_findings(config: Config, cache: Cache) -> Iterator[Finding]:
         if reply.status == 401:
             raise login_needed(config, "GitHub does not accept the login's token any more")
     days = (token.refresh_expires_at - time.time()) / 86400
-    yield Finding("login", True, f"{token.login}, can be refreshed for {days:.0f} days")
+    yield f"login: {token.login}, can be refreshed for {days:.0f} days"
 
 
 # --- settings ---
@@ -1508,17 +1379,34 @@ def read_profile(name: str) -> dict[str, str]:
     return section
 
 
+PRESETS = {
+    "read": {"contents": "read", "issues": "read", "pull_requests": "read"},
+    "dev": {"contents": "write", "issues": "write", "pull_requests": "write"},
+}
+
+
+def parse_permissions(spec: str) -> dict[str, str]:
+    """`dev,checks:read` → the permissions by name; {} when nothing is said."""
+    wanted: dict[str, str] = {}
+    for word in spec.replace(",", " ").split():
+        name, _, level = word.partition(":")
+        if word in PRESETS:
+            wanted.update(PRESETS[word])
+        elif re.fullmatch("[a-z_]+", name) and level in LEVELS:
+            wanted[name] = level
+        else:
+            raise Failure(USAGE, f"{word!r} is not a permission", "for one: dev,checks:read")
+    return wanted
+
+
 def parse_api_url(text: str) -> str:
     """The base of the REST API: from github.com, SUB.ghe.com, a GHES host, or their API's URLs."""
-    match = re.fullmatch(
-        r"(?:(https?)://)?([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(:[0-9]{1,5})?(/api/v3)?/?",
-        text.strip(),
-    )
+    address = r"(?:(https?)://)?([A-Za-z0-9.-]+)(:[0-9]{1,5})?(/api/v3)?/?"
+    match = re.fullmatch(address, text.strip())
     if not match:
         raise Failure(USAGE, f"not an address of GitHub: {redact(text)!r}", "github.com, for one")
     scheme, host = match[1] or "https", match[2].lower()
-    loopback = host in ("127.0.0.1", "localhost", "[::1]")
-    if scheme == "http" and not loopback:
+    if scheme == "http" and host not in ("127.0.0.1", "localhost"):
         raise Failure(USAGE, "GitHub must be reached by https: a token would go in clear")
     name = host[4:] if host.startswith("api.") else host
     if name == "github.com" or name.endswith(".ghe.com"):
@@ -1536,10 +1424,8 @@ def build_config(options: argparse.Namespace) -> Config:
     if values.get("key") == "":
         raise Failure(USAGE, "the key is empty", "leave it out to use the login")
     repo, app_id = values.get("repo", ""), values.get("app_id", "")
-    if not repo:
-        raise Failure(USAGE, "for which repository? --repo OWNER/NAME")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,38}/(?!\.+$)[A-Za-z0-9._-]{1,100}", repo):
-        raise Failure(USAGE, f"not a repository: {redact(repo)!r}", "OWNER/NAME")
+        raise Failure(USAGE, f"not a repository: {redact(repo)!r}", "--repo OWNER/NAME")
     if not re.fullmatch(r"[A-Za-z0-9._]{1,64}", app_id):
         hint = "the App's settings, General: App ID or Client ID"
         raise Failure(USAGE, "which App? --app-id ID", hint)
@@ -1565,10 +1451,6 @@ def build_config(options: argparse.Namespace) -> Config:
 # --- parser, main ---
 
 EPILOG = """\
-environment:
-  GITHUB_APP_PROFILE     as --profile
-  GITHUB_TOKEN_REFUSED   SHA-256 (hex) of a token that is dead, whatever the cache says of it
-
 exit status:
   0  ok
   1  GitHub's answer is not as documented, or a fault of this script
@@ -1589,52 +1471,48 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="github_app_token.py",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    shape: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EPILOG}
+    parser = Parser(prog="github_app_token.py", description=__doc__, **shape)
     version = f"%(prog)s {__version__} (Python {sys.version.split()[0]})"
     parser.add_argument("--version", action="version", version=version)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, function, purpose in (
         ("token", cmd_token, "print a token"),
         ("login", cmd_login, "get a user's token by the device flow"),
-        ("logout", cmd_logout, "revoke and forget the user's token"),
+        ("logout", cmd_revoke, "revoke and forget the user's token"),
         ("status", cmd_status, "what is set and cached, what is wrong, and the fix"),
         ("revoke", cmd_revoke, "revoke and forget the cached token"),
         ("git-credential", cmd_git_credential, "git's credential helper, for the repository alone"),
     ):
-        verb = verbs.add_parser(name, help=purpose, description=purpose, epilog=EPILOG,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+        verb = verbs.add_parser(name, help=purpose, description=purpose, **shape)
         verb.set_defaults(function=function)
         add_settings(verb)
         if name == "token":
             verb.add_argument("--format", choices=("plain", "json"), default="plain",
                               help="default plain")  # fmt: skip
             verb.add_argument("--show", action="store_true", help="print it on a terminal too")
-        if name == "status":
-            verb.add_argument("--format", choices=("text", "json"), default="text",
-                              help="default text")  # fmt: skip
         if name == "git-credential":
             verb.add_argument("action", choices=("get", "store", "erase"), help="as git says")
     return parser
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--profile", metavar="NAME", default=os.environ.get("GITHUB_APP_PROFILE", ""),
-        help="a section of the INI file (GITHUB_APP_PROFILE)")  # fmt: skip
-    add("--repo", metavar="O/R", help="the repository")
-    add("--repo-id", metavar="N", help="its number, known and kept after the first token")
-    add("--app-id", metavar="ID", help="the App's id or client id; login needs the client id")
-    add("--permissions", metavar="SPEC", help="read, dev, or a list like contents:write")
-    sources = "FILE, -, env:NAME, command:CMD, agent[:FINGERPRINT]"
-    add("--key", metavar="SOURCE", help=f"the App's private key: {sources}")
-    add("--api-url", metavar="URL", help="github.com (default), SUB.ghe.com, or a GHES host")
-    add("--ca-file", metavar="FILE", help="CA certificates for GitHub")
-    add("--accept-new-repo", action="store_true", help="the name means another repository now")
+    profile = os.environ.get("GITHUB_APP_PROFILE", "")
+    purpose = "a section of the INI file, with these names as keys (GITHUB_APP_PROFILE)"
+    parser.add_argument("--profile", metavar="NAME", default=profile, help=purpose)
+    for flag, value, purpose in (
+        ("--repo", "O/R", "the repository"),
+        ("--repo-id", "N", "its number, known and kept after the first token"),
+        ("--app-id", "ID", "the App's id or client id; login needs the client id"),
+        ("--permissions", "SPEC", "read, dev, or a list like contents:write"),
+        ("--key", "SOURCE", "the private key: FILE, -, env:NAME, command:CMD, agent[:FINGERPRINT]"),
+        ("--api-url", "URL", "github.com (default), SUB.ghe.com, or a GHES host"),
+        ("--ca-file", "FILE", "CA certificates for GitHub"),
+    ):
+        parser.add_argument(flag, metavar=value, help=purpose)
+    parser.add_argument(
+        "--accept-new-repo", action="store_true", help="the name means another repository now"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1662,7 +1540,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"github_app_token: error: {redact(str(error))}", file=sys.stderr)
         os._exit(FAILED)  # or Python would write to stdout once more, and complain
     except Exception as error:  # no text of it: that may hold a secret
-        print(f"github_app_token: error: a fault of mine: {type(error).__name__}", file=sys.stderr)
+        what = f"GitHub's answer is not as documented, or a fault of mine: {type(error).__name__}"
+        print(f"github_app_token: error: {what}", file=sys.stderr)
         return FAILED
 
 

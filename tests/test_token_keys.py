@@ -72,7 +72,7 @@ class KeyTest(Case):
                 shutil.rmtree(self.cache, ignore_errors=True)
                 self.passes(self.token(key=source, data=data, **env))
         for status, word, source in (
-            (g.USAGE, "where it is", key().decode()),
+            (g.MEND, "cannot read the file that it names", key().decode()),
             (g.MEND, "status 1", "command:false"),
             (g.MEND, "no PEM file", "command:true"),
             (g.MEND, "no PEM file", "env:NOTHING"),

@@ -115,14 +115,14 @@ class SignalTest(LoginCase):
             self.assertEqual((done.status, done.out), (130, ""), done.err)
             self.assertEqual(list(self.github.tokens), self.stored_tokens())
         self.passes(self.run_it("token"))
-        self.assertEqual(self.stored()["state"], "good")
+        self.assertFalse(self.stored()["unfinished"])
 
     def test_github_hangs_in_a_refresh(self) -> None:
         self.login()
         self.store(expires_at=time.time() - 1)
         self.github.on(POLL, Reply(200, {}, (), "hang"))
         self.while_it_hangs(self.start("token"))
-        self.assertEqual(self.stored()["state"], "refreshing", "the next run knows")
+        self.assertTrue(self.stored()["unfinished"], "the next run knows")
 
     def test_while_nobody_enters_the_code(self) -> None:
         self.github.pending = 1000
