@@ -69,7 +69,6 @@ LAST = 0.9
 
 READABLE, WRITABLE = 0o077, 0o022  # mode bits: what others can read, or write at least
 
-Json = Any
 Object = dict[str, Any]
 
 
@@ -189,7 +188,7 @@ def check_permissions(asked: Mapping[str, str], granted: Mapping[str, str]) -> N
         raise Failure(MEND, f"GitHub did not grant {', '.join(less)}")
 
 
-def check_token(value: Json) -> str:
+def check_token(value: Any) -> str:
     """A token is opaque: visible ASCII, of any length below 4096."""
     if not isinstance(value, str) or not re.fullmatch(r"[!-~]{8,4096}", value):
         raise ValueError("not a token")
@@ -317,6 +316,7 @@ def spki_of_numbers(e: bytes, n: bytes) -> bytes:
     """The public key as openssl writes it, of the numbers that ssh writes as DER does, too."""
 
     def item(tag: int, content: bytes) -> bytes:
+        # 0x82: the length has two bytes, as in every key of 2048 bits and more.
         return bytes([tag, 0x82]) + len(content).to_bytes(2, "big") + content
 
     numbers = item(0x30, item(2, n) + bytes([2, len(e)]) + e)
@@ -358,8 +358,8 @@ def strings(data: bytes) -> list[bytes]:
 class Signals:
     """Ctrl-C and SIGTERM: at once, or, while GitHub gives a token, as soon as that is put away."""
 
-    caught = 0
-    holding = False
+    caught = 0  # the number of the first one
+    holding = False  # a token may be under way: not at once
 
     def install(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -418,11 +418,12 @@ class Signals:
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
 
         def end() -> None:
+            # Signals are for the main thread, whose waiting they end.
             signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             number = 0
             while number not in (signal.SIGINT, signal.SIGTERM):
                 number = os.read(read_end, 1)[0]
-            threading.Event().wait(LAST)
+            threading.Event().wait(LAST)  # else the handlers have ended it by now
             os._exit(128 + number)
 
         threading.Thread(target=end, daemon=True).start()
@@ -511,7 +512,7 @@ class Cache:
     def __init__(self) -> None:
         self.folder = os.path.join(xdg_home("XDG_STATE_HOME", "~/.local/state"), "github-app-token")
 
-    def path(self, kind: str, *what: Json) -> str:
+    def path(self, kind: str, *what: Any) -> str:
         """The file of what a token is for: another host, App, permission or repository, another."""
         name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
         return os.path.join(self.folder, f"{kind}-{name}.json")
@@ -554,10 +555,11 @@ class Cache:
         import tempfile
 
         self.check_folder()
-        try:
-            for entry in list(os.scandir(self.folder)):  # of who was killed here long ago
+        with contextlib.suppress(OSError):  # of who was killed in here, an hour ago or earlier
+            for entry in list(os.scandir(self.folder)):
                 if entry.name.startswith(".new-") and entry.stat().st_mtime < time.time() - 3600:
                     os.unlink(entry.path)
+        try:
             fd, temporary = tempfile.mkstemp(prefix=".new-", dir=self.folder)  # 0600
             try:
                 with open(fd, "w") as file:
@@ -599,7 +601,7 @@ def read_key(source: str) -> bytes:
     """The private key that a source names: FILE, -, env:NAME or command:CMD."""
     kind, _, rest = source.partition(":")
     if kind == "command":
-        return run_child(["sh", "-c", rest])[:MAX_KEY]
+        return run_child(["/bin/sh", "-c", rest])[:MAX_KEY]
     if kind == "env":
         return os.environb.pop(os.fsencode(rest), b"")[:MAX_KEY]  # children do not inherit it
     try:
@@ -656,14 +658,13 @@ class AgentKey:
     def __init__(self, wanted: str) -> None:
         known, chosen = [], []
         found = strings(self.call(b"\x0b", 12)[4:])  # SSH_AGENTC_REQUEST_IDENTITIES
-        for blob, comment in zip(found[::2], found[1::2]):
+        for blob in found[::2]:  # after each its comment
             if blob.startswith(packed(b"ssh-rsa")):
                 _, e, n = strings(blob)
                 spki = spki_of_numbers(e, n)
                 known.append(fingerprint(spki))
                 by_ssh = "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode()
-                names = (known[-1].rstrip("="), by_ssh.rstrip("="), comment.decode())
-                if not wanted or wanted.rstrip("=") in names:
+                if wanted.rstrip("=") in ("", known[-1].rstrip("="), by_ssh.rstrip("=")):
                     chosen.append((blob, spki))
         if len(chosen) != 1:
             hint = f"--key agent:FINGERPRINT; its RSA keys: {', '.join(known) or 'none'}"
@@ -803,7 +804,8 @@ class GitHub:
         name = found[2] or ""
         if not name:  # GitHub leads to its number; the name of a public one can be had for it
             with contextlib.suppress(Failure):
-                name = redact(str(self.api("GET", found[1]).data.get("full_name", "")))
+                said = self.send("GET", self.root + found[1], "", None)
+                name = redact(str(said.data.get("full_name", "")))
         if not name:
             return Failure(MEND, "GitHub calls this repository something else now", "--repo O/R")
         return Failure(MEND, f"GitHub calls it {name} now", f"--repo {name}")
@@ -932,13 +934,16 @@ def given_out_or(take_back: Callable[[], bool | None]) -> Iterator[None]:
         revoked: bool | None = False
         with contextlib.suppress(Failure):
             revoked = take_back()
-        if revoked is None or not isinstance(error, Failure):
+        if revoked is None:
             raise
         fate = "it is revoked" if revoked else "GitHub did not revoke it: it lives on"
-        raise Failure(error.status, f"{error}; {fate}", error.hint) from None
+        if isinstance(error, Failure):
+            raise Failure(error.status, f"{error}; {fate}", error.hint) from None
+        warn(f"stopped, with a token in hand: {fate}")
+        raise
 
 
-def revoked_installation(github: GitHub, token: Json) -> bool | None:
+def revoked_installation(github: GitHub, token: Any) -> bool | None:
     if not isinstance(token, str):
         return None
     return github.api("DELETE", "/installation/token", token).status == 204
@@ -1015,7 +1020,7 @@ def check_reach(reaches: Mapping[int, str], number: int, repo: str) -> str:
     return reaches[number]
 
 
-def device_step(data: Mapping[str, Json], interval: float) -> tuple[str, float]:
+def device_step(data: Mapping[str, Any], interval: float) -> tuple[str, float]:
     """("wait", seconds between polls) or ("done", 0) of an answer to a poll (RFC 8628, 3.5)."""
     error = data.get("error")
     if error is None:
@@ -1033,9 +1038,9 @@ def device_step(data: Mapping[str, Json], interval: float) -> tuple[str, float]:
     raise device_flow_failure(data)
 
 
-def device_flow_failure(data: Mapping[str, Json]) -> Failure:
+def device_flow_failure(data: Mapping[str, Any]) -> Failure:
     said = redact(f"{data.get('error', '')} {data.get('error_description', '')}".strip())[:200]
-    hint = "--app-id must be the client id (Iv…) of an App; its settings, Enable Device Flow"
+    hint = "--app-id must be the client id (Iv…), and Device Flow enabled: the App's settings"
     return Failure(MEND, f"GitHub refused the login: {said}", hint)
 
 
@@ -1052,13 +1057,9 @@ def form(github: GitHub, path: str, fields: Mapping[str, str], again: bool = Tru
 
 def device_login(config: Config, cache: Cache) -> Token:
     """RFC 8628: show a code, wait until it is entered in a browser, and check what came of it."""
-    if config.app_id.isdecimal():
-        hint = "the App's settings, General, Client ID"
-        raise Failure(MEND, "login needs the App's client id (Iv…), not its number", hint)
     github = GitHub(config)
     number = repository_id(config, cache, github)
-    with cache.lock(cache.token_path(config)):
-        pass  # what would fail afterwards fails now
+    cache.check_folder()  # what would fail afterwards fails now
     data = form(github, "device/code", {"client_id": config.app_id})
     if "error" in data or "device_code" not in data:
         raise device_flow_failure(data)
@@ -1191,7 +1192,7 @@ def login_needed(config: Config, why: str) -> Failure:
     return Failure(LOGIN, why, hint + "; or give the App's --key")
 
 
-def taken_back(github: GitHub, *tokens: Json) -> bool | None:
+def taken_back(github: GitHub, *tokens: Any) -> bool | None:
     """Whether GitHub took them back: github.com does, without anyone's authority."""
     known = [token for token in tokens if token and isinstance(token, str)]
     if not known:
@@ -1452,8 +1453,7 @@ exit status:
   0  ok
   1  GitHub's answer is not as documented, or a fault of this script
   2  usage: the command line or the profile
-  10 something is to be set right first: key, App, installation, permission, repository, cache;
-     also when GitHub gave more than was asked for (that is revoked)
+  10 something is to be set right first, or GitHub gave more than was asked for (it is revoked)
   20 later it may work: network, GitHub is down, rate limit
   30 a login is needed, or was denied
   130 Ctrl-C, 143 SIGTERM

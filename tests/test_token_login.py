@@ -110,7 +110,7 @@ class LoginTest(LoginCase):
         self.github.public = False
         self.fails(self.login(), g.USAGE, "--repo-id")
         self.assertEqual(self.login("--repo-id", "11").status, 0)
-        self.fails(self.login("--app-id", "1234"), g.MEND, "client id")
+        self.fails(self.login("--repo-id", "11", "--app-id", "1234"), g.MEND, "client id")
 
     def test_a_renamed_repository(self) -> None:
         self.github.repos = {"octo/gadgets": 11}

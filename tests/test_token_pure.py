@@ -165,7 +165,7 @@ class GrantedTest(Table):
             (g.LOGIN, "denied", "access_denied"),
             (g.LOGIN, "expired", "expired_token"),
             (g.LOGIN, "expired", "token_expired"),
-            (g.MEND, "Enable Device Flow", "device_flow_disabled"),
+            (g.MEND, "Device Flow enabled", "device_flow_disabled"),
             (g.MEND, "must be the client id", "incorrect_client_credentials"),
             (g.MEND, "unheard_of", "unheard_of"),
         ):  # fmt: skip

@@ -202,6 +202,8 @@ class GitHub(ThreadingHTTPServer):
         return error(404, "Not Found")
 
     def login(self, path: str, form: dict[str, str]) -> Reply:
+        if path == "/login/device/code" and form.get("client_id", "Iv").isdecimal():
+            return Reply(404, {"error": "Not Found"})
         if path == "/login/device/code":
             return Reply(200, {"device_code": "d" * 40, "user_code": "ABCD-1234", "expires_in": 900,
                                "interval": 5, "verification_uri": f"{self.url}/login/device"})  # fmt: skip
