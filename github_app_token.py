@@ -874,15 +874,15 @@ def pinned_id(config: Config, cache: Cache) -> int:
     path = cache.id_path(config)
     try:
         number = json.loads(read_file(path, READABLE, os.O_NOFOLLOW))["id"]
-        if type(number) is int and number > 0:
-            return number
     except FileNotFoundError:
         return 0
     except (OSError, Failure, ValueError, TypeError, KeyError):
-        pass
-    # Not as good as absent: the name may mean another repository by now.
-    why = f"{path} should say which repository {config.repo} is"
-    raise Failure(MEND, why, "--accept-new-repo")
+        number = None
+    # What is damaged is not as good as absent: the name may mean another repository by now.
+    if type(number) is not int or number < 1:
+        why = f"{path} should say which repository {config.repo} is"
+        raise Failure(MEND, why, "--accept-new-repo")
+    return number
 
 
 def mint(config: Config, cache: Cache, pinned: int, _: Token | None) -> Token:
@@ -894,22 +894,20 @@ def mint(config: Config, cache: Cache, pinned: int, _: Token | None) -> Token:
     app = App(config, github)
     installation = installation_of(app, config)
 
-    wanted: Object = {"permissions": config.permissions}
-    if pinned:
-        wanted["repository_ids"] = [pinned]
-    else:
-        wanted["repositories"] = [config.repo.partition("/")[2]]
+    # By number as soon as that is known: GitHub then gives no token for another of this name.
+    name = config.repo.partition("/")[2]
+    which: Object = {"repository_ids": [pinned]} if pinned else {"repositories": [name]}
+    path = f"/app/installations/{int(installation['id'])}/access_tokens"
     with SIGNALS.held():
-        path = f"/app/installations/{int(installation['id'])}/access_tokens"
-        reply = app.call("POST", path, wanted)
+        reply = app.call("POST", path, {**which, "permissions": config.permissions})
         if reply.status == 422:
             raise not_granted(config, installation, reply.said())
         grant = checked(reply, "the token").data
+        # From here on a token lives that only this process knows.
         with given_out_or(lambda: revoked_installation(github, grant.get("token"))):
             token = parse_installation_token(grant, config, pinned, github.now())
-            token = token._replace(
-                clock_offset=github.offset, login=str(installation.get("app_slug", ""))
-            )
+            slug = str(installation.get("app_slug", ""))
+            token = token._replace(clock_offset=github.offset, login=slug)
             try:
                 if not config.repo_id:
                     pin = {"id": token.repo_id, "full_name": token.repo}
