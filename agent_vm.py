@@ -13,10 +13,11 @@ Starts:   limactl, ssh, git, python3, npm, sudo, tar, ps, sysctl
           in setup only; ps and sysctl on macOS only)
 Reads:    ~/.config/agent-vm (config.ini, credential, and setup.sh and runtime.sh, which run in the
           guest: once, and before each agent), ~/.claude-vm.setup.sh (as setup.sh), git's global
-          configuration, .git of the project (its config with --github only), its environment
+          configuration, .git of the project (its config with --github only), the files that its
+          options name, /etc/os-release, /etc/localtime, its environment
 Writes:   ~/.local/state/agent-vm, ~/.config/agent-vm, ~/.local/share/agent-vm (Lima, where setup
-          gets it), Lima's home ~/.lima, TMPDIR, and the directory that `template export` names;
-          never the project
+          gets it), Lima's home ~/.lima, TMPDIR, __pycache__ of the proxy beside this file, and the
+          directory that `template export` names; never the project
 Reaches:  the guest, by ssh to a port of 127.0.0.1; Lima's release, when setup gets it
 """
 
@@ -49,8 +50,6 @@ __version__ = "0.1.0"
 # What `child`, the only door to other programs, lets through.
 STARTS = frozenset(("limactl", "ssh", "git", "python3", "npm", "sudo", "tar", "ps", "sysctl"))
 
-# Docker's convention: 125 is a failure of ours around the guest's command, never the command's.
-EXIT_OURS = 125
 SSH_FAILED = 255  # ssh's own status; a guest's command may have it, too
 
 # A base instance has a name of its own each time it is built; a file says which one is meant.
@@ -65,8 +64,13 @@ SOCKET_NAME = "/ssh.sock.1234567890123456"
 # that serves every file of the user, and the guest's root holds the other end of it.
 CONFINED_MOUNT_TYPE = {"qemu": "9p", "vz": "virtiofs", "krunkit": "virtiofs"}
 
-# The usual ways to write a repository's address; each is led to the proxy in the guest.
-GITHUB_FORMS = ("https://github.com/", "git@github.com:", "ssh://git@github.com/")
+# Of these the guest has its own, and of some the host's would hold its processes.
+SYSTEM_DIRS = (
+    "/bin /boot /dev /etc /home /lib /lib64 /opt /proc /root /run /sbin /sys /tmp /usr /var".split()
+)
+
+# What reading JSON of another form raises; RecursionError when it is nested very deep.
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 
 # Paths of these characters survive cloud-init's YAML, fstab and QEMU's option syntax; others are
 # mounted through a link under /mnt/agent-vm.
@@ -111,11 +115,11 @@ class Instance(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A path of the host with what the file system says of it: names alone can be spelt twice."""
+    """A path of the host, compared twice: as it is spelt, and by the file system's numbers."""
 
     path: str
     identity: tuple[int, int] | None = None  # device and inode; None when it does not exist
-    around: frozenset[tuple[int, int]] = frozenset()  # of itself and of every folder above it
+    chain: frozenset[tuple[int, int]] = frozenset()  # of itself and of every folder above it
 
 
 class Mount(NamedTuple):
@@ -124,7 +128,7 @@ class Mount(NamedTuple):
     source: Place
     target: str
     writable: bool = False
-    written: Place | None = None  # the source as the user wrote it, its links not followed
+    as_typed: Sequence[Place] = ()  # the source as it was written, and where its links lead
 
 
 class Lease(NamedTuple):
@@ -137,6 +141,7 @@ class Lease(NamedTuple):
     project: str
     created: float
     keep: bool = False
+    folders: Sequence[str] = ()  # that its agent can write
 
 
 class Credential(NamedTuple):
@@ -150,29 +155,21 @@ class Credential(NamedTuple):
         return f"<{self.name} from {self.origin}>"
 
 
-class GitHubChoice(NamedTuple):
-    """What a GitHub proxy is started with: the repository, and all that it needs but its secret."""
+class GitHub(NamedTuple):
+    """One repository on GitHub, and the proxy that gives it to a guest."""
 
     repo: str  # OWNER/REPO
-    remote: str  # the project's remote as it is written, "" when it names another repository
-    environ: Mapping[str, str]  # the whole environment of the proxy; it may hold the token
-    options: Sequence[str]
+    remote: str = ""  # the project's remote as it is written, where it means this repository
+    environ: Mapping[str, str] = {}  # the whole environment of the proxy; it may hold the token
+    options: Sequence[str] = ()
+    # Once the proxy runs:
+    port: int = 0
+    secret: str = ""
+    probe_secret: str = ""
+    readonly: bool = False
 
     def __repr__(self) -> str:
         return f"<GitHub {self.repo}>"
-
-
-class GitHub(NamedTuple):
-    """A running GitHub proxy, as far as its guest must know it."""
-
-    repo: str
-    port: int
-    secret: str
-    readonly: bool
-    remote: str = ""
-
-    def __repr__(self) -> str:
-        return f"<proxy for {self.repo} on port {self.port}>"
 
     @property
     def url(self) -> str:
@@ -194,7 +191,7 @@ class Plan(NamedTuple):
     hooks: Sequence[Path] = ()
     git_identity: Mapping[str, str] = {}
     zone: str = ""  # like Europe/Berlin
-    github: GitHubChoice | None = None
+    github: GitHub | None = None
     briefing: str = ""  # what the agent should know before it tries
 
 
@@ -204,7 +201,7 @@ class Plan(NamedTuple):
 def inside(place: Place, folder: Place) -> bool:
     """Whether `place` is `folder` or lies below it, by its path or under another name of it."""
     by_path = place.path == folder.path or place.path.startswith(folder.path.rstrip("/") + "/")
-    return by_path or folder.identity in place.around
+    return by_path or folder.identity in place.chain
 
 
 def overlaps(place: Place, other: Place) -> bool:
@@ -233,33 +230,17 @@ def mounts_problem(mounts: Sequence[Mount]) -> str:
         for folder in writable:
             if not mount.writable and overlaps(mount.source, folder):
                 return f"{mount.source.path} would be read-only, but {folder.path} is writable"
-            leads_out = not inside(mount.source, folder)
-            if mount.written and leads_out and inside(mount.written, folder):
-                return (
-                    f"{mount.written.path} leads out of {folder.path}:"
-                    " an agent may have made that link"
-                )
     return ""
 
 
 def unusable_path(path: str) -> str:
     """Why a path cannot be mounted at the same place in a guest, or ""."""
+    if path in SYSTEM_DIRS or path.startswith(("/proc/", "/sys/", "/dev/")):
+        return "the guest needs its own"
     if any(ord(char) < 32 or ord(char) == 127 for char in path):
         return "it contains a control character"
     if any(0xDC80 <= ord(char) <= 0xDCFF for char in path):  # what Python makes of other bytes
         return "its name is not UTF-8"
-    return ""
-
-
-def policy_problem(policies: Sequence[Place], mounts: Sequence[Mount]) -> str:
-    """Why a policy file cannot be believed, or "": what an agent can write must not bind it.
-
-    `policies`: the file as it was written, and where its links lead.
-    """
-    for policy in policies:
-        for mount in mounts:
-            if inside(policy, mount.source):
-                return f"the policy {policy.path} lies in {mount.source.path}, which is mounted"
     return ""
 
 
@@ -353,10 +334,8 @@ def clone_name(directory: str, tag: str, lima_home: str) -> str:
     fixed = len(os.fsencode(lima_home)) + len("/agent-vm--") + len(tag) + len(SOCKET_NAME)
     room = SOCKET_PATH_MAX - 1 - fixed
     if room < 1:
-        raise AgentVMError(
-            f"the path of Lima's home is too long for its sockets: {lima_home}",
-            hint="set LIMA_HOME to a shorter path",
-        )
+        problem = f"the path of Lima's home is too long for its sockets: {lima_home}"
+        raise AgentVMError(problem, hint="set LIMA_HOME to a shorter path")
     return f"agent-vm-{slug[: min(room, 30)].strip('-') or 'p'}-{tag}"
 
 
@@ -372,11 +351,9 @@ def parse_instances(stdout: str) -> list[Instance]:
     """Read `limactl list --format json`: one object a line (limactl 2.x)."""
     try:
         return [instance_from(json.loads(line)) for line in stdout.splitlines() if line.strip()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AgentVMError(
-            f"limactl list printed something that is not its JSON: {error}",
-            hint="check with: limactl list --format json",
-        ) from error
+    except MALFORMED as error:
+        problem = f"limactl list printed something that is not its JSON: {error}"
+        raise AgentVMError(problem, hint="check with: limactl list --format json") from error
 
 
 def instance_from(fields: Mapping[str, Any]) -> Instance:
@@ -402,16 +379,13 @@ def instance_from(fields: Mapping[str, Any]) -> Instance:
 def limactl_reason(stderr: str) -> str:
     """limactl's own last words: its logrus error lines, else its last line, else ""."""
     messages = re.findall(r'level=(?:error|fatal) msg="((?:[^"\\]|\\.)*)"', stderr)
-    if messages:
-        return str(messages[-1]).replace('\\"', '"').replace("\\n", "; ")
-    lines = [line for line in stderr.splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+    last = [line for line in stderr.split("\n") if line.strip()][-1:]
+    return "".join(messages[-1:] or last).replace('\\"', '"').replace("\\n", "; ")
 
 
 def lease_from(written: str) -> Lease:
-    fields = json.loads(written)
-    numbers = {"pid": int(fields["pid"]), "created": float(fields["created"])}
-    lease = Lease(**{**fields, **numbers})
+    lease = Lease(**json.loads(written))
+    lease = lease._replace(created=float(lease.created))
     if not is_clone(lease.name) and not is_base(lease.name):
         raise ValueError(f"not a name of ours: {lease.name!r}")
     return lease
@@ -473,7 +447,8 @@ def guest_git_config(github: GitHub) -> str:
 
     git compares prefixes, so OWNER/REPO-docs is led there, too; the proxy refuses it with a reason.
     """
-    usual = [f"{form}{github.repo}{end}" for form in GITHUB_FORMS for end in ("", ".git")]
+    forms = ("https://github.com/", "git@github.com:", "ssh://git@github.com/")
+    usual = [f"{form}{github.repo}{end}" for form in forms for end in ("", ".git")]
     addresses = dict.fromkeys([*usual, github.remote] if github.remote else usual)
     lines = [
         f'[http "{github.url}/"]',
@@ -515,7 +490,7 @@ refused 'a push' 'the policy is read-only' probe-header "$push"
 """
 
 
-def github_probe(github: GitHub, probe_secret: str) -> str:
+def github_probe(github: GitHub) -> str:
     """Shell for the guest: silent when the proxy refuses all that it must refuse, else says what.
 
     What carries the probe's secret is judged like the agent's own, but neither passed on nor
@@ -526,16 +501,14 @@ def github_probe(github: GitHub, probe_secret: str) -> str:
         "url": github.url,
         "is_readonly": "yes" if github.readonly else "",
     }
-    header = pipe("cat > ~/.agent-vm/probe-header", f"Authorization: Bearer {probe_secret}")
+    header = pipe("cat > ~/.agent-vm/probe-header", f"Authorization: Bearer {github.probe_secret}")
     return f"{exports(facts)}{header}\n{PROBE}"
 
 
 def receipt_lines(receipt: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the proxy says was done on GitHub, in words: the counts, then a line each."""
-    counts, *rest = receipt or ({},)
-    lines = ["{} reads, {} writes, {} refused".format(
-        counts.get("reads", "?"), counts.get("writes", "?"), counts.get("refused", "?")
-    )]  # fmt: skip
+    counts, *rest = receipt or ({"reads": "?", "writes": "?", "refused": "?"},)
+    lines = ["{reads} reads, {writes} writes, {refused} refused".format(**counts)]
     for entry in rest:
         if "more" in entry:
             lines.append(f"and {entry['more']} more: agent-vm log")
@@ -632,7 +605,7 @@ class Signals:
     def __init__(self) -> None:
         self.holds = 0
         self.waiting = 0
-        self.settled = False  # the outcome is known, and no signal may stop the cleaning up
+        self.closing = False  # cleaning up has begun, and no signal may stop it
 
     def catch(self) -> None:
         for signum in STOP_SIGNALS:
@@ -642,8 +615,8 @@ class Signals:
 
     def arrived(self, signum: int, _frame: object) -> None:
         self.waiting = signum
-        if not self.holds and not self.settled:
-            self.settled = True
+        if not self.holds and not self.closing:
+            self.closing = True
             raise Interrupted(signum)
 
     @contextlib.contextmanager
@@ -671,7 +644,7 @@ class Log:
 
     def info(self, message: str) -> None:
         with contextlib.suppress(OSError):  # a closed terminal must not stop the clean-up
-            print(f"agent-vm: {message}", file=sys.stderr, flush=True)
+            print(f"agent-vm: {printable(message)}", file=sys.stderr, flush=True)
 
     def progress(self, message: str) -> None:
         if self.verbose or (not self.quiet and sys.stderr.isatty()):
@@ -679,10 +652,7 @@ class Log:
 
     def step(self, message: str) -> None:
         if not self.quiet:
-            self.info(f"[{time.monotonic() - self.started:3.0f} s] {message}")
-
-    def warn(self, message: str) -> None:
-        self.info(f"warning: {message}")
+            self.info(f"[{time.monotonic() - self.started:.0f} s] {message}")
 
 
 log = Log()
@@ -692,8 +662,8 @@ log = Log()
 def child(argv: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
     """The one door to other programs; `options` are Popen's.
 
-    What is started does not outlive the block, whatever ends it. In a session of its own (where
-    Ctrl-C at the terminal is ours to handle) its children end with it.
+    What is started does not outlive the block, whatever ends it. In a session of its own, Ctrl-C at
+    the terminal is ours to handle, and its children are asked to end with it.
     """
     name = "python3" if argv[0] == sys.executable else os.path.basename(argv[0])
     if name not in STARTS:
@@ -722,26 +692,51 @@ def end_process(process: subprocess.Popen[bytes], group: bool) -> None:
             return
 
 
-class Finished(NamedTuple):
-    """How a program ended; status -1 when it did not end in time, 127 when it is not there."""
+MAX_OUTPUT = 4 << 20  # bytes of what a program, or a guest, prints
 
-    status: int
+
+class Finished(NamedTuple):
+    """How a program ended: its status, None when it did not end in time; what it printed last."""
+
+    status: int | None
     out: str
+    err: str = ""
 
 
 def captured(
-    argv: Sequence[str], contents: str = "", timeout: float = 20, **options: Any
+    argv: Sequence[str],
+    contents: str = "",
+    timeout: float = 20,
+    meanwhile: Callable[[], None] | None = None,
+    **options: Any,
 ) -> Finished:
-    """Give a program `contents` on stdin and take what it prints; it has no terminal."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    try:
-        with child(argv, **{**pipes, "cwd": "/", **options}, start_new_session=True) as process:
-            out, _ = process.communicate(contents.encode("utf-8", "surrogateescape"), timeout)
-    except subprocess.TimeoutExpired:
-        return Finished(-1, "")
-    except OSError:
-        return Finished(127, "")
-    return Finished(process.returncode, out.decode(errors="replace"))
+    """Run a program without a terminal; `meanwhile` is called every two seconds.
+
+    With files, not pipes: a host agent that limactl leaves behind would hold a pipe open.
+    """
+    import tempfile
+
+    def end_of(file: Any) -> str:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - MAX_OUTPUT))
+        return str(file.read().decode(errors="replace"))
+
+    deadline, new = time.monotonic() + timeout, tempfile.TemporaryFile
+    with new() as given, new() as out, new() as err:
+        given.write(contents.encode("utf-8", "surrogateescape"))
+        given.seek(0)
+        files = {"stdin": given, "stdout": out, "stderr": err, **options}
+        try:
+            with child(argv, **files, cwd="/", start_new_session=True) as process:
+                while process.poll() is None and time.monotonic() < deadline:
+                    left = max(0.01, deadline - time.monotonic())
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(timeout=min(2, left))
+                    if meanwhile:
+                        meanwhile()
+                status = process.poll()
+        except OSError as error:
+            return Finished(127, "", f"{argv[0]} cannot be started: {error.strerror}")
+        return Finished(status, end_of(out), end_of(err))
 
 
 def first_line_of(*argv: str, **options: Any) -> str:
@@ -784,26 +779,47 @@ class Folders(NamedTuple):
 
 
 def place_of(path: str | Path) -> Place:
-    """What the file system says of a path that may not exist; its links are not resolved."""
-    written = Path(os.path.abspath(path))
-    infos = [folder.stat() for folder in (written, *written.parents) if os.path.exists(folder)]
+    """A path that may not exist, as it is spelt; `stat` follows links for the rest."""
+    spelt = Path(os.path.abspath(path))
+    infos = [folder.stat() for folder in (spelt, *spelt.parents) if os.path.exists(folder)]
     identities = [(info.st_dev, info.st_ino) for info in infos]
-    own = identities[0] if os.path.exists(written) else None
-    return Place(str(written), own, frozenset(identities))
+    own = identities[0] if os.path.exists(spelt) else None
+    return Place(str(spelt), own, frozenset(identities))
 
 
 def real_place(path: str | Path) -> Place:
     return place_of(os.path.realpath(os.path.expanduser(path)))
 
 
+def spellings(path: str) -> list[Place]:
+    """A path as it is typed, where each link at its end leads, and where all of it leads."""
+    places = [place_of(path)]
+    while os.path.islink(path) and len(places) < 40:  # the kernel gives up then, too
+        path = os.path.join(os.path.dirname(path), os.readlink(path))
+        places.append(place_of(path))
+    return [*places, real_place(path)]
+
+
+def agents_folders(state: Path, place: Place, mounted: Sequence[Place] = ()) -> list[str]:
+    """In which folders that an agent can or could write a path lies.
+
+    That is what is mounted for one, the transcripts, and the projects of earlier runs.
+    """
+    sessions = state / "sessions"
+    now = [folder.path for folder in (*mounted, real_place(sessions)) if inside(place, folder)]
+    above = (place.path, *map(str, Path(place.path).parents))
+    return now + [path for path in above if (sessions / session_key(path)).is_dir()]
+
+
 def write_file(path: Path, contents: str) -> None:
     """All of it or nothing, on the disk when this returns, for the user alone."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    with signals.held(), open(os.open(part, flags, 0o600), "w") as file:
         file.write(contents)
         file.flush()
         os.fsync(file.fileno())  # an empty lease after a power cut would own nothing
-    part.replace(path)
+        part.replace(path)
 
 
 def copy_folder(source: Path, target: Path) -> None:
@@ -853,8 +869,8 @@ def last_bytes(path: Path, size: int) -> bytes:
 def tail(path: Path, lines: int = 10) -> str:
     """The last lines of a log of Lima's, fit for a terminal: a guest writes its serial console."""
     end = last_bytes(path, 50_000).decode(errors="replace")
-    clean = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|[^\n\t -~\u00a0-\uffff]", "", end)
-    shown = [line[:300] for line in clean.splitlines() if '"level":"debug"' not in line]
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", end)  # colours
+    shown = [line[:300] for line in plain.split("\n") if line and '"level":"debug"' not in line]
     return "\n".join(shown[-lines:])
 
 
@@ -879,7 +895,7 @@ def unpack(archive: bytes, target: Path) -> None:
         Path(folder, "archive").write_bytes(archive)
         Path(folder, "new").mkdir()
         argv = ["tar", "-xzf", f"{folder}/archive", "-C", f"{folder}/new"]
-        if captured(argv, timeout=300).status:
+        if captured(argv, timeout=300).status != 0:
             raise AgentVMError("tar cannot unpack the archive")
         shutil.rmtree(target, ignore_errors=True)
         Path(folder, "new").replace(target)
@@ -898,39 +914,18 @@ class Lima:
     def _run(
         self, *args: str, timeout: float = 0, meanwhile: Callable[[], None] | None = None
     ) -> str:
-        """The only door to limactl. Returns its stdout; `meanwhile` is called every two seconds."""
-        import tempfile
-
+        """Run limactl; its stdout. An error says limactl's own last words."""
         if log.verbose:
             log.info("+ " + shlex.join(("limactl", *args)))
+        shown = {"stderr": None} if log.verbose else {}
         limit = timeout or self.timeout
-        deadline = time.monotonic() + limit
-        # Files, not pipes: a host agent that limactl leaves behind would hold a pipe open.
-        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-            options = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err}
-            if log.verbose:
-                options["stderr"] = None
-            try:
-                with child([self.binary, *args], **options, start_new_session=True) as process:
-                    while process.poll() is None and time.monotonic() < deadline:
-                        left = max(0.01, deadline - time.monotonic())
-                        with contextlib.suppress(subprocess.TimeoutExpired):
-                            process.wait(timeout=min(2, left))
-                        if meanwhile:
-                            meanwhile()
-                    late = process.poll() is None
-            except OSError as error:
-                problem = f"{self.binary} cannot be started: {error.strerror}"
-                raise AgentVMError(problem, hint="agent-vm doctor") from error
-            out.seek(0)
-            err.seek(0)
-            printed = err.read().decode(errors="replace")
-            if process.returncode or late:
-                reason = limactl_reason(printed) or f"status {process.returncode}"
-                reason = f"no answer within {limit:.0f} s" if late else reason
-                last = [line for line in printed.splitlines() if line.strip()][-8:]
-                raise AgentVMError(f"limactl {args[0]} failed: {reason}", details="\n".join(last))
-            return out.read().decode(errors="replace")
+        finished = captured([self.binary, *args], "", limit, meanwhile, **shown)
+        if finished.status != 0:
+            late = f"no answer within {limit:.0f} s" if finished.status is None else ""
+            reason = late or limactl_reason(finished.err) or f"status {finished.status}"
+            last = [line for line in finished.err.split("\n") if line.strip()][-8:]
+            raise AgentVMError(f"limactl {args[0]} failed: {reason}", "", "\n".join(last))
+        return finished.out
 
     def version(self) -> str:
         return self._run("--version", timeout=30)
@@ -981,7 +976,7 @@ class Guest:
             log.info(f"+ ssh {self.instance.hostname} {command[:200]}")
         argv = [*self.ssh, self.instance.hostname, command]
         finished = captured(argv, contents, timeout, stderr=subprocess.STDOUT)
-        if finished.status == -1:
+        if finished.status is None:
             raise AgentVMError(f"{self.instance.hostname} did not answer within {timeout:.0f} s")
         return finished
 
@@ -1024,9 +1019,11 @@ class Leases:
     def path(self, name: str) -> Path:
         return self.dir / f"{name}.json"
 
-    def take(self, name: str, project: str, keep: bool = False) -> None:
-        pid = os.getpid()
-        lease = Lease(name, pid, process_start(pid), boot_id(), project, time.time(), keep)
+    def take(
+        self, name: str, project: str = "", folders: Sequence[str] = (), keep: bool = False
+    ) -> None:
+        pid, now = os.getpid(), time.time()
+        lease = Lease(name, pid, process_start(pid), boot_id(), project, now, keep, folders)
         write_file(self.path(name), json.dumps(lease._asdict()) + "\n")
 
     def drop(self, name: str) -> None:
@@ -1040,7 +1037,7 @@ class Leases:
                 leases.append(lease_from(path.read_text()))
             except FileNotFoundError:
                 continue  # its run has just ended
-            except (OSError, ValueError, KeyError, TypeError):
+            except (OSError, *MALFORMED):
                 # Nobody can own what it names any more: an orphan, if it is ours at all.
                 if is_clone(path.stem) or is_base(path.stem):
                     leases.append(Lease(path.stem, 0, "", "", "", path.lstat().st_mtime))
@@ -1050,7 +1047,9 @@ class Leases:
         return [lease for lease in self.all() if self.is_orphan(lease)]
 
     def is_orphan(self, lease: Lease) -> bool:
-        return not lease.keep and not lease_is_live(lease, boot_id(), process_start(lease.pid))
+        if lease.keep:
+            return not (self.folders.lima_home / lease.name).is_dir()  # deleted by limactl
+        return not lease_is_live(lease, boot_id(), process_start(lease.pid))
 
 
 class Host(NamedTuple):
@@ -1071,26 +1070,20 @@ class Host(NamedTuple):
             "your ssh keys": "~/.ssh",
             "your GitHub tokens": self.folders.state.parent / "github-app-token",
             "agent-vm itself": __file__,
+            "agent-vm's templates": Path(__file__).resolve().parent / "lima",
             "limactl": self.lima.binary or "/nonexistent",
         }
-        checkout = Path(__file__).resolve().parent / "lima"
-        if (checkout / "agent-vm.yaml").exists():
-            places["agent-vm's templates"] = checkout
         return {name: real_place(path) for name, path in places.items()}
 
 
 def remove_instance(host: Host, name: str) -> None:
     """Delete an instance and what belongs to it; its lease goes last, so a failure is retried."""
     instance_dir = host.folders.lima_home / name
-    try:
+    if (instance_dir / "lima.yaml").exists():
         if is_base(name):
             host.lima.unprotect(name)
         host.lima.delete(name)
-    except AgentVMError:
-        # limactl 2.2 refuses a directory without lima.yaml: a clone that was cut off half-way.
-        if not instance_dir.is_dir() or (instance_dir / "lima.yaml").exists():
-            raise
-    shutil.rmtree(instance_dir, ignore_errors=True)
+    shutil.rmtree(instance_dir, ignore_errors=True)  # a clone that was cut off half-way, say
     if instance_dir.exists():
         raise AgentVMError(f"{instance_dir} could not be removed")
     host.leases.drop(name)
@@ -1100,8 +1093,8 @@ def try_remove(host: Host, name: str) -> bool:
     """A failure must not replace what the command is for; the lease makes the next one retry."""
     try:
         remove_instance(host, name)
-    except AgentVMError as error:
-        log.warn(f"{name} could not be deleted ({error}); the next command tries again")
+    except (AgentVMError, OSError) as error:
+        log.info(f"warning: {name} could not be deleted ({error}); the next command tries again")
         return False
     return True
 
@@ -1136,46 +1129,59 @@ def plan_mounts(
     host: Host, project: str, readonly: bool, more: Sequence[Mount], force: bool
 ) -> list[Mount]:
     """The project first, then a worktree's repository, then what --mount adds; refusals raise."""
-    own = [path for path in (project, worktree_git_dir(project)) if path]
-    mounts = [*(Mount(real_place(path), path, not readonly) for path in own), *more]
+    common, state = worktree_git_dir(project), host.folders.state
+    typed = spellings(os.environ.get("PWD", project))
+    mounts = [Mount(real_place(project), project, not readonly, typed), *more]
+    if common:
+        log.info(f"{common} is mounted, too: it is this worktree's repository")
+        mounts.insert(1, Mount(real_place(common), common, not readonly))
     home, private = real_place("~"), host.private_places()
-    hint = "mount something else, or say --force-mount"
+    writable = [mount.source for mount in mounts if mount.writable]
+    problem = mounts_problem(mounts) or running_above(host, mounts)
     for mount in mounts:
         for path in (mount.source.path, mount.target):
             reason = unusable_path(path)
             if reason:
                 raise AgentVMError(f"{path!a} cannot be mounted: {reason}", "use another folder")
         reason = mount_refusal(mount.source, home, private)
-        if reason and not force:
-            refused = f"{mount.source.path} is not given to an agent: {reason}"
-            raise AgentVMError(refused, f"cd to a project below it, or {hint}")
-    problem = mounts_problem(mounts)
-    for lease in host.leases.all():
-        # An agent that is running in a folder above could put a link in the project's place.
-        above = lease.project not in ("", project) and not host.leases.is_orphan(lease)
-        if above and inside(mounts[0].source, real_place(lease.project)):
-            problem = f"{project} lies in {lease.project}, where {lease.name} is running"
+        if reason:
+            problem = f"{mount.source.path} is not given to an agent: {reason}"
+        for place in mount.as_typed:
+            for folder in agents_folders(state, place, writable):
+                if not inside(mount.source, real_place(folder)):
+                    problem = f"{place.path} leads out of {folder}: an agent may have made it"
     if problem and not force:
-        raise AgentVMError(problem, hint)
+        raise AgentVMError(problem, "cd to another folder, mount another, or say --force-mount")
     return mounts
 
 
+def running_above(host: Host, mounts: Sequence[Mount]) -> str:
+    """An agent that runs now and can write a folder above could put a link in a mount's place."""
+    for lease in host.leases.all():
+        for folder in lease.folders if not host.leases.is_orphan(lease) else ():
+            for mount in mounts:
+                if mount.source.path != folder and inside(mount.source, real_place(folder)):
+                    return f"{mount.source.path} lies in {folder}, where {lease.name} is running"
+    return ""
+
+
 @contextlib.contextmanager
-def disposable(host: Host, project: str, keep: bool) -> Iterator[str]:
+def disposable(host: Host, plan: Plan) -> Iterator[str]:
     """The name of a clone to be, leased; whatever happens, the clone is deleted at the end."""
     home, name = host.folders.lima_home, ""
     # A name that nobody has: what has our name at the end of the run is deleted.
     while not name or (home / name).exists() or host.leases.path(name).exists():
-        name = clone_name(os.path.basename(project), os.urandom(3).hex(), str(home))
-    host.leases.take(name, project)
+        name = clone_name(os.path.basename(plan.project), os.urandom(3).hex(), str(home))
+    folders = [mount.source.path for mount in plan.mounts if mount.writable]
+    host.leases.take(name, plan.project, folders)
     ended_well = False
     try:
         yield name
         ended_well = True
     finally:
-        signals.settled = True
-        if keep and ended_well:
-            host.leases.take(name, project, keep=True)
+        signals.closing = True
+        if plan.keep and ended_well:
+            host.leases.take(name, plan.project, folders, keep=True)
             reach = f"limactl shell {name}; remove it: agent-vm rm {name}"
             log.info(f"kept {name}; reach it: {reach}")
         else:
@@ -1221,21 +1227,20 @@ def run_hook(guest: Guest, path: Path, mounted: bool, workdir: str = ".") -> Non
 
 # A module that is run as a script keeps its syntax tree as long as it runs: 8 MB. With -I: a
 # PYTHONPATH into the project must not choose the modules that run on the host.
-RUN_PROXY = """
-import sys
-sys.path.insert(0, sys.argv.pop(1))
-import github_mcp_proxy
-sys.exit(github_mcp_proxy.main())
-"""
+RUN_PROXY = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); import github_mcp_proxy;"
+    " sys.exit(github_mcp_proxy.main())"
+)
 
 
 @contextlib.contextmanager
-def github_proxy(host: Host, choice: GitHubChoice, name: str) -> Iterator[tuple[GitHub, str]]:
-    """A GitHub proxy for one VM, and the secret of a probe of it; afterwards what it did is said.
+def github_proxy(host: Host, asked: GitHub, name: str) -> Iterator[GitHub]:
+    """A GitHub proxy for one VM; afterwards what it did is said.
 
     It ends with the block, and when this process is killed: its stdin is closed then.
     """
     import secrets
+    import select
 
     secret, probe_secret = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
     own = {"GITHUB_MCP_SECRET": secret, "GITHUB_MCP_PROBE_SECRET": probe_secret}
@@ -1243,29 +1248,31 @@ def github_proxy(host: Host, choice: GitHubChoice, name: str) -> Iterator[tuple[
     errors = host.folders.state / "logs" / f"{name}.github.log"
     argv = [sys.executable, "-I", "-c", RUN_PROXY, str(Path(__file__).resolve().parent)]
     argv += ["--listen", "127.0.0.1:0", "--exit-with-stdin", "--audit", str(audit)]
-    argv += choice.options
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0, "cwd": "/"}
+    options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+    options.update(cwd="/", env={**asked.environ, **own}, start_new_session=True)
     with (
         open(errors, "wb") as file,
-        child(
-            argv, **pipes, stderr=file, env={**choice.environ, **own}, start_new_session=True
-        ) as process,
+        child([*argv, *asked.options], stderr=file, **options) as proxy,
     ):
-        assert process.stdin and process.stdout
-        port, rights = (process.stdout.readline().decode().strip() for _ in range(2))
+        assert proxy.stdout
+        port = rights = ""
+        if select.select([proxy.stdout], [], [], host.lima.timeout)[0]:
+            port, rights = (proxy.stdout.readline().decode().strip() for _ in range(2))
         if not port.isdigit():
             raise AgentVMError("the GitHub proxy did not start", details=tail(errors))
         readonly = rights == "read-only"
-        log.info(f"GitHub: {choice.repo}{', read-only' if readonly else ''}")
+        log.info(f"GitHub: {asked.repo}{', read-only' if readonly else ''}")
         try:
-            yield GitHub(choice.repo, int(port), secret, readonly, choice.remote), probe_secret
+            yield GitHub(
+                asked.repo, asked.remote, {}, (), int(port), secret, probe_secret, readonly
+            )
         finally:
-            if process.poll() is not None:
-                log.warn(f"the GitHub proxy ended before the agent: {errors}")
+            if proxy.poll() is not None:
+                log.info(f"warning: the GitHub proxy ended before the agent: {errors}")
             else:
                 errors.unlink(missing_ok=True)  # the audit has what is worth keeping
-            with signals.held(), contextlib.suppress(subprocess.TimeoutExpired, ValueError):
-                printed, _ = process.communicate(timeout=10)  # it closes stdin first
+            with signals.held(), contextlib.suppress(subprocess.TimeoutExpired, *MALFORMED):
+                printed, _ = proxy.communicate(timeout=10)  # it closes stdin first
                 lines = printed.decode(errors="replace").splitlines()
                 for line in receipt_lines([json.loads(line) for line in lines]):
                     log.info(f"GitHub: {line}")
@@ -1274,11 +1281,7 @@ def github_proxy(host: Host, choice: GitHubChoice, name: str) -> Iterator[tuple[
 def run(host: Host, base: Instance, plan: Plan) -> int:
     """Clone, check, start, prepare, run plan.argv in the project, delete. Returns its status."""
     folders, lima = host.folders, host.lima
-    mount_type = CONFINED_MOUNT_TYPE.get(base.vm_type)
-    if not mount_type:
-        raise AgentVMError(
-            f"{base.name} is a {base.vm_type} instance: no mount type of it is confined by the host"
-        )
+    mount_type = CONFINED_MOUNT_TYPE.get(base.vm_type, "unknown")
     # The project's transcripts on the host, where the agent looks for them in the guest.
     sessions = folders.state / "sessions" / session_key(plan.project)
     sessions.mkdir(mode=0o700, exist_ok=True)
@@ -1286,11 +1289,10 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
     mounts = [*plan.mounts, transcripts]
 
     with contextlib.ExitStack() as stack:
-        name = stack.enter_context(disposable(host, plan.project, plan.keep))
-        github, probe_secret = None, ""
+        name = stack.enter_context(disposable(host, plan))
+        github = None
         if plan.github:
-            proxy = github_proxy(host, plan.github, name)
-            github, probe_secret = stack.enter_context(proxy)
+            github = stack.enter_context(github_proxy(host, plan.github, name))
 
         log.progress(f"starting {name}")
         links = folders.state / "links" / name
@@ -1321,7 +1323,7 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
             logs = "" if prepared.out else failure_logs(host, name)
             raise AgentVMError("the VM could not be prepared", details=prepared.out + logs)
         if github:
-            probe = guest.run("bash -s", github_probe(github, probe_secret))
+            probe = guest.run("bash -s", github_probe(github))
             if probe.status:
                 reason = probe.out.strip()
                 raise AgentVMError("the GitHub proxy does not protect this VM", details=reason)
@@ -1338,8 +1340,8 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
             with signals.held(), contextlib.suppress(AgentVMError):
                 guest.run("sync", timeout=20)  # what the agent wrote so far is kept
             raise
-        # An agent, too, may end with ssh's status: ask whether the VM is there.
-        if status == SSH_FAILED and not guest.alive():
+        # An agent, too, may end with ssh's status: ask whether the VM is there. Below 0, ssh died.
+        if status < 0 or (status == SSH_FAILED and not guest.alive()):
             raise AgentVMError("the VM was lost while it ran", details=failure_logs(host, name))
         return status
 
@@ -1348,10 +1350,15 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
 
 # --- settings: flag > environment > config file > default ---
 
+# Docker's convention: 125 is a failure of ours around the guest's command, never the command's.
+EXIT_OURS = 125
 BASE = "agent-vm-base"
 AGENT = ("claude", "--dangerously-skip-permissions")
 CREDENTIALS = ("CLAUDE_CODE_OAUTH_TOKEN", "ANTHROPIC_API_KEY")
 GITHUB_TOKEN = "GITHUB_MCP_TOKEN"  # for the proxy alone
+# Taken out of the environment, so that no child inherits them; the last four are gh's.
+SECRETS = (*CREDENTIALS, GITHUB_TOKEN, "GH_TOKEN", "GITHUB_TOKEN", "GH_ENTERPRISE_TOKEN",
+           "GITHUB_ENTERPRISE_TOKEN")  # fmt: skip
 
 # GitHub takes no repository that is called so: "." and "..", or x.git and x.wiki.
 OWNER_REPO = r"([A-Za-z0-9][A-Za-z0-9_-]*/(?!\.{1,2}/?$)[A-Za-z0-9._-]+?(?<!\.git)(?<!\.wiki))"
@@ -1365,7 +1372,8 @@ def words_like(pattern: str, what: str) -> Callable[[str], str]:
 
     def parse(word: str) -> str:
         if not re.fullmatch(pattern, word, re.DOTALL):
-            raise argparse.ArgumentTypeError(f"{word!r} is not {what}")
+            shown = re.sub(r"=.*|//[^/@]*@", "…", word, flags=re.DOTALL)  # what may be a secret
+            raise argparse.ArgumentTypeError(f"{shown!r} is not {what}")
         return word
 
     return parse
@@ -1386,6 +1394,10 @@ def existing_file(word: str) -> str:
     return path
 
 
+def image_location(word: str) -> str:
+    return web_address(word) if "://" in word else existing_file(word)
+
+
 def yes_or_no(word: str) -> bool:
     import configparser
 
@@ -1402,12 +1414,12 @@ def yes_no_or_auto(word: str) -> bool | str:
 def mount_option(word: str) -> Mount:
     """DIR[:ro|:rw][:GUESTPATH]; read-only unless said, and at the same path unless said."""
     match = re.fullmatch(r"(.+?)(?::(ro|rw))?(?::(/.*))?", word, re.DOTALL)
-    written = os.path.expanduser(match[1] if match else word)
-    source = real_place(written)
+    typed = os.path.expanduser(match[1] if match else word)
+    source = real_place(typed)
     if not match or not os.path.isdir(source.path):
         raise argparse.ArgumentTypeError(f"{word!r}: {source.path} is not a directory")
     target = os.path.normpath(match[3] or source.path)
-    return Mount(source, target, writable=match[2] == "rw", written=place_of(written))
+    return Mount(source, target, writable=match[2] == "rw", as_typed=spellings(typed))
 
 
 class Setting(NamedTuple):
@@ -1429,7 +1441,7 @@ SETTINGS = {
     "memory": Setting(whole_number, 8, "memory of the VM, half the host's at most", "GB"),
     "cpus": Setting(whole_number, 4, "CPUs of the VM, half the host's at most", "N"),
     "template": Setting(existing_file, "", "another Lima template than lima/agent-vm.yaml", "FILE"),
-    "image": Setting(str, "", "another Debian 13 disk image", "FILE|URL"),
+    "image": Setting(image_location, "", "another Debian 13 disk image", "FILE|URL"),
     "ca-cert": Setting(existing_file, (), "trust a CA in the VM (repeatable)", "FILE", many=True),
     "apt-mirror": Setting(web_address, "", "Debian mirror for the guest's apt", "URL"),
     "npm-registry": Setting(web_address, "", "npm registry of the guest (else the host's)", "URL"),
@@ -1532,44 +1544,42 @@ def open_host(
 ) -> tuple[Host, Settings]:
     folders = folders_of(os.environ)
     settings = Settings(vars(args), os.environ, config_values(folders.config / "config.ini"))
-    os.environ["PATH"] = safe_search_path(os.environ.get("PATH", os.defpath))
+    os.environ["PATH"] = safe_search_path(os.environ.get("PATH", os.defpath), folders.state)
     os.environ["PATH"] += f"{os.pathsep}{folders.data}/lima/bin"  # where setup puts Lima
     binary = shutil.which("limactl") or ""
     if need_lima and not binary:
         raise AgentVMError("limactl is not installed", hint="agent-vm setup installs it")
-    try:
-        for name in ("", "leases", "bases", "sessions", "links", "logs", "audit", "github"):
-            make_private_folder(folders.state / name)
-    except OSError as error:
-        problem = f"the state folder is not writable: {error}"
-        raise AgentVMError(problem, "set XDG_STATE_HOME to a folder of yours") from error
+    for name in ("", "leases", "bases", "sessions", "links", "logs", "audit", "github"):
+        make_private_folder(folders.state / name)
     host = Host(folders, Lima(binary, settings.get("timeout")), Leases(folders), args.secrets)
     if collect and binary:
         collect_garbage(host)
     return host, settings
 
 
-def safe_search_path(path: str) -> str:
-    """PATH without relative entries, and without what an agent of this directory can write.
+def safe_search_path(path: str, state: Path) -> str:
+    """PATH without relative entries, and without what an agent can have made.
 
     A project's .venv/bin, say: its programs are for the guest.
     """
     entries = [entry for entry in path.split(os.pathsep) if os.path.isabs(entry)]
+    mounted = []
     with contextlib.suppress(OSError):
-        project = place_of(os.getcwd())
-        if not mount_refusal(project, real_place("~"), {}):
-            entries = [entry for entry in entries if not inside(real_place(entry), project)]
-    return os.pathsep.join(entries)
+        here = place_of(os.getcwd())
+        mounted = [] if mount_refusal(here, real_place("~"), {}) else [here]
+    return os.pathsep.join(
+        entry for entry in entries
+        if not any(agents_folders(state, place, mounted) for place in spellings(entry))
+    )  # fmt: skip
 
 
 def checked_lima_version(lima: Lima) -> str:
-    printed = lima.version()
+    printed = lima.version().strip()[:80]
     match = re.search(r"(\d+)\.(\d+)(?:\.\d+)?", printed)
-    if not match:
-        raise AgentVMError(f"limactl --version printed {printed.strip()[:80]!r}")
-    if (int(match[1]), int(match[2])) < MIN_LIMA:
+    if not match or (int(match[1]), int(match[2])) < MIN_LIMA:
         oldest = ".".join(map(str, MIN_LIMA))
-        raise AgentVMError(f"limactl {match[0]} is too old", f"agent-vm needs {oldest} or newer")
+        problem = f"limactl {match[0] if match else repr(printed)} is too old"
+        raise AgentVMError(problem, hint=f"agent-vm needs Lima {oldest} or newer")
     return match[0]
 
 
@@ -1626,6 +1636,9 @@ def collect_garbage(host: Host, wait: bool = False) -> list[str]:
     """Remove the instances whose owner is gone (kill -9, crash, power loss) and say so."""
     removed = []
     with file_lock(host.folders.state / "gc.lock", wait) as free:
+        for path in host.folders.state.glob("*/.*"):
+            if changed(path) < time.time() - 86400:  # a file that a kill -9 left half written
+                remove_file(path)
         roles = base_roles(host.folders)
         for lease in host.leases.orphans() if free else ():
             if lease.name in roles:  # its setup died right after it had become a base instance
@@ -1633,7 +1646,9 @@ def collect_garbage(host: Host, wait: bool = False) -> list[str]:
                 continue
             existed = (host.folders.lima_home / lease.name).is_dir()
             if not existed and 0 <= time.time() - lease.created < CLONE_SECONDS:
-                continue  # its limactl may have outlived it, and be about to make it
+                if wait:
+                    log.info(f"{lease.name}: its limactl may be about to make it; again later")
+                continue
             with signals.held():
                 gone = try_remove(host, lease.name)
             if gone and existed:
@@ -1651,13 +1666,10 @@ def changed(path: Path) -> float:
 
 
 def prune_records(host: Host) -> None:
-    """Keep the newest logs of failures (there are two of each) and audits, and those in use."""
-    live = {lease.name for lease in host.leases.all()}
-    for folder, pattern, keep in (("logs", "agent-vm-*.log", 20), ("audit", "*.jsonl", 100)):
-        files = sorted((host.folders.state / folder).glob(pattern), key=changed)
-        for path in files[:-keep]:
-            if path.name.partition(".")[0] not in live:
-                remove_file(path)
+    """Keep the newest logs of failures and audits; those in use are among them."""
+    for folder in ("logs", "audit"):
+        for path in sorted((host.folders.state / folder).glob("agent-vm-*"), key=changed)[:-100]:
+            remove_file(path)
 
 
 # --- the plan of a run ---
@@ -1689,8 +1701,8 @@ def find_credential(host: Host) -> Credential | None:
 
 def guest_variables(host: Host, settings: Settings) -> dict[str, str]:
     given = {**host.secrets, **os.environ}
-    passed = [name for name in os.environ if PASSED_ENV.fullmatch(name) and os.environ[name]]
-    variables = {name: os.environ[name] for name in passed}
+    passed = filter(PASSED_ENV.fullmatch, os.environ)
+    variables = {name: os.environ[name] for name in passed if os.environ[name]}
     variables["DISABLE_AUTOUPDATER"] = "1"  # the clone is thrown away; `setup` updates
     for item in settings.get("env"):
         name, equals, value = item.partition("=")
@@ -1718,8 +1730,6 @@ GITHUB_URL = re.compile(
     + OWNER_REPO + r"(?:\.git)?/?",
     re.IGNORECASE,
 )  # fmt: skip
-# Of the host's environment, what the proxy must not have besides; the names are gh's.
-OTHER_TOKENS = ("GH_TOKEN", "GITHUB_TOKEN", "GH_ENTERPRISE_TOKEN", "GITHUB_ENTERPRISE_TOKEN")
 GITHUB_BRIEFING = """
 # GitHub in this VM
 
@@ -1749,7 +1759,8 @@ def project_remote(project: str) -> str:
     it says is a proposal to the user, never a decision.
     """
     file = os.path.join(worktree_git_dir(project) or os.path.join(project, ".git"), "config")
-    if os.path.realpath(file) != file or not os.path.isfile(file):
+    plain = os.path.realpath(file) == file and os.path.isfile(file)
+    if not plain or os.path.getsize(file) > 1 << 20:  # git takes four times as much memory
         return ""
     command = ("git", "config", "--file", file, "--no-includes", "--get", "remote.origin.url")
     return first_line_of(*command)
@@ -1761,8 +1772,9 @@ def choose_repository(host: Host, settings: Settings, project: str, named: str) 
     The user chooses a project's repository once, by --repo or by a yes; it is kept in the state
     folder. What the remote says later changes nothing.
     """
-    wanted = settings.get("github")
-    if not wanted and not named:
+    implied = [settings.find(name)[1] for name in ("github-profile", "github-policy")]
+    wanted = settings.get("github") or named or "flag" in implied
+    if not wanted:
         return "", ""
     kept = host.folders.state / "github" / session_key(project)
     remote = project_remote(project)
@@ -1778,35 +1790,31 @@ def choose_repository(host: Host, settings: Settings, project: str, named: str) 
     if not repo:
         raise AgentVMError("no GitHub repository was chosen for this project", hint)
     write_file(kept, f"{repo}\n")
-    if re.match(r"https?://[^/]*@", remote):
-        log.warn("the remote's URL has a credential in it, which the agent can read")
-    if proposed and proposed.lower() != repo.lower():
+    same = proposed.lower() == repo.lower()
+    if proposed and not same:
         log.info(f"the agent gets {repo}, as it was chosen; the remote says {proposed} ({hint})")
-        return repo, ""
-    return repo, remote if proposed else ""
+    return repo, remote if same else ""
 
 
 def plan_github(
     host: Host, settings: Settings, project: str, mounts: Sequence[Mount], named: str
-) -> GitHubChoice | None:
+) -> GitHub | None:
     """The repository and the token of this run; None without GitHub. What is missing raises."""
     repo, remote = choose_repository(host, settings, project, named)
     if not repo:
         return None
-    options = []
     policy, profile = settings.get("github-policy"), settings.get("github-profile")
-    if policy:
-        sessions = Mount(place_of(host.folders.state / "sessions"), "")
-        problem = policy_problem([place_of(policy), real_place(policy)], [*mounts, sessions])
-        if problem:
+    for place in spellings(policy) if policy else ():
+        for folder in agents_folders(host.folders.state, place, [m.source for m in mounts]):
+            problem = f"the policy {place.path} lies in {folder}, which an agent can write"
             raise AgentVMError(problem, hint=f"put it into {host.folders.config}")
-        options += ["--policy", policy]
+    options = ["--policy", policy] if policy else []
     token = host.secrets.get(GITHUB_TOKEN, "")
     if not token and profile:
         command = [sys.executable, "-I", sibling_script("github_app_token.py"), "token"]
         command += ["--profile", profile, "--repo", repo, "--format", "json"]
         options += ["--token-command", shlex.join(command)]
-    elif not token and settings.get("github") == "auto":
+    elif not token and settings.get("github") == "auto" and not named:
         log.progress(f"without GitHub: there is no token for {repo}")
         return None
     elif not token:
@@ -1814,13 +1822,12 @@ def plan_github(
         raise AgentVMError(f"there is no GitHub token for {repo}", hint)
     sibling_script("github_mcp_proxy.py")
     environ = {"GITHUB_MCP_GIT": "https://github.com", **os.environ}
-    environ = {key: value for key, value in environ.items() if key not in OTHER_TOKENS}
     environ["GITHUB_MCP_OWNER"], _, environ["GITHUB_MCP_REPO"] = repo.partition("/")
     if token:
         environ[GITHUB_TOKEN] = token
     if settings.chosen("readonly"):
         environ["GITHUB_MCP_READONLY"] = "1" if settings.get("readonly") else "0"
-    return GitHubChoice(repo=repo, remote=remote, environ=environ, options=options)
+    return GitHub(repo=repo, remote=remote, environ=environ, options=options)
 
 
 def sibling_script(name: str) -> str:
@@ -1902,7 +1909,9 @@ def preflight(host: Host, settings: Settings, yes: bool) -> None:
         more = "".join(f"\nalso: {problem} ({step})" for problem, step in problems[1:])
         raise AgentVMError(problems[0][0], hint=problems[0][1] + more)
     if kvm_is_missing():
-        log.warn("no usable /dev/kvm: the VM is emulated and slow (is your user in the group kvm?)")
+        log.info(
+            "warning: no usable /dev/kvm: the VM is emulated and slow (are you in the group kvm?)"
+        )
     if not host.lima.binary:
         host.lima.binary = install_lima(host.folders, settings.get("lima-url").rstrip("/"), yes)
     checked_lima_version(host.lima)
@@ -1966,8 +1975,7 @@ def create_options(settings: Settings) -> list[str]:
     parts = [".mountTypesUnsupported = []"]
     parts += [f".param.{name} = {yq_value(value)}" for name, value in params.items() if value]
     if settings.get("image"):
-        image = settings.get("image")
-        location = image if "://" in image else os.path.abspath(os.path.expanduser(image))
+        location = settings.get("image")
         arch = {"arm64": "aarch64"}.get(os.uname().machine, os.uname().machine)
         parts.append(f".images = {yq_value([{'location': location, 'arch': arch}])}")
     certificates = [Path(path).read_text(errors="replace") for path in settings.get("ca-cert")]
@@ -2023,10 +2031,10 @@ def provision(host: Host, settings: Settings, name: str, hooks: Sequence[Path]) 
     template = settings.get("template") or str(lima_folder(host.folders) / "agent-vm.yaml")
     host.lima.create(name, template, *create_options(settings))
     instance = host.lima.find(name)
-    if instance is None or instance.mounts:
-        problem = f"{name} would mount {instance.mounts[0][0]}" if instance else f"no {name}"
+    if instance is None or instance.mounts or instance.forward_agent or instance.writes_host:
+        faults = "; it ".join(isolation_faults(instance, ()) if instance else ["is not there"])
         hint = f"look into the template and {host.folders.lima_home}/_config"
-        raise AgentVMError(problem, hint)
+        raise AgentVMError(f"{name} would not be confined: it {faults}", hint)
     guest = Guest(instance)
     provision_log = ProvisionLog(guest)
     log.step(f"starting {name}")
@@ -2063,13 +2071,13 @@ def build_base(host: Host, settings: Settings, args: argparse.Namespace) -> None
     hooks = readable_hooks(own_hook, host.folders.config / "setup.sh")
     name = base_name(settings)
     instance, oldest = f"{name}.{os.urandom(3).hex()}", ""
-    host.leases.take(instance, "")
+    host.leases.take(instance)
     try:
         notes = provision(host, settings, instance, hooks)
         with signals.held(), file_lock(host.folders.state / "bases.lock"):
             current, oldest = read_base(host.folders, name)
             if oldest:  # who is killed from here on leaves it to the next command
-                host.leases.take(oldest, "")
+                host.leases.take(oldest)
             write_base(host.folders, name, current=instance, previous=current)
             host.leases.drop(instance)
     finally:
@@ -2117,9 +2125,6 @@ def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int
         project = os.getcwd()  # without symlinks: the same path must be found again by --resume
     except OSError as error:
         raise AgentVMError("the current directory does not exist any more") from error
-    typed = os.environ.get("PWD", project)
-    if typed != project and os.path.realpath(typed) == project:
-        log.info(f"{typed} is a link: {project} is mounted")
     readonly, more = settings.get("readonly"), settings.get("mount")
     mounts = plan_mounts(host, project, readonly, more, args.force_mount)
     hooks = readable_hooks(host.folders.config / "runtime.sh", Path(project, PROJECT_HOOK))
@@ -2155,7 +2160,8 @@ def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int
     try:
         return run(host, base, plan)
     finally:
-        prune_records(host)
+        with contextlib.suppress(OSError):
+            prune_records(host)
 
 
 def disk_usage(folder: Path) -> int:
@@ -2236,7 +2242,7 @@ def cmd_rm(args: argparse.Namespace) -> int:
         names = read_base(host.folders, name)
         if instance.name in names:
             # First: the name must not mean what is no more, whatever becomes of the deletion.
-            host.leases.take(instance.name, "")
+            host.leases.take(instance.name)
             current, previous = ("" if one == instance.name else one for one in names)
             write_base(host.folders, name, current, previous)
     remove_instance(host, instance.name)
@@ -2281,9 +2287,8 @@ def cmd_auth(args: argparse.Namespace) -> int:
         if os.isatty(0):
             import getpass
 
-            asked = "token from `claude setup-token`, or API key (not shown): "
             with contextlib.suppress(EOFError):
-                given = getpass.getpass(asked)
+                given = getpass.getpass("token of `claude setup-token`, or API key (not shown): ")
         else:
             given = sys.stdin.read(10_000)
         name, value = recognised_credential(given)
@@ -2295,9 +2300,8 @@ def cmd_auth(args: argparse.Namespace) -> int:
         remove_file(path)
         return 0
     credential = find_credential(host)
-    print(f"{credential.name} from {credential.origin}" if credential else "none on this host")
-    if credential:
-        print("it enters the guest: the agent there can read it")
+    known = f"{credential.name} from {credential.origin}; it enters the guest" if credential else ""
+    print(known or "none on this host")
     return 0 if credential else 1
 
 
@@ -2355,7 +2359,7 @@ def looks(host: Host, settings: Settings) -> dict[str, Callable[[], str]]:
     def base_instance() -> str:
         base = usable_base(host, base_name(settings))
         days = (time.time() - changed(base.dir / "lima-version")) / 86400
-        return f"{base.name}, {days:.0f} days old" + (": setup updates it" if days > 30 else "")
+        return f"{base.name}, {days:.0f} days old; setup builds it anew"
 
     def leftovers() -> str:
         leases = {lease.name for lease in host.leases.all()}
@@ -2393,8 +2397,6 @@ def shown_setting(name: str, value: Any) -> str:
 
 def cmd_template(args: argparse.Namespace) -> int:
     folder, target = lima_folder(folders_of(os.environ)), Path(args.directory)
-    if target.exists():
-        raise AgentVMError(f"{target} exists", hint="name a new directory")
     copy_folder(folder, target)
     log.info(f"edit {target}/agent-vm.yaml, then: agent-vm setup --template {target}/agent-vm.yaml")
     return 0
@@ -2403,7 +2405,8 @@ def cmd_template(args: argparse.Namespace) -> int:
 def cmd_shell_init(args: argparse.Namespace) -> int:
     """Shell functions; all that follows `claude-vm` is the agent's, so no flag of ours clashes."""
     # -I: a PYTHONPATH into the project must not choose the modules that run on the host.
-    script = shlex.join([sys.executable, "-I", os.path.realpath(__file__)])
+    # Nor a virtual environment's python3, which an agent may have made.
+    script = shlex.join([os.path.realpath(sys.executable), "-I", os.path.realpath(__file__)])
     form = "function {}; {} $argv; end" if args.shell == "fish" else '{}() {{ {} "$@"; }}'
     print(form.format("agent-vm", script))
     print(form.format("claude-vm-setup", f"{script} setup"))
@@ -2413,7 +2416,6 @@ def cmd_shell_init(args: argparse.Namespace) -> int:
 
 
 COMPLETION = """\
-# shellcheck shell=bash
 if [ -n "${ZSH_VERSION-}" ]; then autoload -Uz compinit bashcompinit; compinit; bashcompinit; fi
 _agent_vm() {
   local word words='VERBS'
@@ -2439,8 +2441,6 @@ def cmd_completion(_args: argparse.Namespace) -> int:
 EPILOG = """\
 examples:
   cd my-project && agent_vm.py run          the agent in this directory, in a VM of its own
-  agent_vm.py run --mount ~/data:ro --memory 16 -- --resume
-  agent_vm.py shell -- make test            a command instead of the agent
   agent_vm.py shell-init >> ~/.bashrc       defines claude-vm, claude-vm-shell, claude-vm-setup
 
 environment:
@@ -2562,8 +2562,9 @@ def report(error: AgentVMError) -> None:
     if "agent-vm " in hint and not os.path.isabs(sys.argv[0]):
         hint += f"  (agent-vm is: python3 {sys.argv[0]})"
     lines = [error.details, f"agent-vm: error: {error}", hint and f"agent-vm: hint: {hint}"]
+    shown = [printable(line) for text in lines if text for line in text.split("\n")]
     with contextlib.suppress(OSError):
-        print("\n".join(filter(None, lines)), file=sys.stderr, flush=True)
+        print("\n".join(shown), file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -2571,8 +2572,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     failure = EXIT_OURS
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
-        secret = (*CREDENTIALS, GITHUB_TOKEN)
-        args.secrets = {name: os.environ.pop(name) for name in secret if name in os.environ}
+        args.secrets = {name: os.environ.pop(name) for name in SECRETS if name in os.environ}
         log.verbose, log.quiet, failure = args.verbose, args.quiet, args.failure
         signals.catch()
         status = int(args.func(args))
@@ -2594,7 +2594,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if log.verbose:
             raise
     finally:
-        signals.settled = True  # Python's own shutdown is not to be interrupted
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # Python's shutdown has its status
     return int(failure)
 
 

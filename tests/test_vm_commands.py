@@ -290,7 +290,7 @@ class DoctorTest(WorldTest):
 
     def test_lima_missing_too_old_or_garbage(self) -> None:
         self.assert_found("lima", "fail", "1.0.7 is too old", FAKE_LIMA_VERSION="1.0.7")
-        self.assert_found("lima", "fail", "--version", FAKE_LIMA_GARBAGE="--version")
+        self.assert_found("lima", "fail", "limactl '<html>", FAKE_LIMA_GARBAGE="--version")
         self.assert_found("base instance", "fail", "limactl list", FAKE_LIMA_GARBAGE="list")
         (self.box.bin / "limactl").unlink()
         self.assert_found("lima", "fail", "not installed", "agent-vm setup")
@@ -398,6 +398,7 @@ class ShellInitTest(WorldTest):
         lines = result.stdout.splitlines()
         self.assertEqual((lines[0], lines[2]), ("one two|it's|status: 0", "found: 0"))
         self.assertEqual(json.loads(lines[1])["name"], BASE)
+        self.assertIn(f"{os.path.realpath(sys.executable)} -I ", init.out.replace("'", ""))
         words = ["--dangerously-skip-permissions", "--keep", "", "a b", "$x", "--", "-p"]
         self.assertEqual(self.box.agent_calls()[0]["argv"], words)
         self.assert_nothing_left()
@@ -479,7 +480,7 @@ class CompletionTest(WorldTest):
         if not shutil.which("shellcheck"):
             self.skipTest("shellcheck is not installed")
         check = subprocess.run(
-            ["shellcheck", "-"], input=self.text, stdout=subprocess.PIPE, text=True
+            ["shellcheck", "-s", "bash", "-"], input=self.text, stdout=subprocess.PIPE, text=True
         )
         self.assertEqual((check.returncode, check.stdout), (0, ""))
 

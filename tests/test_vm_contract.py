@@ -39,6 +39,7 @@ COMMANDS: list[tuple[list[str], int, str]] = [
     (["delete", "-f", "ct.c0ffee"], 0, "Deleted `ct.c0ffee`"),
     (["unprotect", "ct-a"], 0, "Unprotected `ct-a`"),
     (["unprotect", "ct-a"], 0, "Instance `ct-a` isn't protected. Skipping."),
+    (["unprotect", "ct-none"], 1, "failed to inspect instance `ct-none`"),
     (["stop", "ct-a"], 1, "expected status `Running`, got `Stopped`"),
     (["stop", "ct-none"], 1, "no such file or directory"),
     (["delete", "-f", "ct-none"], 0, "Ignoring non-existent instance `ct-none`"),

@@ -91,6 +91,15 @@ class SignalTest(WorldTest):
         self.assertEqual(self.box.finish(process).status, 130)
         self.assert_nothing_left()
 
+    def test_a_clean_up_that_finds_no_temporary_folder_keeps_the_agents_status(self) -> None:
+        tmp = self.box.root / "tmp"
+        script = f"sh:rm -r {tmp}; exit 7"
+        result = self.box.run("run", "--", script)
+        tmp.mkdir(exist_ok=True)
+        self.assertEqual(result.status, 7, result.err)
+        self.box.run("gc")
+        self.assert_nothing_left()
+
     def test_a_signal_right_after_the_agent_has_ended(self) -> None:
         process = self.box.start("run", "--", "sh:exit 6", FAKE_LIMA_SLEEP="delete:0.3")
         self.box.wait_for_limactl("delete")
@@ -276,6 +285,29 @@ class OrphanTest(WorldTest):
         self.box.run("gc")
         self.assertTrue(precious.exists())
         self.assert_nothing_left()
+
+    def test_a_kept_vm_that_limactl_deleted_is_forgotten(self) -> None:
+        self.assertEqual(self.box.run("shell", "--keep", "--", "true").status, 0)
+        (name,) = self.box.clones()
+        shutil.rmtree(self.box.lima / name)
+        lease = self.box.state / "leases" / f"{name}.json"
+        fields = json.loads(lease.read_text())
+        lease.write_text(json.dumps({**fields, "created": 1.0}))
+        self.assertEqual(self.box.run("run").status, 0)
+        self.assert_nothing_left()
+
+    def test_half_written_files_of_a_killed_command_are_removed_after_a_day(self) -> None:
+        old = self.box.write(self.box.state / "leases/.x.json.123", "{")
+        new = self.box.write(self.box.state / "leases/.y.json.123", "{")
+        os.utime(old, (1, 1))
+        self.box.run("gc")
+        self.assertEqual((old.exists(), new.exists()), (False, True))
+
+    def test_gc_says_why_it_waits(self) -> None:
+        self.box.make_lease("agent-vm-p-0a1b2c")
+        result = self.box.run("gc")
+        self.assertEqual(result.status, 1)
+        self.assertIn("agent-vm-p-0a1b2c", result.err)
 
     def test_a_file_that_is_no_lease_harms_nothing(self) -> None:
         self.box.make_lease("default")

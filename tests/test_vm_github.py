@@ -24,7 +24,10 @@ from tests.support import executable
 from tests.support import wait_for
 
 TOKEN = "github_pat_11NOTREAL0_abcdefghijklmnopqrstuvwxyz0123456789"
-GITHUB = GitHub("octo/widget", 4711, "s3cret-" + "x" * 30, False, "git@github.com:Octo/Widget.git")
+GITHUB = GitHub(
+    repo="octo/widget", port=4711, secret="s3cret-" + "x" * 30,
+    remote="git@github.com:Octo/Widget.git",
+)  # fmt: skip
 # A guest's git that finds the host: the name is resolved as Lima's DNS does it.
 GUEST_GIT = """
 port=$(sed -n 's/.*internal:\\([0-9]*\\)\\/"\\]/\\1/p' ~/.agent-vm/gitconfig)
@@ -85,8 +88,7 @@ class RepositoryTest(unittest.TestCase):
 
     def test_a_secret_is_in_no_repr(self) -> None:
         environ = {"GITHUB_MCP_TOKEN": TOKEN}
-        choice = agent_vm.GitHubChoice(repo="o/r", remote="", environ=environ, options=())
-        self.assertNotIn(TOKEN, repr(choice))
+        self.assertNotIn(TOKEN, repr(GitHub(repo="o/r", environ=environ)))
         self.assertNotIn(GITHUB.secret, repr(GITHUB))
 
 
@@ -345,13 +347,19 @@ class GitHubRunTest(GitHubWorld):
         link.symlink_to(planted)
         out = self.box.project / "out.ini"
         out.symlink_to(mine)
-        for path in (planted, link, "policy.ini", out):
+        middle = self.box.home / "middle.ini"
+        middle.symlink_to(out)
+        earlier = self.box.home / "earlier"
+        earlier.mkdir()
+        self.assertEqual(self.box.run("run", cwd=earlier).status, 0)
+        left = self.box.write(earlier / "sub/policy.ini", text)
+        for path in (planted, link, "policy.ini", out, middle, left):
             result = self.box.run("run", "--github", f"--github-policy={path}")
-            self.assert_refused(result, "which is mounted", str(self.box.config))
+            self.assert_refused(result, "which an agent can write", str(self.box.config))
         folder = self.box.home / "folder"
         shared = self.box.write(folder / "policy.ini", text)
         argv = ("--mount", str(folder), "--github-policy", str(shared))
-        self.assert_refused(self.box.run("run", "--github", *argv), "which is mounted")
+        self.assert_refused(self.box.run("run", "--github", *argv), "which an agent can write")
         result = self.box.run("run", "--github", f"--github-policy={mine}")
         self.assertEqual(result.status, 0, result.err)
 

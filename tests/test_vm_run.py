@@ -18,6 +18,7 @@ from tests.support import TOKEN
 from tests.support import Result
 from tests.support import Sandbox
 from tests.support import WorldTest
+from tests.support import executable
 from tests.support import open_sandbox
 from tests.support import wait_for
 
@@ -111,6 +112,9 @@ class WholeRunTest(unittest.TestCase):
     def test_the_credential_reaches_the_agent(self) -> None:
         self.assertEqual(self.call["env"]["CLAUDE_CODE_OAUTH_TOKEN"], TOKEN)
 
+    def test_no_child_has_a_token_of_githubs_in_its_environment(self) -> None:
+        self.assertNotIn("of the host", json.dumps([call["env"] for call in self.box.calls()]))
+
     def test_the_credential_is_in_no_argument_environment_or_output_of_the_host(self) -> None:
         self.assertGreater(len(self.box.calls("limactl", "ssh")), 5)
         self.assertNotIn(TOKEN, json.dumps(self.box.calls()))
@@ -164,6 +168,13 @@ class StatusTest(WorldTest):
     def test_255_is_a_status_like_any_other(self) -> None:
         result = self.box.run("shell", "--", "bash", "-c", "exit 255")
         self.assertEqual((result.status, result.err), (255, ""))
+
+    def test_an_ssh_that_is_killed_is_a_failure_of_ours(self) -> None:
+        (self.box.bin / "ssh").rename(self.box.bin / "real-ssh")
+        script = f'case "$*" in *launch*) kill -9 $$;; esac\nexec {self.box.bin}/real-ssh "$@"'
+        executable(self.box.bin / "ssh", script)
+        self.assert_refused(self.box.run("run"), "the VM was lost")
+        self.assert_nothing_left()
 
     def test_a_lost_vm_is_said_to_be_lost(self) -> None:
         lose = 'sh:rm "$FAKE_GUEST_INSTANCE/ha.pid"'
@@ -356,11 +367,36 @@ class MountTest(WorldTest):
         self.folder(".ssh")
         link = self.box.project / "link"
         link.symlink_to(self.box.home)
-        for spec in (str(self.box.home), f"{self.box.home}/.ssh:ro:/data", str(link)):
+        for spec in (str(self.box.home), f"{self.box.home}/.ssh:ro:/data"):
             with self.subTest(spec=spec):
                 result = self.box.run("run", "--mount", spec)
                 self.assert_refused(result, "not given to an agent", "--force-mount")
+        self.assert_refused(self.box.run("run", "--mount", str(link)), "--force-mount")
         self.assertEqual(self.box.limactl("clone"), [])
+
+    def test_folders_that_the_guest_has_of_its_own_are_not_mounted(self) -> None:
+        for folder in ("/usr", "/etc", "/proc/self"):
+            self.assert_refused(self.box.run("run", cwd=Path(folder)), "the guest needs its own")
+        spec = f"{self.folder('other')}:/etc"
+        self.assert_refused(self.box.run("run", "--mount", spec), "the guest needs its own")
+        self.assertEqual(self.box.limactl("clone"), [])
+
+    def test_a_link_that_an_earlier_agent_made_is_not_followed(self) -> None:
+        other = self.folder("other")
+        link = self.box.project / "data"
+        script = f"sh:ln -s {other} data"
+        self.assertEqual(self.box.run("run", "--", script).status, 0)
+        own = self.box.home / "own"
+        own.symlink_to(link)
+        for argv in (("--readonly", "--mount", str(link)), ("--mount", str(own))):
+            result = self.box.run("run", *argv)
+            self.assert_refused(result, f"{link} leads out of {self.box.project}")
+        elsewhere = Path(self.folder("elsewhere"))
+        self.assert_refused(self.box.run("run", "--mount", str(link), cwd=elsewhere), "leads out")
+        # A shell that followed it has a working directory that is not what it seems.
+        result = self.box.run("run", cwd=link, PWD=str(link))
+        self.assert_refused(result, f"{link} leads out of {self.box.project}")
+        self.assertEqual(self.box.run("run", "--mount", other).status, 0)
 
     def test_a_link_in_the_project_is_not_followed_out_of_it(self) -> None:
         secret = self.folder("secret")
@@ -372,10 +408,32 @@ class MountTest(WorldTest):
         pid = os.getpid()
         start, boot = agent_vm.process_start(pid), agent_vm.boot_id()
         self.box.make_instance("agent-vm-p-0a1b2c", running=True)
-        self.box.make_lease("agent-vm-p-0a1b2c", pid=pid, start=start, boot_id=boot)
-        below = self.box.project / "below"
-        below.mkdir()
-        self.assert_refused(self.box.run("run", cwd=below), "agent-vm-p-0a1b2c is running")
+        data, other = self.folder("data"), self.folder("other")
+        self.box.make_lease("agent-vm-p-0a1b2c", pid=pid, start=start, boot_id=boot,
+                            folders=[str(self.box.project), data])  # fmt: skip
+        for folder in (f"{self.box.project}/below", f"{data}/below"):
+            os.mkdir(folder)
+            words = ("agent-vm-p-0a1b2c is running", "--force-mount")
+            self.assert_refused(self.box.run("run", cwd=folder), *words)
+            argv = ("--mount", folder)
+            self.assert_refused(self.box.run("run", *argv, cwd=other), *words)
+        self.assertEqual(self.box.run("run", "--mount", f"{data}:rw").status, 0)
+
+    def test_a_worktree_of_a_checkout_in_which_an_agent_runs_is_refused(self) -> None:
+        # That agent could put a link in the place of its .git while the second VM boots.
+        author = ("-c", "user.name=a", "-c", "user.email=a@b")
+        tree = self.box.home / "tree"
+        for argv in (("init", "-q"), (*author, "commit", "-q", "--allow-empty", "-m", "x"),
+                     ("worktree", "add", "-q", str(tree))):  # fmt: skip
+            command = ["git", "-C", str(self.box.project), *argv]
+            subprocess.run(command, check=True, env=self.box.env)
+        pid = os.getpid()
+        live = {"pid": pid, "start": agent_vm.process_start(pid), "boot_id": agent_vm.boot_id()}
+        self.box.make_instance("agent-vm-p-0a1b2c", running=True)
+        self.box.make_lease("agent-vm-p-0a1b2c", **live, folders=[str(self.box.project)])
+        self.assert_refused(self.box.run("run", cwd=tree), "/.git lies in", "is running")
+        self.box.make_lease("agent-vm-p-0a1b2c", **live, folders=[str(tree)])
+        self.assertEqual(self.box.run("run", cwd=tree).status, 0)
 
     def test_force_mount_mounts_what_is_refused_otherwise(self) -> None:
         result = self.box.run("run", "--force-mount", "--", "sh:pwd", cwd=self.box.home)
@@ -454,6 +512,23 @@ class WorktreeTest(WorldTest):
     def test_a_git_file_that_is_a_pipe_does_not_hang(self) -> None:
         os.mkfifo(self.box.project / ".git")
         self.assertEqual(self.mounts(self.box.project), [f"{self.box.project}:True"])
+
+
+class LargeOutputTest(WorldTest):
+    def test_what_a_guest_prints_does_not_fill_the_hosts_memory(self) -> None:
+        hook = "head -c 300000000 /dev/zero; echo; echo the end; exit 3"
+        self.box.write(self.box.project / ".claude-vm.runtime.sh", hook)
+        limited = ("bash", "-c", 'ulimit -v 400000; exec "$0" "$@"')
+        result = self.box.run("run", prefix=limited)
+        self.assert_refused(result, "status 3", "the end")
+
+    def test_no_escape_sequence_of_a_guest_reaches_the_terminal(self) -> None:
+        hook = "printf '\\033]0;title\\a\\033[2J\\342\\200\\256evil'; exit 3"
+        self.box.write(self.box.project / ".claude-vm.runtime.sh", hook)
+        result = self.box.run("run")
+        self.assert_refused(result, "status 3", "evil")
+        self.assertNotIn("\x1b", result.err)
+        self.assertNotIn("\u202e", result.err)
 
 
 class HookTest(WorldTest):
@@ -597,7 +672,7 @@ class OddEnvironmentTest(WorldTest):
         locked = self.box.home / "locked"
         locked.mkdir(0o500)
         result = self.box.run("run", XDG_STATE_HOME=str(locked))
-        self.assert_refused(result, "not writable", "XDG_STATE_HOME")
+        self.assert_refused(result, "locked/agent-vm", "ermission denied")
         self.assertEqual(self.box.limactl("clone"), [])
 
     def test_leases_that_cannot_be_written(self) -> None:
@@ -627,6 +702,22 @@ class OddEnvironmentTest(WorldTest):
         path = f"{programs}::.:.venv/bin:{self.box.bin}"
         self.assertEqual(self.box.run("run", PATH=path).status, 0)
         self.assertFalse((self.box.root / "was-run").exists())
+
+    def test_no_program_that_an_agent_left_anywhere_is_run_on_the_host(self) -> None:
+        planted = 'printf "#!/bin/sh\\ntouch $PWD/was-run\\n"'
+        script = f"""sh:mkdir -p ~/.claude/projects/bin .venv
+        for name in limactl git; do {planted} > ~/.claude/projects/bin/$name
+        chmod +x ~/.claude/projects/bin/$name; done"""
+        self.assertEqual(self.box.run("run", "--", script).status, 0)
+        (kept,) = (self.box.state / "sessions").iterdir()
+        (self.box.project / ".venv/bin").symlink_to(kept / "bin")
+        self.assertTrue((kept / "bin/limactl").exists())
+        elsewhere = self.box.home / "elsewhere"
+        elsewhere.mkdir()
+        for cwd in (self.box.project, elsewhere):
+            path = f"{self.box.project}/.venv/bin:{self.box.bin}"
+            self.assertEqual(self.box.run("run", PATH=path, cwd=cwd).status, 0)
+        self.assertEqual(list(self.box.home.rglob("was-run")), [])
 
     def test_git_missing(self) -> None:
         (self.box.bin / "git").unlink()

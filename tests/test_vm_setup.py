@@ -173,6 +173,28 @@ class FailureTest(SetupTest):
                 self.assert_refused(result, f"limactl {verb} failed")
                 self.assert_old_base_works()
 
+    def test_a_setup_that_fails_before_there_is_an_instance_leaves_nothing(self) -> None:
+        template = self.box.home / "none.yaml"
+        template.write_text("images: [")
+        executable(self.box.bin / "limactl.real", (self.box.bin / "limactl").read_text())
+        real = f'exec {self.box.bin}/limactl.real "$@"'
+        script = f'[ "$1" != create ] || {{ echo level=fatal msg=\\"bad\\" >&2; exit 1; }}\n{real}'
+        executable(self.box.bin / "limactl", script)
+        self.assert_refused(
+            self.setup_vm("--template", str(template)), "limactl create failed: bad"
+        )
+        self.assert_old_base_works()
+        gc = self.box.run("gc")
+        self.assertEqual((gc.status, gc.out, gc.err), (0, "", ""))
+
+    def test_a_template_that_would_copy_to_the_host_is_refused(self) -> None:
+        for text in ('{"ssh": {"forwardAgent": true}}', '{"copyToHost": [{"guest": "a"}]}'):
+            template = self.box.write(self.box.home / "mine.yaml", text)
+            result = self.setup_vm("--template", str(template))
+            self.assert_refused(result, "would not be confined")
+            self.assertEqual(self.box.limactl("start"), [])
+            self.assert_old_base_works()
+
     def test_a_failed_start_shows_limas_logs(self) -> None:
         self.assert_refused(self.setup_vm(FAKE_LIMA_FAIL="start"), "could not boot", "Kernel panic")
 
@@ -244,7 +266,7 @@ class FailureTest(SetupTest):
     def test_limas_defaults_cannot_put_a_mount_into_the_base_instance(self) -> None:
         mount = {"location": str(self.box.home), "mountPoint": "/h", "writable": True}
         self.box.write(self.box.lima / "_config/default.yaml", json.dumps({"mounts": [mount]}))
-        self.assert_refused(self.setup_vm(), f"would mount {self.box.home}", "_config")
+        self.assert_refused(self.setup_vm(), f"mounts {self.box.home}", "_config")
         self.assertEqual(self.box.limactl("start"), [])
 
     def test_a_limactl_that_gives_up_before_the_vm_is_not_the_end(self) -> None:
@@ -288,7 +310,7 @@ class HostTest(SetupTest):
         self.assertEqual(self.box.limactl("create"), [])
 
     def test_a_lima_without_a_version(self) -> None:
-        self.assert_refused(self.setup_vm(FAKE_LIMA_GARBAGE="--version"), "limactl --version")
+        self.assert_refused(self.setup_vm(FAKE_LIMA_GARBAGE="--version"), "limactl '<html>")
 
     def test_a_limactl_that_hangs(self) -> None:
         result = self.setup_vm(FAKE_LIMA_HANG="create", AGENT_VM_TIMEOUT="1")
@@ -331,7 +353,7 @@ class HostTest(SetupTest):
     def test_a_state_folder_that_cannot_be_written(self) -> None:
         locked = self.box.home / "locked"
         locked.mkdir(0o500)
-        self.assert_refused(self.setup_vm(XDG_STATE_HOME=str(locked)), "not writable")
+        self.assert_refused(self.setup_vm(XDG_STATE_HOME=str(locked)), "locked/agent-vm")
 
 
 class TemplateSettingTest(SetupTest):
