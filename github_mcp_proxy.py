@@ -325,7 +325,7 @@ def dumps(value: Json) -> bytes:
 
 def quoted(value: Json) -> str:
     """A value for an error text: JSON, printable, short, and without anything token-like."""
-    text = json.dumps(value)
+    text = json.dumps(value)[:1000]  # a token that begins in what is shown is whole enough
     text = redact(text.encode("ascii")).decode("ascii")
     return text if len(text) <= 80 else text[:77] + "…"
 
@@ -570,10 +570,32 @@ def check_written_file(value: Json, bounds: Bounds) -> Json:
 
 
 def glob_match(glob: str, name: str) -> bool:
-    """`*` and `?` stay within a segment, `**` spans any number; case does not count."""
-    parts = re.split(r"(\*\*/?|\*|\?)", fold(glob))
-    special = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    return bool(re.fullmatch("".join(special.get(p) or re.escape(p) for p in parts), name, re.S))
+    """`*` and `?` stay within a segment, `**` spans any number; case does not count.
+
+    No regular expression: `*a*a*a*` would take time without bound. Here each part of the glob
+    makes, of the places in the name that the parts before it reach, those that it reaches.
+    """
+    reached = {0}
+    for part in GLOB_PARTS.split(fold(glob)):
+        if part == "**":
+            reached = set(range(min(reached), len(name) + 1))
+        elif part == "**/":
+            first = min(reached)
+            reached |= {at + 1 for at in range(first, len(name)) if name[at] == "/"}
+        elif part == "*":
+            for at in range(min(reached), len(name)):
+                if at in reached and name[at] != "/":
+                    reached.add(at + 1)
+        elif part == "?":
+            reached = {at + 1 for at in reached if name[at : at + 1] not in ("", "/")}
+        else:
+            reached = {at + len(part) for at in reached if name.startswith(part, at)}
+        if not reached:
+            return False
+    return len(name) in reached
+
+
+GLOB_PARTS = re.compile(r"(\*\*/?|\*|\?)")
 
 
 NUMBER = integer(1, 2**31 - 1)
@@ -1409,16 +1431,16 @@ def mirror_headers(headers: Mapping[str, str], message: Object) -> dict[str, str
 # --- pure core: answers ---
 
 # What GitHub's tokens look like, and the parameters of URLs that carry their own permission, from
-# the first one on (6 ends \u0026). Both searches take time in proportion to the text.
+# the first one on (6 ends \u0026). Strangers write what is searched here: each of the patterns
+# takes time in proportion to the text, so none looks back, and none ends in what may not follow.
 TOKENS = re.compile(rb"g(?:h[pousr]_|hs-|ithub_pat_)[A-Za-z0-9._-]{30,}")
-SIGNED_URL = re.compile(
-    rb"([?&6])(?:token|sig|signature|jwt|x-amz-[a-z-]{1,40})=[A-Za-z0-9%._~+/=-]{20}"
-    rb"(?:[^\s\"\\<>')]|\\+u0026)*",
+URL = re.compile(rb"://(?:[^\s\"\\<>']|\\+u0026)+")
+SIGNED = re.compile(
+    rb"([?&6])(?:token|sig|signature|jwt|x-amz-[a-z-]{1,40})=[A-Za-z0-9%._~+/=-]{20}[^)]*",
     re.IGNORECASE,
 )
 # Files are read, changed and written back: what only looks like a secret has to stay as it is.
 IN_A_WORD = re.compile(rb"[A-Za-z0-9](?<!\\[nrtbf])(?<!\\u[0-9a-fA-F]{4})$")
-IN_A_URL = re.compile(rb"://(?:[^\s\"\\<>']|\\+u0026)*$")
 
 
 def blank(size: int) -> bytes:
@@ -1432,9 +1454,11 @@ def redact(data: Bytes, *tokens: bytes) -> Bytes:
         before = match.string[max(0, match.start() - 6) : match.start()]
         return match[0] if IN_A_WORD.search(before) else blank(len(match[0]))
 
-    def signed(match: re.Match[bytes]) -> bytes:
-        before = match.string[max(0, match.start() - 1024) : match.start()]
-        return match[1] + blank(len(match[0]) - 1) if IN_A_URL.search(before) else match[0]
+    def unsigned(match: re.Match[bytes]) -> bytes:
+        return match[1] + blank(len(match[0]) - 1)
+
+    def url(match: re.Match[bytes]) -> bytes:
+        return SIGNED.sub(unsigned, match[0]) if b"=" in match[0] else match[0]
 
     for token in tokens:
         if len(token) >= 16 and token in data:
@@ -1442,7 +1466,7 @@ def redact(data: Bytes, *tokens: bytes) -> Bytes:
     if TOKENS.search(data):
         data = TOKENS.sub(token_like, data)
     if b"=" in data:
-        data = SIGNED_URL.sub(signed, data)
+        data = URL.sub(url, data)
     return data
 
 

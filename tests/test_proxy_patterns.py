@@ -1,0 +1,78 @@
+"""Text of strangers takes time in proportion to its length, whatever it is made of."""
+
+from __future__ import annotations
+
+import time
+import unittest
+from collections.abc import Callable
+from typing import Any
+
+import github_mcp_proxy as proxy
+
+FAST = True
+MEGABYTE = 1 << 20
+SIGNED = b'"?token=AAAAAAAAAAAAAAAAAAAA '
+
+
+def seconds(work: Callable[[Any], object], given: Any) -> float:
+    """The quickest of three, so that a busy machine is not taken for a slow pattern."""
+    times = []
+    for _ in range(3):
+        began = time.process_time()
+        work(given)
+        times.append(time.process_time() - began)
+    return min(times)
+
+
+class PatternTest(unittest.TestCase):
+    def in_proportion(
+        self, what: object, work: Callable[[Any], object], once: Any, twice: Any
+    ) -> float:
+        """Twice the text takes at most three times as long."""
+        short, long = seconds(work, once), seconds(work, twice)
+        self.assertLessEqual(long, max(3 * short, 0.02), what)
+        return long
+
+    def test_redact(self) -> None:
+        for text in (
+            b":///" * 50 + SIGNED,
+            b":///",
+            SIGNED,
+            b"://a?token=AAAAAAAAAAAAAAAAAAAA",
+            b"://a?token=AAAAAAAAAAAAAAAAAAAA)",
+            b"://" + b"\\" * 1000,
+            b"\\u0026",
+            b"\\",
+            b"://\\\\u0026sig=",
+            b"ghp_",
+            b"ghp_" + b"a" * 29 + b" ",
+            b"ghp_" + b"a" * 36,
+            b"xghp_" + b"a" * 36 + b" ",
+            b"github_pat_",
+            b"?",
+            b"6x-amz-a",
+            b"?x-amz-" + b"-" * 39,
+            b"=",
+            b"?sig=AAAAAAAAAAAAAAAAAAA",
+        ):
+            whole = text * (MEGABYTE // len(text))
+            with self.subTest(text[:40]):
+                long = self.in_proportion(text[:40], proxy.redact, whole[: len(whole) // 2], whole)
+                self.assertLess(long, 0.3)
+
+    def test_globs(self) -> None:
+        for glob, name in (
+            ("*a*a*a*a*", "a" * 254 + "b"),
+            ("**a**a**a**a**b", "a" * 254),
+            ("**/a/**/a/**/a/**/b", "a/" * 2000),
+            ("?*?*?*?*?*x", "a" * 4096),
+            ("*" * 100, "a" * 4096 + "/"),
+        ):
+            with self.subTest(glob):
+                self.in_proportion(
+                    glob, lambda n, g=glob: proxy.glob_match(g, n), name[: len(name) // 2], name
+                )
+
+
+if __name__ == "__main__":
+    unittest.main()
