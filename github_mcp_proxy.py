@@ -65,6 +65,7 @@ HIGH_WATER = 1024 * 1024  # bytes held of one connection, and what an answer is 
 PAUSE_AT = 128 * 1024  # bytes of a stream that wait before its sender is paused
 
 REQUEST_SECONDS = 15  # to send one request, head and body
+KNOWN_SECONDS = 60  # for so long the default branch is believed to be what it was
 IDLE_SECONDS = 300  # a connection without a request
 STALL_SECONDS = 120  # a client that does not read its answer
 CONNECT_SECONDS = 15
@@ -153,6 +154,7 @@ class Bounds(NamedTuple):
 
     scope: Scope
     policy: Policy
+    defaults: frozenset[str] = frozenset()  # the default branch as the upstream tells it
 
 
 # The words of `allow`, and what each one opens.
@@ -194,6 +196,7 @@ class Seen(NamedTuple):
     """What `decide` must know of the past."""
 
     writes: int = 0  # in the last hour
+    defaults: frozenset[str] = frozenset()  # the default branch as the upstream tells it
     asked: Container[Json] = ()  # ids of the upstream's requests that this session has to answer
 
 
@@ -525,13 +528,15 @@ def check_branch(value: Json, bounds: Bounds) -> Json:
     special = name in ("head", "refs", "heads") or name.startswith(("refs/", "heads/", "remotes/"))
     refuse_unless(not special, "a branch's plain name")
     if "default-branch" not in policy.allow:
+        # What the policy names is protected besides: it may be wrong, or of another day.
+        defaults = bounds.defaults | {policy.default_branch} - {""}
         refuse_unless(
-            policy.default_branch,
+            defaults,
             "known not to be the default branch, and the upstream did not tell which that is: "
             "the host's user can set default_branch in the policy file",
         )
         refuse_unless(
-            name != fold(policy.default_branch),
+            name not in {fold(default) for default in defaults},
             "a branch other than the default one: write to a branch and open a pull request",
         )
     globs = ", ".join(policy.branches)
@@ -1124,7 +1129,7 @@ def as_object(value: Json) -> Object:
 
 def decide(scope: Scope, policy: Policy, message: Object, seen: Seen = NOTHING_SEEN) -> Verdict:
     """Whether a well-formed message (`parse_message`) passes, and as what. Pure; the only judge."""
-    bounds = Bounds(scope, policy)
+    bounds = Bounds(scope, policy, seen.defaults)
     method = message.get("method")
     tool = ""
     try:
@@ -1221,7 +1226,7 @@ def without_arguments(forward: Forward) -> Forward:
 
 def writes_branch(message: Object, policy: Policy) -> bool:
     """Whether `decide` will have to know the default branch."""
-    if policy.default_branch or "default-branch" in policy.allow or policy.readonly:
+    if "default-branch" in policy.allow or policy.readonly:
         return False
     tool = TOOLS.get(str((message.get("params") or {}).get("name")))
     return bool(tool and any(rule.branch for rule in tool.rules.values()))
@@ -1312,19 +1317,21 @@ def parse_commands(data: Bytes) -> tuple[list[Command], str, int] | None:
     raise GitRefusal("this is not a push that can be checked (signed pushes are not)")
 
 
-def judge_push(scope: Scope, policy: Policy, commands: list[Command]) -> dict[str, str]:
+def judge_push(
+    scope: Scope, policy: Policy, commands: list[Command], seen: Seen = NOTHING_SEEN
+) -> dict[str, str]:
     """Why refs may not be pushed, by ref: the same policy as for the tools. Empty: all may."""
-    return {c.ref: why for c in commands for why in [push_refusal(scope, policy, c)] if why}
+    return {c.ref: why for c in commands for why in [push_refusal(scope, policy, c, seen)] if why}
 
 
-def push_refusal(scope: Scope, policy: Policy, command: Command) -> str:
+def push_refusal(scope: Scope, policy: Policy, command: Command, seen: Seen) -> str:
     kind, _, branch = command.ref.partition("refs/heads/")
     if kind or not branch:
         return "only branches are pushed here"
     if NO_OBJECT(command.new):
         return "branches are not deleted here"
     try:
-        check_branch(branch, Bounds(scope, policy))
+        check_branch(branch, Bounds(scope, policy, seen.defaults))
     except Refusal as refusal:
         return f"must be {refusal}"
     return ""
@@ -1622,7 +1629,9 @@ def narrow_property(prop: Json, rule: Rule | None, policy: Policy) -> Json:
     return prop
 
 
-def instructions(scope: Scope, policy: Policy) -> str:
+def instructions(
+    scope: Scope, policy: Policy, defaults: frozenset[str] = frozenset()
+) -> str:
     """What the agent is told of the server: in place of the upstream's own text."""
     lines = [
         f"This server gives access to one GitHub repository, {scope}, and to nothing else.",
@@ -1632,7 +1641,8 @@ def instructions(scope: Scope, policy: Policy) -> str:
         lines.append("It is read-only.")
     else:
         if "default-branch" not in policy.allow:
-            name = policy.default_branch or "the default branch"
+            names = defaults | {policy.default_branch} - {""}
+            name = " and ".join(sorted(names)) or "the default branch"
             lines.append(f"{name} cannot be written: use a branch and open a pull request.")
         if policy.branches != Policy().branches:
             lines.append("Branches that can be written: " + ", ".join(policy.branches) + ".")
@@ -1650,7 +1660,10 @@ def server_version(result: Object) -> tuple[int, ...]:
     return tuple(map(int, match.groups())) if match and "github" in str(info.get("name")) else ()
 
 
-def answer(scope: Scope, policy: Policy, forward: Forward, message: Object) -> Object:
+def answer(
+    scope: Scope, policy: Policy, forward: Forward, message: Object,
+    defaults: frozenset[str] = frozenset(),
+) -> Object:  # fmt: skip
     """The upstream's answer to `forward` as the VM gets it; the same object when nothing changes.
 
     Raises Refusal when it cannot be shown.
@@ -1664,7 +1677,7 @@ def answer(scope: Scope, policy: Policy, forward: Forward, message: Object) -> O
             raise Refusal("the upstream's github-mcp-server is older than v0.32 and is not safe")
         offered = result.get("capabilities") or {}
         kept: Object = {key: offered[key] for key in ("tools", "logging") if key in offered}
-        changed: Object = {"capabilities": kept, "instructions": instructions(scope, policy)}
+        changed: Object = {"capabilities": kept, "instructions": instructions(scope, policy, defaults)}
     elif method == "tools/list":
         changed = {"tools": narrow_tools(scope, policy, result.get("tools") or [])}
         if "cacheScope" in result:
@@ -2588,7 +2601,7 @@ class Proxy:
             b"",
         )  # an answer to tools/list, and what it was narrowed to
         self.repository_id = 0
-        self.branch_is_given = bool(policy.default_branch)
+        self.defaults: frozenset[str] = frozenset()
         self.moved = False  # the name now belongs to another repository
         self.asked_at = float("-inf")
 
@@ -2677,7 +2690,7 @@ class Proxy:
         """(tool, its arguments) of a write that the host's user has to allow, else ("", "")."""
         if not self.questions or self.moved:
             return "", ""
-        seen = Seen(self.recent_writes(), self.asked(session))
+        seen = Seen(self.recent_writes(), self.defaults, self.asked(session))
         verdict = decide(self.scope, self.policy, message, seen)
         if isinstance(verdict, Refuse) or not verdict.write:
             return "", ""
@@ -2689,7 +2702,8 @@ class Proxy:
             reason = f"the name {self.scope} has come to mean another repository: nothing passes"
             return self.recorded(message, Refuse(reason, tool="any"))
         asked = self.asked(session)  # it may have ended meanwhile
-        verdict = decide(self.scope, self.policy, message, Seen(self.recent_writes(), asked))
+        seen = Seen(self.recent_writes(), self.defaults, asked)
+        verdict = decide(self.scope, self.policy, message, seen)
         if isinstance(verdict, Forward):
             if verdict.write:
                 self.writes.append(time.monotonic())
@@ -2884,7 +2898,7 @@ class Proxy:
             if begun != b"0000" or not request.complete:
                 raise GitRefusal("this push has no commands")
             return push, None
-        await self.know_repository(wait=not self.policy.default_branch)
+        await self.know_repository(wait=True)
         refusals = self.refused_refs(commands)
         if self.questions and not refusals:
             moves = (f"{c.ref} {c.old[:12]}..{c.new[:12]}" for c in commands)
@@ -2911,7 +2925,7 @@ class Proxy:
             raise GitRefusal(f"the name {self.scope} has come to mean another repository")
         if self.recent_writes() + len(commands) > self.policy.writes_per_hour:
             return {c.ref: "too many writes in the last hour" for c in commands}
-        return judge_push(self.scope, self.policy, commands)
+        return judge_push(self.scope, self.policy, commands, Seen(defaults=self.defaults))
 
     async def relay_git(self, client: Client, request: Incoming, service: str, push: Push) -> None:
         assert self.git
@@ -3090,7 +3104,7 @@ class Proxy:
             target = {**(forward.target or {}), **target}
             self.record("tools/call", forward.tool, verdict, reason, target)
         try:
-            return answer(self.scope, self.policy, forward, message)
+            return answer(self.scope, self.policy, forward, message, self.defaults)
         except Exception as error:
             reason = str(error) if isinstance(error, Refusal) else "the answer is malformed"
         self.record(forward.message["method"], forward.tool, "withheld", reason)
@@ -3101,37 +3115,41 @@ class Proxy:
         return redact(data, token.value.encode(), token.earlier.encode())
 
     async def know_repository(self, *, wait: bool) -> None:
-        """Learn the repository's id and default branch, anew every ten minutes."""
+        """Learn the repository's id and default branch, anew every minute that it is used."""
         now = time.monotonic()
-        if now - self.asked_at > (600 if self.repository_id else 30):
+        if now - self.asked_at > (KNOWN_SECONDS if self.defaults else 5):
             self.asked_at = now
             self.learning = asyncio.ensure_future(self.learn_repository())
         if wait:
             await asyncio.shield(self.learning)
 
     async def learn_repository(self) -> None:
+        found: set[str] = set()  # what a search finds may be older than what git says: both
         for learn in (self.learn_from_search, self.learn_from_git):
             try:
-                await learn()
+                found.add(await learn())
             except (UpstreamError, ProtocolError) as error:
                 log(f"{self.upstream.host}: {error}")
             except Exception:  # whatever the upstream made of its answer: then it is not known
                 if self.audit.debug:
                     log(f"the upstream did not say which repository {self.scope} is")
+        names = {name for name in found if name and is_plain(name, 255)}
+        self.defaults = frozenset(names) or self.defaults
 
-    async def learn_from_search(self) -> None:
+    async def learn_from_search(self) -> str:
         """Forks are left out of a search that does not ask for them."""
         query = {"query": f"repo:{self.scope} fork:true", "perPage": 5}
         result = await self.own_call("search_repositories", query)
         for item in json.loads(result["content"][0]["text"])["items"]:
             if self.scope.is_named(item["full_name"]):
                 self.found(int(item["id"]))
-                self.learnt(item.get("default_branch") or "")
+                return str(item.get("default_branch") or "")
+        return ""
 
-    async def learn_from_git(self) -> None:
+    async def learn_from_git(self) -> str:
         """A search does not find all repositories; HEAD is the default branch (gitprotocol-v2)."""
         if self.git is None:
-            return
+            return ""
         arguments = (b"symrefs\n", b"ref-prefix HEAD\n")
         body = pkt(b"command=ls-refs\n") + b"0001" + b"".join(map(pkt, arguments)) + b"0000"
         headers = {
@@ -3147,17 +3165,13 @@ class Proxy:
             head = re.search(
                 rb" HEAD symref-target:refs/heads/([^\n ]+)", connection.incoming.take()
             )
-            self.learnt(head[1].decode() if head else "")
+            return head[1].decode() if head else ""
         finally:
             connection.transport.abort()
 
     def found(self, id: int) -> None:
         self.moved = bool(self.repository_id and self.repository_id != id)
         self.repository_id = self.repository_id or id
-
-    def learnt(self, default_branch: str) -> None:
-        if default_branch and not self.branch_is_given and is_plain(default_branch, 255):
-            self.policy = self.policy._replace(default_branch=default_branch)
 
     async def own_call(self, tool: str, arguments: Object) -> Object:
         headers = {"X-MCP-Toolsets": "repos", "X-MCP-Readonly": "true"}

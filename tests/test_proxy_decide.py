@@ -528,9 +528,9 @@ class AttackTest(unittest.TestCase):
     def test_answers_that_nobody_asked_for(self) -> None:
         given = {"jsonrpc": "2.0", "id": 5, "result": {"action": "accept", "content": {"a": "b"}}}
         self.refused(given)
-        self.refused({**given, "result": {"role": "assistant"}}, POLICY, Seen(0, {5}))
-        self.refused({**given, "id": "5"}, POLICY, Seen(0, {5}))
-        self.assertEqual(proxy.decide(SCOPE, POLICY, given, Seen(0, {5})), Forward(given))
+        self.refused({**given, "result": {"role": "assistant"}}, POLICY, Seen(asked={5}))
+        self.refused({**given, "id": "5"}, POLICY, Seen(asked={5}))
+        self.assertEqual(proxy.decide(SCOPE, POLICY, given, Seen(asked={5})), Forward(given))
 
     def test_a_refusal_does_not_repeat_a_token(self) -> None:
         secret = "ghp_" + "x" * 36
@@ -1217,15 +1217,14 @@ class MessageTest(unittest.TestCase):
         status, told = proxy.refusal_message(note, Refuse("because", proxy.NO_METHOD))
         self.assertEqual((status, told["id"]), (400, None))
 
-    def test_the_default_branch_may_change_while_it_runs(self) -> None:
-        upstream = proxy.Upstream("http://127.0.0.1:9/", proxy.Token("t" * 20), {}, "", 1)
-        for given, refused in (("", "trunk"), ("main", "main")):
-            policy = Policy(default_branch=given)
-            running = proxy.Proxy(SCOPE, policy, upstream, "", proxy.Audit("", False))
-            running.learnt("main")
-            running.learnt("trunk")
-            verdict = proxy.decide(SCOPE, running.policy, call("create_branch", branch=refused))
-            self.assertIsInstance(verdict, Refuse, given)
+    def test_the_default_branch_is_what_is_given_and_what_is_learnt(self) -> None:
+        policy = Policy(default_branch="main")
+        for branch in ("main", "trunk", "Master"):
+            seen = Seen(defaults=frozenset(["trunk", "master"]))
+            verdict = proxy.decide(SCOPE, policy, call("create_branch", branch=branch), seen)
+            assert isinstance(verdict, Refuse), branch
+            self.assertIn("other than the default one", verdict.reason)
+        self.assertTrue(proxy.writes_branch(call("create_branch", branch="x"), policy))
 
     def test_a_question_names_all_but_long_texts(self) -> None:
         people = [f"somebody-of-a-long-name-{n}" for n in range(12)]

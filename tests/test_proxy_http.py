@@ -527,6 +527,25 @@ class UpstreamTest(LiveTest):
         )
         self.assertEqual([x.arguments["branch"] for x in self.upstream.calls()], ["b"])
 
+    def test_a_default_branch_that_is_renamed_is_noticed(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            policy, script = Path(folder, "policy.ini"), Path(folder, "quick.py")
+            policy.write_text("[policy]\ndefault_branch = main\n")
+            script.write_text(
+                f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+                "import github_mcp_proxy as p\np.KNOWN_SECONDS = 0\nsys.exit(p.main())\n"
+            )
+            running = Proxy(self.upstream.url, "--policy", str(policy), script=script)
+            self.addCleanup(running.stop)
+            client = Client(running.port)
+            self.addCleanup(client.close)
+            for learnt in ("master", "trunk"):
+                self.upstream.default_branch = learnt
+                for branch in ("main", learnt):
+                    answer = text_of(client.ask(call("", name="create_branch", branch=branch)))
+                    self.assertIn("other than the default one", answer)
+            self.upstream.default_branch = "main"
+
     def test_a_fork_is_found_by_the_search(self) -> None:
         """GitHub's search leaves forks out unless it is told not to."""
         self.upstream.found = "as a fork"
