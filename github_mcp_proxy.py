@@ -314,6 +314,8 @@ def parse_message(body: Bytes) -> Object:
         raise ProtocolError("id must be an integer or a string of plain ASCII")
     if not isinstance(message.get("method", ""), str):
         raise ProtocolError("method must be a string")
+    if message.get("params", {}) is None:
+        del message["params"]
     if not isinstance(message.get("params", {}), dict):
         raise ProtocolError("params must be an object", code=INVALID_PARAMS)
     return message
@@ -383,10 +385,17 @@ def pattern(what: str, regex: str) -> Rule:
     return Rule(what, check)
 
 
+DIGITS = re.compile("[0-9]{1,16}", re.ASCII).fullmatch
+
+
 def integer(low: int, high: int) -> Rule:
     what = f"an integer from {low} to {high}"
 
     def check(value: Json, _bounds: Bounds) -> Json:
+        if type(value) is float and value.is_integer():
+            value = int(value)  # models send 5.0, and "5"; what is sent on is the integer
+        elif isinstance(value, str) and DIGITS(value):
+            value = int(value)
         refuse_unless(type(value) is int and low <= value <= high, what)
         return value
 
@@ -413,6 +422,8 @@ def only(constant: Json) -> Rule:
     what = f"only {json.dumps(constant)}"
 
     def check(value: Json, _bounds: Bounds) -> Json:
+        if isinstance(constant, bool):
+            value = as_flag(value)
         refuse_unless(value is constant, what)
         return value
 
@@ -429,6 +440,22 @@ def list_of(rule: Rule, limit: int = 100) -> Rule:
     return Rule(what, check, choices=rule.choices)
 
 
+def is_left_out(rule: Rule, value: Json, bounds: Bounds) -> bool:
+    """Whether nothing is meant by an optional value: models send null, "" and [] so.
+
+    Where that is a value of its own (labels: [] takes all labels off) the rule takes it.
+    """
+    if rule.required or value not in (None, "", []):
+        return False
+    if not bounds.policy.has(rule.needs):
+        return True
+    try:
+        rule.check(value, bounds)
+    except Refusal:
+        return True
+    return False
+
+
 def record(**rules: Rule) -> Rule:
     """An object with these keys and no other."""
     what = "an object with " + ", ".join(rules)
@@ -436,7 +463,11 @@ def record(**rules: Rule) -> Rule:
     def check(value: Json, bounds: Bounds) -> Json:
         refuse_unless(isinstance(value, dict) and value.keys() <= rules.keys(), what)
         refuse_unless(all(key in value for key, rule in rules.items() if rule.required), what)
-        return {key: rules[key].check(item, bounds) for key, item in value.items()}
+        return {
+            key: rules[key].check(item, bounds)
+            for key, item in value.items()
+            if not is_left_out(rules[key], item, bounds)
+        }
 
     return Rule(what, check)
 
@@ -455,7 +486,13 @@ def any_of(*rules: Rule) -> Rule:
     return Rule(what, check)
 
 
+def as_flag(value: Json) -> Json:
+    """Models send flags as text, too."""
+    return value == "true" if value in ("true", "false") else value
+
+
 def check_flag(value: Json, _bounds: Bounds) -> Json:
+    value = as_flag(value)
     refuse_unless(isinstance(value, bool), "true or false")
     return value
 
@@ -997,6 +1034,8 @@ def tool_arguments(name: str, tool: Tool, arguments: Object, bounds: Bounds) -> 
     for key, given in arguments.items():
         if key in ("owner", "repo"):
             ours = getattr(scope, key)
+            if given in (None, "", []):
+                continue  # left out
             if not isinstance(given, str) or given.lower() != ours.lower():
                 raise Refusal(
                     f"{name}: {key} is {quoted(given)}, but only {scope} is served here; "
@@ -1009,9 +1048,7 @@ def tool_arguments(name: str, tool: Tool, arguments: Object, bounds: Bounds) -> 
             raise Refusal(f"{name}: the parameter {quoted(key)} is not passed{hint}")
     checked: Object = {"owner": scope.owner, "repo": scope.repo} if tool.scoped else {}
     for key, rule in tool.rules.items():
-        if key in arguments:
-            if arguments[key] in ([], None) and not bounds.policy.has(rule.needs):
-                continue  # models send assignees: [] and mean nothing by it
+        if key in arguments and not is_left_out(rule, arguments[key], bounds):
             checked[key] = checked_value(name, key, rule, arguments[key], bounds)
         elif rule.constant:
             checked[key] = rule.constant[0]
@@ -1046,6 +1083,11 @@ META = "io.modelcontextprotocol/"
 MODERN = META + "protocolVersion"  # in _meta of every request since 2026-07-28
 
 
+def check_progress(value: Json, _bounds: Bounds) -> Json:
+    refuse_unless(type(value) in (int, float) and 0 <= value <= 2**53, "a number")
+    return value
+
+
 def check_client_info(value: Json, _bounds: Bounds) -> Json:
     refuse_unless(isinstance(value, dict), "an object")
     return {
@@ -1064,6 +1106,7 @@ def check_id(value: Json, _bounds: Bounds) -> Json:
     return value
 
 
+PROGRESS = Rule("a number", check_progress)
 CLIENT_INFO = Rule("an object", check_client_info)
 CAPABILITIES = Rule("an object", check_capabilities)
 TOKEN_ID = Rule("a string or an integer", check_id)
@@ -1078,7 +1121,7 @@ REQUESTS: dict[str, Mapping[str, Rule]] = {
     "initialize": {
         "protocolVersion": must(VERSION),
         "capabilities": must(CAPABILITIES),
-        "clientInfo": must(CLIENT_INFO),
+        "clientInfo": CLIENT_INFO,
     },
     "ping": {},
     "server/discover": {},
@@ -1091,8 +1134,8 @@ NOTIFICATIONS: dict[str, Mapping[str, Rule]] = {
     "notifications/cancelled": {"requestId": must(TOKEN_ID), "reason": text(1024)},
     "notifications/progress": {
         "progressToken": must(TOKEN_ID),
-        "progress": integer(0, 2**31),
-        "total": integer(0, 2**31),
+        "progress": must(PROGRESS),
+        "total": PROGRESS,
         "message": text(1024),
     },
     "notifications/roots/list_changed": {},
@@ -1157,7 +1200,8 @@ def decide_notification(method: str, message: Object, bounds: Bounds) -> Verdict
 def decide_call(message: Object, bounds: Bounds, seen: Seen) -> Verdict:
     policy = bounds.policy
     params = dict(message.get("params") or {})
-    arguments = params.pop("arguments", {})
+    arguments = params.pop("arguments", None)
+    arguments = {} if arguments is None else arguments
     outer = checked_params("tools/call", REQUESTS["tools/call"], {"params": params}, bounds)
     name = outer["name"]
     tool = TOOLS.get(name)
@@ -1189,13 +1233,19 @@ def checked_params(
 ) -> Object:
     """The params to send. Of _meta, what no rule names is dropped: clients put all sorts there."""
     params = dict(message.get("params") or {})
-    meta = params.pop("_meta", {})
+    meta = params.pop("_meta", None)
+    meta = {} if meta is None else meta
     if not isinstance(meta, dict):
         raise Refusal(f"{method}: _meta must be an object")
     for key in params.keys() - rules.keys():
+        if method == "initialize":  # clients put all sorts there; it is not sent
+            del params[key]
+            continue
         raise Refusal(f"{method}: the parameter {quoted(key)} is not passed")
     for key, rule in rules.items():
-        if key in params:
+        if key in params and is_left_out(rule, params[key], bounds):
+            del params[key]
+        elif key in params:
             params[key] = checked_value(method, key, rule, params[key], bounds)
         elif rule.required:
             raise Refusal(f"{method}: {key} is missing")
@@ -1922,7 +1972,7 @@ class Incoming:
 
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "host.lima.internal")
-PATHS = ("/mcp", "/")
+PATHS = ("/mcp", "/mcp/", "/")
 
 
 def host_name(authority: str) -> str:
@@ -2614,11 +2664,11 @@ class Proxy:
         if target.startswith(GIT):
             return await self.serve_git(client, request, method, target)
         session = request.headers.get("mcp-session-id", "")
-        self.asked(session)
         try:
             if method == "POST":
                 await self.post(client, request, session)
             else:
+                self.asked(session)
                 await self.get_or_delete(client, method, request, session)
         except UpstreamError as error:
             self.record(method, "", "failed", str(error))
@@ -2639,6 +2689,9 @@ class Proxy:
     async def post(self, client: Client, request: Incoming, session: str) -> None:
         data = request.take()
         message = parse_message(data)
+        if message.get("method") == "initialize":
+            session = ""  # a stale one: this begins a new one
+        self.asked(session)
         if message.get("method") == "tools/call":
             await self.know_repository(wait=False)
             if writes_branch(message, self.policy):

@@ -323,7 +323,6 @@ class GateTest(LiveTest):
             (403, good.replace(bearer, b"Authorization: Bearer \xe9\xff")),
             (403, good.replace(bearer, b"Authorization: Basic " + SECRET.encode())),
             (400, good.replace(bearer, bearer + b"\r\n" + bearer)),
-            (404, good.replace(b"/mcp", b"/mcp/")),
             (404, good.replace(b"/mcp", b"//mcp")),
             (404, good.replace(b"/mcp", b"/mcp?features=all")),
             (404, good.replace(b"/mcp", b"/%6dcp")),
@@ -354,7 +353,14 @@ class GateTest(LiveTest):
             self.assertEqual(self.status(good.replace(b"Host: 127.0.0.1", b"Host: " + name)), 200)
         origin = b"Origin: http://localhost:3000\r\nHost:"
         self.assertEqual(self.status(good.replace(b"Host:", origin)), 200)
-        self.assertEqual(self.status(good.replace(b"/mcp", b"/")), 200)
+        for path in (b"/", b"/mcp/"):
+            self.assertEqual(self.status(good.replace(b"/mcp", path)), 200)
+
+    def test_a_client_that_begins_anew_with_an_old_session(self) -> None:
+        answer = self.client.ask(request("initialize", **INITIALIZE), "Mcp-Session-Id: long-gone")
+        self.assertIn("result", answer)
+        (seen,) = self.upstream.calls()
+        self.assertNotIn("mcp-session-id", seen.headers)
 
     def test_the_second_request_of_a_connection_is_checked_anew(self) -> None:
         self.assertEqual(self.client.ask(request("ping", 1))["result"], {})
