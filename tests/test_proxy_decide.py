@@ -16,12 +16,13 @@ from github_mcp_proxy import Policy
 from github_mcp_proxy import Refuse
 from github_mcp_proxy import Scope
 from github_mcp_proxy import Seen
-from tests import fuzz_proxy
+from tests.tools import fuzz_proxy
 
 SCOPE = Scope("good", "r")
 POLICY = Policy(default_branch="main")
 EVERYTHING = Policy(default_branch="main", allow=frozenset(proxy.ALLOW))
 SHA = "a" * 40
+BOUNDS = proxy.Bounds(SCOPE, POLICY)
 OURS = {"owner": "good", "repo": "r"}
 MODERN = "2026-07-28"
 
@@ -443,10 +444,6 @@ class AttackTest(unittest.TestCase):
         self.assertLess(status, 500)
         return reason
 
-    def test_there_are_more_than_150(self) -> None:
-        tables = (BODIES, METHODS, BLOCKED, OPT_IN, CALLS, QUERIES)
-        self.assertGreater(sum(map(len, tables)), 330)
-
     def test_bodies(self) -> None:
         for name, body in BODIES.items():
             with self.subTest(name), self.assertRaises(proxy.ProtocolError) as caught:
@@ -517,12 +514,12 @@ class AttackTest(unittest.TestCase):
         self.assertIsInstance(proxy.decide(SCOPE, POLICY, message, Seen(writes=299)), Forward)
         self.assertIsInstance(proxy.decide(SCOPE, POLICY, call("list_tags"), Seen(300)), Forward)
 
-    def test_answers_that_nobody_asked_for(self) -> None:
-        given = {"jsonrpc": "2.0", "id": 5, "result": {"action": "accept", "content": {"a": "b"}}}
-        self.refused(given)
-        self.refused({**given, "result": {"role": "assistant"}}, POLICY, Seen(asked={5}))
-        self.refused({**given, "id": "5"}, POLICY, Seen(asked={5}))
-        self.assertEqual(proxy.decide(SCOPE, POLICY, given, Seen(asked={5})), Forward(given))
+    def test_answers(self) -> None:
+        """No question of the upstream reaches a client: so there is nothing to be answered."""
+        given = {"jsonrpc": "2.0", "id": 5, "result": {"action": "accept"}}
+        for message in (given, {"jsonrpc": "2.0", "id": 5, "error": {"code": 1, "message": "x"}}):
+            with self.assertRaises(proxy.ProtocolError):
+                proxy.parse_message(json.dumps(message).encode())
 
     def test_a_refusal_does_not_repeat_a_token(self) -> None:
         secret = "ghp_" + "x" * 36
@@ -649,7 +646,7 @@ class PassTest(unittest.TestCase):
         meta["io.modelcontextprotocol/clientCapabilities"] = {}
         self.assertEqual(verdict.message["params"], {"_meta": meta})
 
-    def test_of_the_capabilities_only_elicitation_passes(self) -> None:
+    def test_nothing_that_a_client_can_be_asked_for_is_offered(self) -> None:
         capabilities = {"sampling": {}, "roots": {"listChanged": True}, "elicitation": {"url": {}}}
         info = {"name": "c", "version": "1", "websiteUrl": "x"}
         message = request(
@@ -658,8 +655,9 @@ class PassTest(unittest.TestCase):
         verdict = proxy.decide(SCOPE, POLICY, message)
         assert isinstance(verdict, Forward)
         params = verdict.message["params"]
-        self.assertEqual(params["capabilities"], {"elicitation": {}})
+        self.assertEqual(params["capabilities"], {})
         self.assertEqual(params["clientInfo"], {"name": "c", "version": "1"})
+
 
 
 class AnswerTest(unittest.TestCase):
@@ -667,7 +665,7 @@ class AnswerTest(unittest.TestCase):
 
     def shown(self, tool: str, data: Any) -> Any:
         text = {"type": "text", "text": data if isinstance(data, str) else json.dumps(data)}
-        result = proxy.checked_answer(SCOPE, proxy.TOOLS[tool].answer, {"content": [text]})
+        result = proxy.checked_result(SCOPE, proxy.TOOLS[tool].check, {"content": [text]})
         return json.loads(result["content"][0]["text"])
 
     def test_hits_of_other_repositories_are_dropped_and_the_total_with_them(self) -> None:
@@ -703,7 +701,7 @@ class AnswerTest(unittest.TestCase):
             with self.subTest(data), self.assertRaises(proxy.Refusal):
                 self.shown("search_code", data)
         with self.assertRaises(proxy.Refusal):
-            proxy.checked_answer(SCOPE, "hits", {"content": [{"type": "image"}]})
+            proxy.checked_result(SCOPE, "hits", {"content": [{"type": "image"}]})
 
     def test_a_transferred_issue_is_withheld(self) -> None:
         issue = {"number": 1, "html_url": "https://github.com/evil/secret/issues/1", "body": "s"}
@@ -735,7 +733,7 @@ class AnswerTest(unittest.TestCase):
         shown = self.shown("issue_read", {**ours, "closed_by_pull_requests": closed_by})
         self.assertNotIn("total_count", shown["closed_by_pull_requests"])
         result = {"content": [{"type": "text", "text": "[]"}], "_meta": {"found": ["secret"]}}
-        self.assertNotIn("_meta", proxy.checked_answer(SCOPE, "hits", {**result, "content": [
+        self.assertNotIn("_meta", proxy.checked_result(SCOPE, "hits", {**result, "content": [
             {"type": "text", "text": "{}"}]}))  # fmt: skip
 
     def test_relatives_in_other_repositories_are_dropped(self) -> None:
@@ -759,7 +757,7 @@ class AnswerTest(unittest.TestCase):
                 with self.subTest(tool, result=result):
                     try:
                         shown = json.dumps(
-                            proxy.checked_answer(SCOPE, proxy.TOOLS[tool].answer, result)
+                            proxy.checked_result(SCOPE, proxy.TOOLS[tool].check, result)
                         )
                     except proxy.Refusal:
                         continue
@@ -789,7 +787,7 @@ class AnswerTest(unittest.TestCase):
             "structuredContent": {"items": ["secret"]},
             "resultType": "complete",
         }
-        checked = proxy.checked_answer(SCOPE, "hits", result)
+        checked = proxy.checked_result(SCOPE, "hits", result)
         self.assertEqual(set(checked), {"content", "resultType"})
 
     def test_tokens_and_signed_urls_are_redacted(self) -> None:
@@ -851,7 +849,7 @@ class AnswerTest(unittest.TestCase):
         review["inputSchema"]["properties"]["event"] = events
         tools = [review, self.offered("get_me"), self.offered("merge_pull_request"),
                  self.offered("get_tag", tag={}, namespace={})]  # fmt: skip
-        (tool,) = proxy.narrow_tools(SCOPE, POLICY, tools)
+        (tool,) = proxy.listed_tools(POLICY, {"tools": tools})["tools"]
         schema = tool["inputSchema"]
         self.assertEqual(set(tool), {"name", "description", "inputSchema"})
         self.assertEqual(schema["required"], ["method", "pullNumber"])
@@ -862,19 +860,19 @@ class AnswerTest(unittest.TestCase):
         )
         self.assertNotIn("x-mcp-header", schema["properties"]["owner"])
         self.assertEqual(events["enum"][0], "APPROVE", "the upstream's own object is changed")
-        self.assertEqual(proxy.narrow_tools(SCOPE, POLICY._replace(readonly=True), tools), [])
+        self.assertEqual(proxy.listed_tools(POLICY._replace(readonly=True), {"tools": tools})["tools"], [])
 
     def test_initialize_says_what_is_served(self) -> None:
         forward = Forward(request("initialize"))
         result = {"capabilities": {"tools": {}, "prompts": {}, "resources": {}, "completions": {}},
                   "instructions": "call get_me", "serverInfo": {"name": "github-mcp-server", "version": "v1.10.1"}}  # fmt: skip
-        shown = proxy.answer(SCOPE, POLICY, forward, {"id": 1, "result": result})["result"]
+        shown = proxy.checked_answer(BOUNDS, forward, {"id": 1, "result": result})["result"]
         self.assertEqual(shown["capabilities"], {"tools": {}})
         self.assertIn("good/r", shown["instructions"])
         self.assertNotIn("get_me", shown["instructions"])
         result["serverInfo"] = {"name": "github-mcp-server", "version": "v0.31.0"}
         with self.assertRaises(proxy.Refusal):
-            proxy.answer(SCOPE, POLICY, forward, {"id": 1, "result": result})
+            proxy.checked_answer(BOUNDS, forward, {"id": 1, "result": result})
 
     def test_which_answers_are_checked(self) -> None:
         """get_comments is asked of the issue of that number, and that may have been transferred."""
@@ -905,8 +903,7 @@ class AnswerTest(unittest.TestCase):
             ({"id": 2, "result": {}}, ""),
             ({"id": 1}, ""),
             ({"id": 7, "method": "elicitation/create"}, "question"),
-            ({"id": 7, "method": "sampling/createMessage"}, ""),
-            ({"id": 7, "method": "roots/list"}, ""),
+            ({"id": {}, "method": "elicitation/create"}, ""),
             ({"method": "notifications/progress"}, "note"),
             ({"method": "notifications/unknown"}, ""),
             ([], ""),
@@ -953,7 +950,7 @@ class ShapeTest(unittest.TestCase):
     def shown(self, tool: str, data: Any) -> Any:
         content = [{"type": "text", "text": json.dumps(data)}]
         return json.loads(
-            proxy.checked_answer(SCOPE, proxy.TOOLS[tool].answer, {"content": content})["content"][
+            proxy.checked_result(SCOPE, proxy.TOOLS[tool].check, {"content": content})["content"][
                 0
             ]["text"]
         )
@@ -1077,14 +1074,14 @@ class ShapeTest(unittest.TestCase):
     def test_errors_pass_as_they_are(self) -> None:
         failed = {"isError": True, "content": [{"type": "text", "text": "404 Not Found []"}]}
         for tool in ("search_issues", "issue_read", "list_tags"):
-            self.assertEqual(proxy.checked_answer(SCOPE, proxy.TOOLS[tool].answer, failed), failed)
+            self.assertEqual(proxy.checked_result(SCOPE, proxy.TOOLS[tool].check, failed), failed)
 
     def test_a_part_that_is_not_text_is_withheld(self) -> None:
         blocks: list[Any] = [{"type": "resource"}, {"type": "text"}, {"type": "text", "text": 1}]
         for block in [*blocks, None, [], "x"]:
             for tool in ("search_issues", "issue_read"):
                 with self.subTest(block), self.assertRaises(proxy.Refusal):
-                    proxy.checked_answer(SCOPE, proxy.TOOLS[tool].answer, {"content": [block]})
+                    proxy.checked_result(SCOPE, proxy.TOOLS[tool].check, {"content": [block]})
 
 
 class EveryToolTest(unittest.TestCase):
@@ -1100,7 +1097,7 @@ class EveryToolTest(unittest.TestCase):
 
     def test_what_must_be_given(self) -> None:
         for name, tool in proxy.TOOLS.items():
-            required = {key: rule for key, rule in tool.rules.items() if rule.required}
+            required = {key: tool.parameters.rules[key] for key in tool.parameters.required}
             methods = required["method"].choices if "method" in required else ("",)
             for method in methods:
                 with self.subTest(name, method=method):
@@ -1109,7 +1106,7 @@ class EveryToolTest(unittest.TestCase):
                     given.update({"method": method} if method else {})
                     expected = {**given, **(OURS if tool.scoped else {})}
                     expected.update({"query": "repo:good/r x"} if "query" in given else {})
-                    expected.update({k: r.constant[0] for k, r in tool.rules.items() if r.constant})
+                    expected.update({k: r.constant[0] for k, r in tool.parameters.rules.items() if r.constant})
                     self.assertEqual(sent(call(name, **given), EVERYTHING), expected)
                     self.assertEqual(sent(call(name, **OURS, **given), EVERYTHING), expected)
                     for key in required:
@@ -1120,7 +1117,7 @@ class EveryToolTest(unittest.TestCase):
     def test_no_parameter_takes_what_is_odd(self) -> None:
         """An object where the table has none, and a list of lists, pass nowhere."""
         for name, tool in proxy.TOOLS.items():
-            for key in tool.rules:
+            for key in tool.parameters.rules:
                 for value in ({"a": {"b": 1}}, [[1]], 10**16, "a\0b"):
                     with self.subTest(name, key=key, value=value):
                         verdict = proxy.decide(SCOPE, EVERYTHING, call(name, **{key: value}))
@@ -1138,36 +1135,34 @@ class RuleTest(unittest.TestCase):
     """Each kind of rule: what it takes, and what not."""
 
     def test_kinds(self) -> None:
-        record = proxy.record(a=proxy.must(proxy.NUMBER), b=proxy.LINE)
+        record = proxy.record("a", a=proxy.RULES["number"], b=proxy.LINE)
         rows: list[tuple[proxy.Rule, list[Any], list[Any]]] = [
-            (proxy.text(3), ["", "abc", "a\nb"], ["abcd", "a\0", 1, None, ["a"]]),
+            (proxy.free_text(3), ["", "abc", "a\nb"], ["abcd", "a\0", 1, None, ["a"]]),
             (proxy.pattern("x", "[a-z]+"), ["ab"], ["", "A", "a\n", "a b", 1, None, ["a"]]),
             (proxy.integer(1, 5), [1, 5], [0, 6, 1.5, "", "1.0", "+1", "\u0661", "6", True, None, [1]]),
             (proxy.choice("a", "b"), ["a", "b"], ["A", "a ", "", "ab", None, 0, ["a"]]),
             (proxy.only(True), [True], [1, "True", "1", False, "false", None, 1.0]),
-            (proxy.only(None), [None], ["", 0, False, "null"]),
-            (proxy.list_of(proxy.NUMBER, 2), [[], [1], [1, 2]], [[1, 2, 3], [0], 1, "1", {}, None]),
+            (proxy.RULES["type"], [None, "Bug"], [0, False, "a\n"]),
+            (proxy.list_of(proxy.RULES["number"], 2), [[], [1], [1, 2]], [[1, 2, 3], [0], 1, "1", {}, None]),
             (record, [{"a": 1}, {"a": 1, "b": "x"}], [{}, {"b": "x"}, {"a": 1, "c": 1}, {"A": 1}, []]),
-            (proxy.any_of(proxy.LINE, proxy.NUMBER), ["x", 1], [None, 0, 1.5, [], "a\n"]),
             (proxy.FLAG, [True, False], [0, 1, "True", "yes", "", None]),
-            (proxy.FRACTION, [0, 1, 0.5], [-0.1, 1.1, True, "0.5", None]),
+            (proxy.RULES["fraction"], [0, 1, 0.5], [-0.1, 1.1, True, "0.5", None]),
             (proxy.LINE, ["", "a b", "é", "x" * 256], ["x" * 257, "a\n", "a\u202e", "\ue000", 1, "\u2028"]),
             (proxy.COMMITISH, ["main", "a/b", "v1.0", SHA, "refs/pull/1/head", "é"],
              ["", "@", "a..b", "a.", ".a", "a/.b", "a//b", "a b", "a~1", "a^", "a:b", "a?", "a*", "a[", "a\\b",
               "a@{1}", "a.lock", "a.lock/b", "-a", "a%2f", "a#b", "a\u200b", 1, None, ["a"], "x" * 256]),
-            (proxy.HEAD, ["fix", "a/b"], ["user:fix", ":fix", "fix:", 1]),
-            (proxy.HEAD_FILTER, ["fix", "user:fix", "user:a/b"], [":fix", "a:b:c", "a/b:c", "user:..", 1, ["a:b"]]),
-            (proxy.PATH, ["", "a", "a/b.c", "a b", ".a", "..a", "é"],
+            (proxy.RULES["head_filter"], ["fix", "user:fix", "user:a/b"], [":fix", "a:b:c", "a/b:c", "user:..", 1, ["a:b"]]),
+            (proxy.RULES["path"], ["", "a", "a/b.c", "a b", ".a", "..a", "é"],
              ["a//b", "..", "a/..", "./a", "a\\b", "a?b", "a#b", "a%2e", "a\n", 1, None, "..;/a", "a" * 4097]),
-            (proxy.CURSOR, ["", "Y3Vyc29yOnYyOpHOAA==", "a:1"], ["a b", 'a"', "a\n", 1, "x" * 513]),
-            (proxy.DATE, ["2024-01-01", "2024-01-01T10:00:00Z", "2024-01-01T10:00:00+02:00"],
+            (proxy.RULES["cursor"], ["", "Y3Vyc29yOnYyOpHOAA==", "a:1"], ["a b", 'a"', "a\n", 1, "x" * 513]),
+            (proxy.RULES["date"], ["2024-01-01", "2024-01-01T10:00:00Z", "2024-01-01T10:00:00+02:00"],
              ["", "2024", "today", "2024-01-01 OR x", "2024-01-01\n", 20240101]),
             (proxy.WHO, ["octocat", "a@b.example", "dependabot[bot]"], ["", "a/b", "a b", "a:b", 1]),
-            (proxy.SHA, ["0123abc", SHA], ["main", "012", "g" * 40, SHA + "\n", "0" * 65, 1]),
+            (proxy.RULES["sha"], ["0123abc", SHA], ["main", "012", "g" * 40, SHA + "\n", "0" * 65, 1]),
             (proxy.SEGMENT, ["ci.yml", "123"], ["", ".", "..", "...", "a/b", "a%2f", 1, "é"]),
-            (proxy.COLOR, ["ff0000", "#FF0000"], ["red", "ff000", "ff00000", 1]),
-            (proxy.REACTION, ["+1", "eyes"], ["1", "EYES"]),
-            (proxy.NO_TEAM, [["octocat"]], [["org/team"], ["a", "b/c"], "octocat"]),
+            (proxy.RULES["color"], ["ff0000", "#FF0000"], ["red", "ff000", "ff00000", 1]),
+            (proxy.RULES["reaction"], ["+1", "eyes"], ["1", "EYES"]),
+            (proxy.RULES["reviewers"], [["octocat"]], [["org/team"], ["a", "b/c"], "octocat"]),
         ]  # fmt: skip
         bounds = proxy.Bounds(SCOPE, EVERYTHING)
         for rule, passing, refused in rows:
@@ -1189,27 +1184,19 @@ class MessageTest(unittest.TestCase):
             b'{"jsonrpc":"2.0","id":0,"method":"ping"}',
             b'{"jsonrpc":"2.0","id":-9007199254740991,"method":"ping"}',
             b'{"jsonrpc":"2.0","method":"notifications/initialized"}',
-            b'{"jsonrpc":"2.0","id":1,"result":{}}',
-            b'{"jsonrpc":"2.0","id":1,"error":{"code":1,"message":"x"}}',
             b'{"jsonrpc":"2.0","id":"a b-1/2:3","method":"x","params":{"a":[1.5,null,true,"\\ud83d\\ude00"]}}',
         ):
             with self.subTest(body):
                 self.assertEqual(proxy.parse_message(body), json.loads(body))
                 self.assertEqual(proxy.parse_message(bytearray(body)), json.loads(body))
 
-    def test_a_large_request_is_large_in_its_texts(self) -> None:
+    def test_a_message_of_too_many_parts(self) -> None:
         def size(value: Any) -> None:
             proxy.parse_message(json.dumps(request("x", a=value)).encode())
 
         source = 'if (a["x"]) { return [1, 2, "\\", \'"\'] }\n' * 20_000
         size([{"path": str(n), "content": source if not n else "x"} for n in range(100)])
-        size([1] * 20_000)
-        many: list[Any] = [
-            [{}] * 100_000,
-            [1] * 100_000,
-            ["a"] * 50_000,
-            ["x" * 10**6, [[]] * 70_000],
-        ]
+        many: list[Any] = [[{}] * 300_000, ["x" * 10**6, [[]] * 300_000]]
         for value in many:
             with self.subTest(str(value)[-20:]), self.assertRaises(proxy.ProtocolError) as caught:
                 size(value)
@@ -1263,18 +1250,6 @@ class MessageTest(unittest.TestCase):
             verdict = proxy.decide(SCOPE, policy, call("create_branch", branch=branch), seen)
             assert isinstance(verdict, Refuse), branch
             self.assertIn("other than the default one", verdict.reason)
-        self.assertTrue(proxy.writes_branch(call("create_branch", branch="x"), policy))
-
-    def test_a_question_names_all_but_long_texts(self) -> None:
-        people = [f"somebody-of-a-long-name-{n}" for n in range(12)]
-        asked = proxy.question_text(
-            call("issue_write", issue_number=1, body="b" * 500, assignees=people)
-        )
-        for name in people:
-            self.assertIn(name, asked)
-        self.assertNotIn("b" * 101, asked)
-        self.assertIn("(+400 characters)", asked)
-        self.assertTrue(asked.startswith('{"issue_number": 1, '), asked)
 
     def test_what_a_write_made(self) -> None:
         def became(made: Any, **more: Any) -> Any:
@@ -1285,26 +1260,24 @@ class MessageTest(unittest.TestCase):
         made: Any
         for made in ({"url": url}, {"html_url": url, "url": "https://api.github.com/x"},
                      {"content": None, "commit": {"html_url": url}}):  # fmt: skip
-            self.assertEqual(became(made), ("done", {"url": url}))
+            self.assertEqual(became(made), ("done", url))
         for made in (1, [], None, "x", {}, {"url": 1}, {"url": "javascript:x"}, {"commit": 1},
                      {"url": url + "\n"}, {"url": url + "\x1b[2J"}, {"url": url + "x" * 300}):  # fmt: skip
-            self.assertEqual(became(made), ("done", {}), made)
-        self.assertEqual(became({"url": url}, isError=True), ("failed", {}))
-        self.assertEqual(proxy.outcome({"id": 1, "error": {"code": 1}}), ("failed", {}))
-        self.assertEqual(proxy.outcome({"id": 1, "result": {}}), ("done", {}))
+            self.assertEqual(became(made), ("done", ""), made)
+        self.assertEqual(became({"url": url}, isError=True), ("failed", ""))
+        self.assertEqual(proxy.outcome({"id": 1, "error": {"code": 1}}), ("failed", ""))
+        self.assertEqual(proxy.outcome({"id": 1, "result": {}}), ("done", ""))
 
-    def test_a_name_that_becomes_another_repository_is_known(self) -> None:
-        upstream = proxy.Upstream("http://127.0.0.1:9/", proxy.Token("t" * 20), {}, "", 1)
-        running = proxy.Proxy(SCOPE, POLICY, upstream, "", proxy.Audit("", False))
-        for id, moved in ((1, False), (1, False), (2, True), (1, False)):
-            running.found(id)
-            self.assertIs(running.moved, moved)
+    def test_a_name_that_becomes_another_repository(self) -> None:
+        verdict = proxy.decide(SCOPE, POLICY, call("list_tags"), Seen(moved=True))
+        assert isinstance(verdict, Refuse)
+        self.assertIn("another repository", verdict.reason)
 
     def test_instructions_say_what_is_refused(self) -> None:
-        self.assertIn("main cannot be written", proxy.instructions(SCOPE, POLICY))
-        self.assertIn("read-only", proxy.instructions(SCOPE, POLICY._replace(readonly=True)))
-        self.assertIn("agent/*", proxy.instructions(SCOPE, POLICY._replace(branches=("agent/*",))))
-        told = proxy.instructions(SCOPE, EVERYTHING)
+        self.assertIn("main cannot be written", proxy.instructions(BOUNDS))
+        self.assertIn("read-only", proxy.instructions(BOUNDS._replace(policy=POLICY._replace(readonly=True))))
+        self.assertIn("agent/*", proxy.instructions(BOUNDS._replace(policy=POLICY._replace(branches=("agent/*",)))))
+        told = proxy.instructions(BOUNDS._replace(policy=EVERYTHING))
         self.assertNotIn("cannot be merged", told)
         self.assertNotIn("main cannot", told)
 
@@ -1320,8 +1293,12 @@ class MirrorTest(unittest.TestCase):
                 **{f"mcp-param-{key}": value for key, value in more.items()}}  # fmt: skip
 
     def test_headers_that_agree(self) -> None:
-        proxy.check_mirrored(self.headers(owner="GOOD"), self.message(owner="GOOD"))
-        proxy.check_mirrored(self.headers(owner="=?base64?Z29vZA==?="), self.message(owner="good"))
+        for headers, message in (
+            (self.headers(owner="GOOD"), self.message(owner="GOOD")),
+            (self.headers(owner="=?base64?Z29vZA==?="), self.message(owner="good")),
+            (self.headers(), self.message(owner="good")),
+        ):
+            self.assertEqual(proxy.version_headers(headers, message), {})
 
     def test_headers_that_differ(self) -> None:
         for headers, message in (
@@ -1334,18 +1311,21 @@ class MirrorTest(unittest.TestCase):
             (self.headers(owner="=?base64?!!?="), self.message(owner="good")),
         ):
             with self.subTest(headers), self.assertRaises(proxy.ProtocolError) as caught:
-                proxy.check_mirrored(headers, message)
+                proxy.version_headers(headers, message)
             self.assertEqual(caught.exception.code, -32020)
 
     def test_headers_are_made_from_what_is_sent(self) -> None:
         verdict = proxy.decide(SCOPE, POLICY, self.message(owner="GOOD"))
         assert isinstance(verdict, Forward)
-        made = proxy.mirror_headers(
-            {"mcp-param-owner": "GOOD", "mcp-param-x": "y"}, verdict.message
-        )
-        self.assertEqual(made, {"MCP-Protocol-Version": MODERN, "Mcp-Method": "tools/call",
-                                "Mcp-Name": "get_file_contents", "Mcp-Param-owner": "good", "Mcp-Param-repo": "r"})  # fmt: skip
-        self.assertEqual(proxy.decode_header(proxy.encode_header("ünï")), "ünï")
+        self.assertEqual(
+            proxy.mirrored_headers(verdict.message),
+            {"MCP-Protocol-Version": MODERN, "Mcp-Method": "tools/call",
+             "Mcp-Name": "get_file_contents", "Mcp-Param-owner": "good", "Mcp-Param-repo": "r"},
+        )  # fmt: skip
+        for value in ("ünï", "=?base64?x?=", " a"):
+            encoded = proxy.encode_header(value)
+            self.assertTrue(encoded.isascii())
+            self.assertEqual(proxy.decode_header(encoded), value)
 
 
 class PolicyTest(unittest.TestCase):

@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import time
 import unittest
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tests.test_proxy_http import Proxy
 
 SCOPE = proxy.Scope("good", "r")
 POLICY = proxy.Policy(default_branch="main")
+BOUNDS = proxy.Bounds(SCOPE, POLICY)
 ZERO, ONE, TWO = "0" * 40, "1" * 40, "2" * 40
 
 
@@ -37,62 +39,77 @@ class PushTest(unittest.TestCase):
 
     def test_commands(self) -> None:
         data = self.lines(f"{ZERO} {ONE} refs/heads/a", f"{ONE} {TWO} refs/heads/b c")
-        parsed = proxy.parse_commands(data + b"PACK....")
-        assert parsed
-        commands, capabilities, end = parsed
-        self.assertEqual(
-            commands,
-            [proxy.Command(ZERO, ONE, "refs/heads/a"), proxy.Command(ONE, TWO, "refs/heads/b c")],
+        caps = "report-status side-band-64k"
+        commands = (
+            proxy.Command(ZERO, ONE, "refs/heads/a"),
+            proxy.Command(ONE, TWO, "refs/heads/b c"),
         )
-        self.assertEqual((capabilities, end), ("report-status side-band-64k", len(data)))
+        whole = data + b"PACK...."
+        self.assertEqual(proxy.parse_push(whole), proxy.Push(whole, commands, caps))
         for at in range(len(data)):
-            self.assertIsNone(proxy.parse_commands(data[:at]), at)
+            self.assertIsNone(proxy.parse_push(data[:at]), at)
         shallow = proxy.pkt(f"shallow {ONE}".encode()) + data
-        self.assertEqual(proxy.parse_commands(shallow), (commands, capabilities, len(shallow)))
-        self.assertEqual(proxy.parse_commands(b"0000"), ([], "", 4))
+        self.assertEqual(proxy.parse_push(shallow), proxy.Push(shallow, commands, caps))
+        self.assertEqual(proxy.parse_push(b"0000"), proxy.Push(b"0000"))
 
     def test_what_is_no_push(self) -> None:
         for data in (b"PACKxxxx", proxy.pkt(f"{ZERO} {ONE} refs/heads/".encode() + b"\xff"), b"0001", b"0004", b"00zz", proxy.pkt(b"push-cert\0caps"), proxy.pkt(b"x y"),
                      proxy.pkt(f"{ZERO} {ONE[1:]} refs/heads/a".encode()), proxy.pkt(f"{ZERO} {ONE}".encode())):  # fmt: skip
-            with self.subTest(data), self.assertRaises(proxy.GitRefusal):
-                proxy.parse_commands(data)
+            with self.subTest(data), self.assertRaises(proxy.Refusal):
+                proxy.parse_push(data)
 
     def test_what_may_be_pushed(self) -> None:
-        for policy, new, ref, refused in (
-            (POLICY, ONE, "refs/heads/fix", False), (POLICY, ONE, "refs/heads/a/b", False),
-            (POLICY, ONE, "refs/heads/main", True), (POLICY, ONE, "refs/heads/MAIN", True),
-            (POLICY, ZERO, "refs/heads/fix", True), (POLICY, ONE, "refs/tags/v1", True),
-            (POLICY, ONE, "refs/pull/1/head", True), (POLICY, ONE, "HEAD", True), (POLICY, ONE, "main", True),
-            (POLICY, ONE, "refs/heads/", True), (POLICY, ONE, "refs/heads/refs/heads/main", True),
-            (POLICY, ONE, "refs/heads/a..b", True), (POLICY, ONE, "refs/heads/a\x00", True), (POLICY, ONE, "x/refs/heads/a", True),
-            (POLICY._replace(default_branch=""), ONE, "refs/heads/fix", True),
-            (POLICY._replace(branches=("agent/*",)), ONE, "refs/heads/fix", True),
-            (POLICY._replace(branches=("agent/*",)), ONE, "refs/heads/agent/x", False),
-            (POLICY._replace(allow=frozenset(["default-branch"])), ONE, "refs/heads/main", False),
-        ):  # fmt: skip
+        agents = POLICY._replace(branches=("agent/*",))
+        for policy, new, ref, why in (
+            (POLICY, ONE, "refs/heads/fix", ""),
+            (POLICY, ONE, "refs/heads/a/b", ""),
+            (POLICY, ONE, "refs/heads/main", "default branch"),
+            (POLICY, ONE, "refs/heads/MAIN", "default branch"),
+            (POLICY, ONE, "refs/heads/learnt", "default branch"),
+            (POLICY, ZERO, "refs/heads/fix", "not deleted"),
+            (POLICY, ONE, "refs/tags/v1", "only branches"),
+            (POLICY, ONE, "refs/pull/1/head", "only branches"),
+            (POLICY, ONE, "HEAD", "only branches"),
+            (POLICY, ONE, "main", "only branches"),
+            (POLICY, ONE, "refs/heads/", "only branches"),
+            (POLICY, ONE, "x/refs/heads/a", "only branches"),
+            (POLICY, ONE, "refs/heads/refs/heads/main", "plain name"),
+            (POLICY, ONE, "refs/heads/a..b", "spelled as git allows"),
+            (POLICY, ONE, "refs/heads/a\x00", "spelled as git allows"),
+            (agents, ONE, "refs/heads/fix", "matching agent/*"),
+            (agents, ONE, "refs/heads/agent/x", ""),
+            (POLICY._replace(allow=frozenset(["default-branch"])), ONE, "refs/heads/main", ""),
+            (POLICY._replace(writes_per_hour=0), ONE, "refs/heads/fix", "too many writes"),
+        ):
             with self.subTest(ref, policy=policy):
-                refusals = proxy.judge_push(SCOPE, policy, [proxy.Command(ZERO, new, ref)])
-                self.assertEqual(bool(refusals), refused, refusals)
+                seen = proxy.Seen(defaults=frozenset(["learnt"]))
+                bounds = proxy.Bounds(SCOPE, policy, seen)
+                refused = proxy.judge_push(bounds, [proxy.Command(ZERO, new, ref)])
+                self.assertEqual(list(refused), [ref] if why else [])
+                self.assertIn(why, refused.get(ref, ""))
+        unknown = proxy.Bounds(SCOPE, proxy.Policy())
+        refused = proxy.judge_push(unknown, [proxy.Command(ZERO, ONE, "refs/heads/fix")])
+        self.assertIn("did not tell", refused["refs/heads/fix"])
 
     def test_what_became_of_it(self) -> None:
-        refs = ("refs/heads/fix", "refs/heads/b")
-        status = b"".join(map(proxy.pkt, [b"unpack ok\n", b"ok refs/heads/fix\n", b"ng refs/heads/b declined\n",
-                                          b"ok refs/heads/main\n", b"ng refs/heads/fix again\n"])) + b"0000"  # fmt: skip
-        expected = [("refs/heads/fix", ""), ("refs/heads/b", "declined")]
-        self.assertEqual(proxy.pushed_refs(status, proxy.Push(b"", refs, False)), expected)
-        forged = proxy.pkt(b"\x02a 0000ng refs/heads/fix no\n000eok refs/heads/b\n")
-        banded = (
-            forged
-            + proxy.pkt(b"\x01" + status[:20])
-            + forged
-            + proxy.pkt(b"\x01" + status[20:])
-            + b"0000"
+        commands = (
+            proxy.Command(ZERO, ONE, "refs/heads/fix"),
+            proxy.Command(ZERO, ONE, "refs/heads/b"),
         )
-        self.assertEqual(proxy.pushed_refs(banded, proxy.Push(b"", refs, True)), expected)
-        for cut in range(len(banded)):
-            found = proxy.pushed_refs(banded[:cut], proxy.Push(b"", refs, True))
-            self.assertEqual(found, expected[: len(found)])
-        self.assertEqual(proxy.pushed_refs(b"<html>", proxy.Push(b"", refs, True)), [])
+        lines = (b"unpack ok\n", b"ok refs/heads/fix\n", b"ng refs/heads/b declined\n",
+                 b"ok refs/heads/main\n", b"ng refs/heads/fix again\n")  # fmt: skip
+        status = b"".join(map(proxy.pkt, lines)) + b"0000"
+        expected = {"refs/heads/fix": "", "refs/heads/b": "declined"}
+        plain, banded = (proxy.Push(b"", commands, caps) for caps in ("", "side-band-64k"))
+        self.assertEqual(proxy.pushed_refs(status, plain), expected)
+        forged = proxy.pkt(b"\x02a 0000ng refs/heads/fix no\n000eok refs/heads/b\n")
+        parts = (proxy.pkt(b"\x01" + status[:20]), proxy.pkt(b"\x01" + status[20:]))
+        answer = forged + parts[0] + forged + parts[1] + b"0000"
+        self.assertEqual(proxy.pushed_refs(answer, banded), expected)
+        for cut in range(len(answer)):
+            found = proxy.pushed_refs(answer[:cut], banded)
+            self.assertEqual(found, dict(list(expected.items())[: len(found)]))
+        self.assertEqual(proxy.pushed_refs(b"<html>", banded), {})
 
     def test_what_is_asked_of_which_repository(self) -> None:
         good = "/git/good/r.git"
@@ -101,7 +118,7 @@ class PushTest(unittest.TestCase):
             ("GET", "/git/GOOD/R/info/refs?service=git-receive-pack"), ("POST", f"{good}/git-receive-pack"),
         ):  # fmt: skip
             self.assertIn(
-                proxy.git_service(SCOPE, POLICY, method, target),
+                proxy.git_service(BOUNDS, method, target),
                 ("git-upload-pack", "git-receive-pack"),
             )
         for method, target in (
@@ -112,60 +129,93 @@ class PushTest(unittest.TestCase):
             ("POST", f"{good}/info/lfs/objects/batch"), ("POST", "/git/good/r.git/../../evil/secret.git/git-upload-pack"),
             ("POST", "/git/good/%72.git/git-upload-pack"), ("POST", "/git/good/r.git//git-upload-pack"), ("POST", "/git/good/r.git.git/git-upload-pack"),
         ):  # fmt: skip
-            with self.subTest(target), self.assertRaises(proxy.GitRefusal):
-                proxy.git_service(SCOPE, POLICY, method, target)
-        with self.assertRaises(proxy.GitRefusal):
-            proxy.git_service(
-                SCOPE, POLICY._replace(readonly=True), "POST", f"{good}/git-receive-pack"
-            )
+            with self.subTest(target), self.assertRaises(proxy.Refusal):
+                proxy.git_service(BOUNDS, method, target)
+        with self.assertRaises(proxy.Refusal):
+            readonly = BOUNDS._replace(policy=POLICY._replace(readonly=True))
+            proxy.git_service(readonly, "POST", f"{good}/git-receive-pack")
+        with self.assertRaises(proxy.Refusal):
+            moved = BOUNDS._replace(seen=proxy.Seen(moved=True))
+            proxy.git_service(moved, "POST", f"{good}/git-upload-pack")
 
 
 class GitTest(unittest.TestCase):
     """Clones, fetches and pushes, with what git prints."""
 
-    def setUp(self) -> None:
+    @classmethod
+    def setUpClass(cls) -> None:
         if not shutil.which("git"):
-            self.skipTest("git is not on PATH")
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.home = Path(folder.name)
-        self.env = {**BARE, "HOME": str(self.home), "GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0",
-                    "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b", "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b"}  # fmt: skip
-        self.bare = self.home / "served/good/r.git"
-        self.git("init", "-q", "--bare", "-b", "main", str(self.bare))
-        self.git("-C", str(self.bare), "config", "uploadpack.allowFilter", "true")
-        self.git("-C", str(self.bare), "config", "receive.advertisePushOptions", "true")
-        self.server = GitServer(str(self.home / "served"), TOKEN)
-        self.addCleanup(self.server.__exit__)
-        self.upstream = mcp_upstream.Upstream()
-        self.upstream.__enter__()
-        self.addCleanup(self.upstream.__exit__)
-        first = self.home / "first"
-        self.git("init", "-q", "-b", "main", str(first))
-        self.commit(first, "README", "hello\n")
-        self.git("-C", str(first), "push", "-q", str(self.bare), "main")
-        self.running = self.start()
-        self.url = f"http://127.0.0.1:{self.running.port}/git/good/r.git"
-        self.git(
-            "config",
-            "--global",
-            f"http.http://127.0.0.1:{self.running.port}/.extraHeader",
-            f"Authorization: Bearer {SECRET}",
-        )
-        self.work = self.home / "work"
+            raise unittest.SkipTest("git is not on PATH")
+        cls.folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(cls.folder.cleanup)
+        cls.home = Path(cls.folder.name)
+        cls.env = {**BARE, "HOME": str(cls.home), "GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0",
+                   "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b", "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b"}  # fmt: skip
+        cls.bare = cls.home / "served/good/r.git"
+        cls.first = cls.home / "first"
+        run = partial(subprocess.run, env=cls.env, check=True, capture_output=True)
+        run(["git", "init", "-q", "-b", "main", str(cls.first)])
+        (cls.first / "README").write_text("hello\n")
+        run(["git", "-C", str(cls.first), "add", "README"])
+        run(["git", "-C", str(cls.first), "commit", "-q", "-m", "first"])
+        run(["git", "clone", "-q", "--bare", str(cls.first), str(cls.home / "template")])
+        for name in ("uploadpack.allowFilter", "receive.advertisePushOptions"):
+            run(["git", "-C", str(cls.home / "template"), "config", name, "true"])
+        cls.server = GitServer(str(cls.home / "served"), TOKEN)
+        cls.addClassCleanup(cls.server.__exit__)
+        cls.upstream = mcp_upstream.Upstream()
+        cls.upstream.__enter__()
+        cls.addClassCleanup(cls.upstream.__exit__)
+        cls.shared = cls.started()
+        cls.addClassCleanup(cls.shared.stop)
 
-    def start(self, *argv: str, **env: Any) -> Proxy:
-        running = Proxy(
-            self.upstream.url,
-            "--git",
-            self.server.url,
-            "--audit",
-            str(self.home / "audit"),
-            *argv,
-            **env,
-        )
+    folder: tempfile.TemporaryDirectory[str]
+    home: Path
+    env: dict[str, str]
+    bare: Path
+    first: Path
+    server: GitServer
+    upstream: mcp_upstream.Upstream
+    shared: Proxy
+
+    @classmethod
+    def started(cls, *argv: str, **more: Any) -> Proxy:
+        audit = ("--audit", str(cls.home / "audit"))
+        return Proxy(cls.upstream.url, "--git", cls.server.url, *audit, *argv, **more)
+
+    def setUp(self) -> None:
+        shutil.rmtree(self.bare, ignore_errors=True)
+        shutil.copytree(self.home / "template", self.bare)
+        self.server.reset()
+        self.upstream.found = "always"
+        self.work = self.home / "work"
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.before = len(self.audit())
+        self.use(self.shared)
+
+    def use(self, running: Proxy) -> None:
+        """From here on this is the proxy that git goes to."""
+        self.running = running
+        base = f"http://127.0.0.1:{running.port}"
+        self.url = f"{base}/git/good/r.git"
+        key = f"http.{base}/.extraHeader"
+        self.git("config", "--global", key, f"Authorization: Bearer {SECRET}")
+
+    def start(self, *argv: str, **more: Any) -> Proxy:
+        """A proxy of the test's own, that is used from here on."""
+        running = self.started(*argv, **more)
         self.addCleanup(running.stop)
+        self.use(running)
         return running
+
+    def audit(self) -> list[dict[str, Any]]:
+        lines = (self.home / "audit").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def told(self) -> list[tuple[str, Any, str]]:
+        """What the audit has of this test."""
+        lines = self.audit()[self.before :]
+        return [(line["verdict"], line["target"].get("ref"), line["reason"]) for line in lines]
 
     def git(self, *argv: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
@@ -227,7 +277,7 @@ class GitTest(unittest.TestCase):
         for refs, words in (
             (
                 ("origin", "HEAD:main"),
-                "remote: refused: refs/heads/main: must be a branch other than the default one",
+                "remote: refused: refs/heads/main: main is the default branch: write to a branch other than the default one",
             ),
             (("origin", ":fix"), "branches are not deleted"),
             (("origin", "HEAD:refs/tags/v1"), "only branches"),
@@ -271,13 +321,9 @@ class GitTest(unittest.TestCase):
         script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport github_mcp_proxy as p\n"
                           "p.STALL_SECONDS = 1\nsys.exit(p.main())\n")  # fmt: skip
         quick = self.start(script=script)
-        base = f"http://127.0.0.1:{quick.port}"
-        self.git(
-            "config", "--global", f"http.{base}/.extraHeader", f"Authorization: Bearer {SECRET}"
-        )
         self.commit(self.clone(), "new", os.urandom(100_000).hex())
-        self.server.delay = 2.5
-        done = self.push(f"{base}/git/good/r.git", "HEAD:slow")
+        self.server.delay = 1.8
+        done = self.push("origin", "HEAD:slow")
         self.assertEqual(done.returncode, 0, done.stderr)
         client = Client(quick.port)
         self.addCleanup(client.close)
@@ -298,27 +344,21 @@ class GitTest(unittest.TestCase):
             time.sleep(0.05)
         self.assertLessEqual(self.running.descriptors(), before + 2)
         self.assertNotIn("refs/heads/x", self.branches())
-        self.assertNotIn("fault", self.running.stderr())
+        self.assertNotIn("a fault of", self.running.stderr())
         self.clone()
 
     def test_the_default_branch_is_known_from_git_where_the_search_finds_nothing(self) -> None:
         self.upstream.found = "never"
-        self.clone()
-        self.commit(self.work, "new", "z")
+        self.start()
+        self.commit(self.clone(), "new", "z")
         done = self.push("origin", "HEAD:fix")
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertIn("other than the default one", self.push("origin", "HEAD:main").stderr)
         self.git("-C", str(self.bare), "symbolic-ref", "HEAD", "refs/heads/fix")
-        self.upstream.__exit__()  # no MCP server at all
-        self.running = self.start()
-        base = f"http://127.0.0.1:{self.running.port}"
-        self.git(
-            "config", "--global", f"http.{base}/.extraHeader", f"Authorization: Bearer {SECRET}"
-        )
+        self.start(GITHUB_MCP_UPSTREAM="http://127.0.0.1:9/")  # no MCP server at all
         self.commit(self.work, "newer", "z")
-        url = f"{base}/git/good/r.git"
-        self.assertIn("other than the default one", self.push(url, "HEAD:fix").stderr)
-        self.assertEqual(self.push(url, "HEAD:main").returncode, 0)
+        self.assertIn("other than the default one", self.push(self.url, "HEAD:fix").stderr)
+        self.assertEqual(self.push(self.url, "HEAD:main").returncode, 0)
 
     def test_the_audit_has_what_became_of_a_push(self) -> None:
         hook = self.bare / "hooks/update"
@@ -327,10 +367,8 @@ class GitTest(unittest.TestCase):
         hook.chmod(0o755)
         self.commit(self.clone(), "new", "z")
         self.push("origin", "HEAD:fix", "HEAD:protected")
-        lines = map(json.loads, (self.home / "audit").read_text().splitlines())
-        told = [(line["verdict"], line["target"].get("ref"), line["reason"]) for line in lines]
         self.assertEqual(
-            told[-4:],
+            self.told()[-4:],
             [
                 ("forward", "refs/heads/fix", ""),
                 ("forward", "refs/heads/protected", ""),
@@ -343,33 +381,30 @@ class GitTest(unittest.TestCase):
         self.commit(self.clone(), "new", "z")
         self.server.cut = True
         self.push("origin", "HEAD:fix")
-        lines = [json.loads(line) for line in (self.home / "audit").read_text().splitlines()]
-        told = [(line["verdict"], line["target"]) for line in lines[-2:]]
-        ref = {"ref": "refs/heads/fix"}
+        told = [(verdict, ref) for verdict, ref, _ in self.told()[-2:]]
+        ref = "refs/heads/fix"
         self.assertEqual(told, [("forward", ref), ("unknown", ref)])
 
     def test_a_push_that_the_user_has_to_allow(self) -> None:
-        self.running = self.start("--confirm-writes")
-        process, base = self.running.process, f"http://127.0.0.1:{self.running.port}"
-        assert process.stdin and process.stdout
-        key = f"http.{base}/.extraHeader"
-        self.git("config", "--global", key, f"Authorization: Bearer {SECRET}")
-        self.git("clone", "-q", f"{base}/git/good/r.git", str(self.work))
-        (self.work / "large").write_bytes(os.urandom(8 << 20))
-        self.git("-C", str(self.work), "add", "large")
-        self.git("-C", str(self.work), "commit", "-q", "-m", "large")
-        argv = ["git", "-C", str(self.work), "push", "origin", "HEAD:fix"]
-        for refused, status in (("not now", 1), ("", 0)):
-            with subprocess.Popen(argv, env=self.env, stderr=subprocess.PIPE, text=True) as push:
-                question = json.loads(process.stdout.readline())
-                self.assertEqual(question["tool"], "git push")
-                self.assertRegex(question["about"], r"^refs/heads/fix 0{12}\.\.[0-9a-f]{12}$")
-                time.sleep(0.3)
-                answer = {"id": question["id"], "refused": refused}
-                process.stdin.write(json.dumps(answer) + "\n")
-                process.stdin.flush()
-                self.assertIn(refused, push.communicate()[1])
-            self.assertEqual(push.returncode, status)
+        asked, policy = self.home / "asked", self.home / "policy.ini"
+        command = f"cat >> {asked}; test -e {self.home}/yes || {{ echo not now; exit 1; }}"
+        policy.write_text(f"[policy]\napprove = {command}\n")
+        self.start("--policy", str(policy))
+        work = self.clone()
+        (work / "large").write_bytes(os.urandom(8 << 20))
+        self.git("-C", str(work), "add", "large")
+        self.git("-C", str(work), "commit", "-q", "-m", "large")
+        done = self.push()
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("remote: refused: refs/heads/fix: not now", done.stderr)
+        self.assertNotIn("refs/heads/fix", self.branches())
+        question = json.loads(asked.read_text())
+        new = self.git("-C", str(work), "rev-parse", "HEAD").stdout.strip()
+        self.assertEqual((question["tool"], question["repository"]), ("git push", "good/r"))
+        self.assertEqual(question["target"], {"ref": "refs/heads/fix"})
+        self.assertEqual(question["refs"], [{"old": ZERO, "new": new, "ref": "refs/heads/fix"}])
+        (self.home / "yes").touch()
+        self.assertEqual(self.push().returncode, 0)
         self.assertIn("refs/heads/fix", self.branches())
 
     def test_a_compressed_request(self) -> None:
@@ -410,10 +445,11 @@ class GitTest(unittest.TestCase):
 
     def test_a_redirect_is_not_followed(self) -> None:
         other = self.home / "served/evil/secret.git"
+        self.addCleanup(shutil.rmtree, other)
         self.git("clone", "-q", "--bare", str(self.bare), str(other))
         self.server.redirect = f"{self.server.url}/evil/secret.git/info/refs?service="
         for argv in (["clone", self.url, str(self.work)], ["push", self.url, "HEAD:fix"]):
-            done = self.git("-C", str(self.home / "first"), *argv, check=False)
+            done = self.git("-C", str(self.first), *argv, check=False)
             self.assertNotEqual(done.returncode, 0)
             self.assertIn("redirects elsewhere", done.stderr)
         self.assertEqual([seen for seen in self.server.seen if "evil" in seen.path], [])
@@ -431,18 +467,11 @@ class GitTest(unittest.TestCase):
             done = self.git("ls-remote", url, check=False)
             self.assertEqual(done.returncode, 128)
             self.assertIn(words, done.stderr)
-        self.assertLessEqual({s.path for s in self.server.seen}, {"/good/r.git/git-upload-pack"})
-        readonly = self.start(GITHUB_MCP_READONLY="1")
-        self.git(
-            "config",
-            "--global",
-            f"http.http://127.0.0.1:{readonly.port}/.extraHeader",
-            f"Authorization: Bearer {SECRET}",
-        )
+        self.assertEqual(self.server.seen, [])
         self.clone()
+        self.start(GITHUB_MCP_READONLY="1")
         self.commit(self.work, "n", "n")
-        done = self.push(f"http://127.0.0.1:{readonly.port}/git/good/r.git", "HEAD:x")
-        self.assertIn("read-only", done.stderr)
+        self.assertIn("read-only", self.push(self.url, "HEAD:x").stderr)
         without = Client(self.running.port, "")
         self.addCleanup(without.close)
         self.assertEqual(
@@ -458,8 +487,24 @@ class GitTest(unittest.TestCase):
         self.assertIn("404", done.stderr)
         self.server.token = "another-token-0123456789"
         self.assertIn("token", self.git("ls-remote", self.url, check=False).stderr)
-        self.server.__exit__()
+        self.start("--git", "http://127.0.0.1:9")
         self.assertIn("cannot be reached", self.git("ls-remote", self.url, check=False).stderr)
+
+    def test_a_probe_of_git_is_judged_and_not_passed_on(self) -> None:
+        probe = "the-probe-of-this-run-0123456789"
+        running = self.start("--exit-with-stdin", GITHUB_MCP_PROBE_SECRET=probe)
+        before = len(self.audit())
+        for target, words in (
+            ("good/r.git/info/refs?service=git-upload-pack", b"a probe is not passed on"),
+            ("evil/secret.git/info/refs?service=git-upload-pack", b"only good/r is served here"),
+        ):
+            client = Client(running.port, probe)
+            self.addCleanup(client.close)
+            status, _, said = client.raw(client.head("GET", f"/git/{target}"))
+            self.assertEqual(status, 403)
+            self.assertIn(words, said)
+        self.assertEqual(len(self.audit()), before)
+        self.assertEqual([seen for seen in self.server.seen if seen.method == "GET"], [])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
 import resource
@@ -39,7 +41,7 @@ class Proxy:
     """A running proxy; `lines` are those of its stdout that have been waited for."""
 
     def __init__(
-        self, upstream: str, *argv: str, script: Path = SCRIPT, lines: int = 1,
+        self, upstream: str, *argv: str, script: Path = SCRIPT, lines: int = 2,
         pass_fds: tuple[int, ...] = (), **env: str,
     ) -> None:  # fmt: skip
         environment = {
@@ -167,14 +169,41 @@ def text_of(answer: Any) -> str:
     return text
 
 
-class FramingTest(unittest.TestCase):
-    """Incoming, without a socket: the same bytes whole, one at a time, and with a tail."""
+class Pipe:
+    """In place of a transport: nothing is written, and nothing waits."""
 
-    def receive(self, *parts: bytes, request: bool = True) -> proxy.Incoming:
-        incoming = proxy.Incoming(request=request, max_body=1000)
-        for part in parts:
-            incoming.feed(part)
-        return incoming
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+
+class FramingTest(unittest.TestCase):
+    """Heads and bodies, without a socket: the same bytes whole, one at a time, and with a tail."""
+
+    def receive(
+        self, *parts: bytes, is_request: bool = True, closed: bool = False
+    ) -> tuple[bytes, bytes]:
+        """(the body, what is left)."""
+
+        async def read() -> tuple[bytes, bytes]:
+            wire = proxy.Wire(set())
+            wire.transport = Pipe()  # type: ignore[assignment]
+
+            async def feed() -> None:
+                for part in parts:
+                    wire.data_received(part)
+                    await asyncio.sleep(0)
+                if closed:
+                    wire.eof_received()
+
+            feeding = asyncio.ensure_future(feed())
+            head = await asyncio.wait_for(proxy.read_head(wire, is_request=is_request), 1)
+            body = proxy.Body(wire, head, 1000, is_request=is_request)
+            data = await asyncio.wait_for(body.whole(), 1)
+            await feeding
+            return data, bytes(wire.buffer)
+
+        return asyncio.run(read())
 
     def test_messages(self) -> None:
         post = b"POST /mcp HTTP/1.1\r\nHost: a\r\n"
@@ -202,17 +231,16 @@ class FramingTest(unittest.TestCase):
         ):
             with self.subTest(data):
                 for parts in ([data], [data[i : i + 1] for i in range(len(data))]):
-                    incoming = self.receive(*parts, request=request)
-                    self.assertTrue(incoming.complete)
-                    self.assertEqual((incoming.take(), incoming.rest), (body, b""))
-                tailed = self.receive(data + b"POST /next", request=request)
-                self.assertEqual((tailed.take(), tailed.rest), (body, b"POST /next"))
+                    self.assertEqual(self.receive(*parts, is_request=request), (body, b""))
+                tailed = self.receive(data + b"POST /next", is_request=request)
+                self.assertEqual(tailed, (body, b"POST /next"))
 
     def test_a_body_until_the_end(self) -> None:
-        incoming = self.receive(b"HTTP/1.1 200 OK\r\n\r\nabc", request=False)
-        self.assertFalse(incoming.complete)
-        incoming.eof()
-        self.assertEqual((incoming.complete, incoming.take()), (True, b"abc"))
+        parts = (b"HTTP/1.1 200 OK\r\n\r\na", b"bc")
+        self.assertEqual(self.receive(*parts, is_request=False, closed=True), (b"abc", b""))
+        for cut in (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", b"HTTP/1.1 200"):
+            with self.assertRaises(proxy.AnswerLost):
+                self.receive(cut, is_request=False, closed=True)
 
     def test_what_could_be_read_in_two_ways(self) -> None:
         post = b"POST /mcp HTTP/1.1\r\nHost: a\r\n"
@@ -254,13 +282,13 @@ class FramingTest(unittest.TestCase):
 
     def test_events(self) -> None:
         stream = b": hi\n\nevent: message\ndata: {}\n\nid: 1\r\ndata: a\r\ndata: b\r\n\r\ndata\n\n"
-        expected = [b"", b"{}", b"a\nb", b""]
-        self.assertEqual([proxy.event_data(e) for e in proxy.Events().feed(stream)], expected)
-        events = proxy.Events()
-        single = [e for i in range(len(stream)) for e in events.feed(stream[i : i + 1])]
-        self.assertEqual(b"".join(single), stream)
-        replaced = proxy.event_with(b"id: 7\nevent: message\ndata: x\nretry: 5\n\n", b"{}")
-        self.assertEqual(replaced, b"id: 7\nevent: message\nretry: 5\ndata: {}\n\n")
+        for size in (1, len(stream)):
+            events, found = proxy.Events(), []
+            for at in range(0, len(stream), size):
+                events.feed(stream[at : at + size])
+                found += iter(events.take, None)
+            self.assertEqual(b"".join(found), stream)
+            self.assertEqual([proxy.event_data(e) for e in found], [b"", b"{}", b"a b", b""])
 
 
 class LiveTest(unittest.TestCase):
@@ -343,7 +371,7 @@ class GateTest(LiveTest):
                 got, headers, _ = self.connect().raw(data)
                 self.assertEqual(got, status)
                 if status == 405:
-                    self.assertEqual(headers["allow"], "POST, GET, DELETE")
+                    self.assertEqual(headers["allow"], "POST, DELETE")
         self.assertEqual(self.upstream.calls(), [])
 
     def test_names_that_are_its_own(self) -> None:
@@ -575,16 +603,32 @@ class StreamTest(LiveTest):
         self.assertEqual(self.client.chunk(), b"")
 
     def test_comments_ids_and_unknown_messages(self) -> None:
+        """Ids would invite a client to come back for the rest; unknown notes are dropped."""
         prime = b"id: 1\ndata: \n\n"
         note = fake.event(fake.note(1), "id: 2")
-        sampling = fake.event({"jsonrpc": "2.0", "id": 9, "method": "sampling/createMessage"})
-        self.upstream.on("README.md", fake.events(prime, b": alive\n\n", note, sampling))
+        unknown = fake.event({"jsonrpc": "2.0", "method": "notifications/unknown"})
+        self.upstream.on("README.md", fake.events(prime, note, b": alive\n\n", unknown))
         self.client.send(call())
         self.client.read_head()
         got = list(iter(self.client.chunk, b""))
-        self.assertEqual(got[:3], [prime, b": alive\n\n", note])
-        self.assertEqual(len(got), 4)
-        self.assertIn(b"done", got[3])
+        self.assertEqual(got[:2], [fake.event(fake.note(1)), b": alive\n\n"])
+        self.assertEqual(len(got), 3)
+        self.assertIn(b"done", got[2])
+
+    def test_what_the_upstream_asks_is_declined(self) -> None:
+        for method in ("elicitation/create", "sampling/createMessage", "roots/list", "ping"):
+            with self.subTest(method):
+                self.upstream.reset()
+                question = {"jsonrpc": "2.0", "id": "q", "method": method, "params": {}}
+                self.upstream.on("README.md", fake.events(fake.event(question)))
+                answer = self.client.ask(call(id=5))
+                self.assertEqual((answer["id"], text_of(answer)), (5, "done"))
+                self.upstream.wait(lambda: self.upstream.calls("answer"), "an answer comes")
+                said = self.upstream.calls("answer")[0].message
+                self.assertEqual(said["id"], "q")
+                self.assertEqual("result" in said, method == "ping")
+        self.client.send({"jsonrpc": "2.0", "id": "q", "result": {"action": "accept"}})
+        self.assertEqual(self.client.read()[0], 400, "a client answers nothing")
 
     def test_large_answers_come_as_json(self) -> None:
         for sse in (True, False):
@@ -622,10 +666,14 @@ class StreamTest(LiveTest):
             x.close()
 
         self.upstream.on("README.md", cut)
-        self.client.send(call())
-        self.client.read_head()
-        with self.assertRaises((ValueError, ConnectionError)):
-            list(iter(self.client.chunk, b""))
+        answer = self.client.ask(call(id=8))
+        self.assertEqual(answer["id"], 8)
+        self.assertIn("closed the connection", answer["error"]["message"])
+
+    def test_an_answer_that_is_too_large(self) -> None:
+        for sse in (True, False):
+            self.upstream.on("README.md", fake.big(17 << 20, sse=sse))
+            self.assertIn("more than", self.client.ask(call())["error"]["message"])
 
     def test_a_client_that_goes_away_ends_the_upstreams_stream(self) -> None:
         self.upstream.on("README.md", fake.hang_in_stream)
@@ -644,37 +692,17 @@ class StreamTest(LiveTest):
         self.client.send(request("initialize", **INITIALIZE))
         _, headers, _ = self.client.read()
         session = f"Mcp-Session-Id: {headers['mcp-session-id']}"
-        stream = self.connect()
-        stream.socket.sendall(stream.head("GET", "/mcp", "Accept: text/event-stream", session))
-        self.assertEqual(stream.read_head()[1]["content-type"], "text/event-stream")
-        self.assertEqual(stream.chunk(), b": here\n\n")
-        question = {
-            "jsonrpc": "2.0",
-            "id": "q",
-            "method": "elicitation/create",
-            "params": {"message": "?"},
-        }
-        self.upstream.on("README.md", fake.ask(question))
-        self.client.send(call(), session)
-        self.client.read_head()
-        self.assertIn(b"elicitation/create", self.client.chunk())
-        given = {"jsonrpc": "2.0", "id": "q", "result": {"action": "accept", "content": {"a": "b"}}}
         other = self.connect()
-        other.send({**given, "id": "other"}, session)
-        self.assertEqual(other.read()[0], 400)
-        other.send(given, session)
-        self.assertEqual(other.read()[0], 202)
-        self.assertIn(b"accept", self.client.chunk())
-        other.send(given, session)
-        self.assertEqual(other.read()[0], 400, "an answer passes once")
+        self.assertEqual(text_of(other.ask(call(), session)), "ok get_file_contents")
+        self.assertEqual(self.upstream.calls()[-1].session, headers["mcp-session-id"])
         self.assertEqual(other.raw(other.head("DELETE", "/mcp", session))[0], 204)
         other.send(request("ping"), session)
         self.assertEqual(other.read()[0], 404)
 
-    def test_without_sessions_get_and_delete_are_answered_by_the_upstream(self) -> None:
-        for method in ("GET", "DELETE"):
+    def test_there_is_no_stream_to_get(self) -> None:
+        for method, allowed in (("GET", "POST, DELETE"), ("DELETE", "POST")):
             status, headers, _ = self.connect().raw(self.client.head(method))
-            self.assertEqual((status, headers["allow"]), (405, "POST"))
+            self.assertEqual((status, headers["allow"]), (405, allowed))
 
     def test_many_clients_at_once_and_nothing_is_left(self) -> None:
         if not Path("/proc/self/fd").exists():
@@ -742,19 +770,6 @@ class AuditTest(LiveTest):
         self.assertNotIn("words of GitHub", self.audit.read_text())
 
 
-class FloodTest(LiveTest):
-    def test_a_flood_of_refusals_does_not_fill_the_disk(self) -> None:
-        for n in range(300):
-            self.client.ask(call("", name=f"no_such_tool_{n}"))
-        self.client.ask(call("", name="create_branch", branch="b"))
-        lines = [json.loads(line) for line in self.audit.read_text().splitlines()]
-        refused = [line for line in lines if line["verdict"] == "refuse"]
-        self.assertEqual(len(refused), 100)
-        self.assertIn("left out", refused[-1]["reason"])
-        self.assertEqual([line["verdict"] for line in lines[-2:]], ["forward", "done"])
-        self.assertLess(len(self.proxy.stderr().splitlines()), 110)
-
-
 class OwnProxyTest(unittest.TestCase):
     """A test that starts a proxy of its own."""
 
@@ -775,119 +790,6 @@ class OwnProxyTest(unittest.TestCase):
         self.upstream = fake.Upstream()
         self.upstream.__enter__()
         self.addCleanup(self.upstream.__exit__)
-
-
-class ConfirmTest(OwnProxyTest):
-    """--confirm-writes: a question on stdout, an answer on stdin."""
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.ask_for(20)
-
-    def ask_for(self, seconds: int) -> None:
-        """From here on a proxy whose questions lapse after so long."""
-        self.proxy = self.start("--confirm-writes", setup=f"p.CONFIRM_SECONDS = {seconds}")
-
-    def send(self, branch: str, **more: Any) -> Client:
-        client = Client(self.proxy.port)
-        self.addCleanup(client.close)
-        client.send(call("", name="create_branch", branch=branch, **more))
-        return client
-
-    def question(self) -> Any:
-        assert self.proxy.process.stdout
-        return json.loads(self.proxy.process.stdout.readline())
-
-    def answer(self, *lines: Any) -> None:
-        assert self.proxy.process.stdin
-        for line in lines:
-            self.proxy.process.stdin.write(line if isinstance(line, str) else json.dumps(line))
-            self.proxy.process.stdin.write("\n")
-        self.proxy.process.stdin.flush()
-
-    def test_one_question_at_a_time(self) -> None:
-        clients = [self.send("a"), self.send("b")]
-        for refused, told in (("", "ok create_branch"), ("not now", "not now")):
-            question = self.question()
-            self.assertEqual(question["tool"], "create_branch")
-            self.assertLess(question["until"], time.monotonic() + 20)
-            client = clients['"b"' in question["about"]]
-            self.assertFalse(self.asks_more())
-            self.answer({"id": question["id"], "refused": refused})
-            self.assertIn(told, text_of(json.loads(client.read()[2])))
-        self.assertEqual(len(self.upstream.calls("create_branch")), 1)
-
-    def asks_more(self) -> bool:
-        import select
-
-        assert self.proxy.process.stdout
-        return bool(select.select([self.proxy.process.stdout.fileno()], [], [], 0.05)[0])
-
-    def test_no_answer_is_a_no(self) -> None:
-        self.ask_for(1)
-        client = self.send("a")
-        id = self.question()["id"]
-        self.answer(
-            "", "y", "{", "[]", "null", {"id": id + 1, "refused": ""}, {"id": id}, {"refused": ""}
-        )
-        self.answer("x" * 100_000)
-        self.assertIn("did not allow it within 1 s", text_of(json.loads(client.read()[2])))
-        self.answer({"id": id, "refused": ""})  # too late
-        self.assertIn("did not allow", text_of(json.loads(self.send("b").read()[2])))
-        self.assertEqual(self.upstream.calls("create_branch"), [])
-
-    def test_what_is_not_asked(self) -> None:
-        client = Client(self.proxy.port)
-        self.addCleanup(client.close)
-        self.assertIn("ok", text_of(client.ask(call(name="get_file_contents"))))
-        answer = text_of(client.ask(call("", name="create_branch", branch="main")))
-        self.assertIn("default", answer)
-        self.assertFalse(self.asks_more())
-
-    def test_a_question_is_short_and_says_where_first(self) -> None:
-        files = [{"path": f"dir/{n}", "content": '\U0001f600\\"' * 5000} for n in range(5)]
-        client = Client(self.proxy.port)
-        self.addCleanup(client.close)
-        client.send(call("", name="push_files", branch="fix", message="m", files=files))
-        line = self.proxy.process.stdout.readline()  # type: ignore[union-attr]
-        self.assertLess(len(line.encode()), 4096)
-        self.assertIn('{"branch": "fix", "paths": ["dir/0", "dir/1"', json.loads(line)["about"])
-
-    def test_what_cannot_be_shown_is_not_asked(self) -> None:
-        files = [{"path": f"{'d' * 40}/{n}", "content": "x"} for n in range(40)]
-        client = Client(self.proxy.port)
-        self.addCleanup(client.close)
-        answer = client.ask(call("", name="push_files", branch="b", message="m", files=files))
-        self.assertIn("write less at a time", text_of(answer))
-        self.assertFalse(self.asks_more())
-
-    def test_a_long_text_hides_nothing(self) -> None:
-        client = Client(self.proxy.port)
-        self.addCleanup(client.close)
-        body = " " * 2000 + '"branch": "harmless"'
-        client.send(call("x", name="create_or_update_file", branch="b", content=body, message=body))
-        assert self.proxy.process.stdout
-        about = json.loads(self.proxy.process.stdout.readline())["about"]
-        self.assertIn('"branch": "b"', about[:30])
-        self.assertNotIn("harmless", about)
-        self.assertIn("… (+1920 characters)", about)
-
-    def test_a_host_that_does_not_read_cannot_be_waited_for(self) -> None:
-        self.ask_for(1)
-        clients = [self.send(f"{n}", from_branch="y" * 200) for n in range(3)]
-        self.assertEqual({client.read()[0] for client in clients}, {200})
-        client = Client(self.proxy.port)
-        self.addCleanup(client.close)
-        self.assertEqual(client.ask(request("ping"))["id"], 1)
-
-    def test_it_ends_with_stdin(self) -> None:
-        client = self.send("a")
-        self.question()
-        assert self.proxy.process.stdin
-        self.proxy.process.stdin.close()
-        self.assertEqual(self.proxy.process.wait(TIMEOUT), 0)
-        self.assertTrue(client.is_closed())
-        self.assertEqual(self.upstream.calls("create_branch"), [])
 
 
 class FaultTest(OwnProxyTest):
@@ -1001,44 +903,17 @@ class FaultTest(OwnProxyTest):
                 self.assertIn(f'"progress":{number}}}'.encode(), client.chunk()[:200])
 
     def test_large_requests_that_are_never_finished(self) -> None:
-        running = self.start()
+        running = self.start(setup="p.REQUEST_SECONDS = 2")
         size = 5 * 1024 * 1024
-        statuses = []
         clients = [self.connect(running) for _ in range(30)]
         for client in clients:
             client.socket.sendall(client.head(length=size))
-            client.socket.settimeout(0.2)
-            try:
+            client.socket.settimeout(0.1)
+            with contextlib.suppress(socket.timeout, ConnectionError):
                 client.socket.sendall(b"x" * (size - 1))
-                statuses.append(client.read()[0])
-            except socket.timeout:
-                statuses.append(0)  # it waits for the last byte
-            except ConnectionError:
-                statuses.append(503)  # refused before all was sent
-        self.assertEqual(set(statuses), {0, 503})
-        self.assertLess(self.peak(running), 180)
+        self.assertLess(self.peak(running), 120)
         for client in clients:
-            client.close()
-        self.served(running)
-
-    def test_a_session_that_ends_while_a_call_waits(self) -> None:
-        self.upstream.stateful = True
-        told = threading.Event()
-
-        def wait(x: fake.Exchange) -> None:
-            told.wait(TIMEOUT)
-            x.fail(500, -32603, "not now")
-
-        self.upstream.on("own", wait)  # which branch is the default one: asked before a write
-        running = self.start()
-        client, other = self.connect(running), self.connect(running)
-        client.send(request("initialize", **INITIALIZE))
-        session = f"Mcp-Session-Id: {client.read()[1]['mcp-session-id']}"
-        client.send(call("", name="create_branch", branch="b"), session)
-        self.assertEqual(other.raw(other.head("DELETE", "/mcp", session))[0], 204)
-        told.set()
-        status, _, body = client.read()
-        self.assertEqual((status, json.loads(body)["error"]["code"]), (404, proxy.SESSION_GONE))
+            self.assertTrue(client.is_closed() or client.close() is None)
         self.served(running)
 
     def test_what_an_upstream_can_make_of_an_answer(self) -> None:
@@ -1098,26 +973,6 @@ class FaultTest(OwnProxyTest):
             self.assertEqual(
                 json.loads(audit.read_text().splitlines()[-1])["target"]["path"], "last"
             )
-
-    def test_no_answer_passes_on_a_stream_without_its_question(self) -> None:
-        """What a search found, replayed for Last-Event-ID, could not be judged as a search."""
-        self.upstream.stateful = True
-        running = self.start()
-        client = self.connect(running)
-        client.send(request("initialize", **INITIALIZE))
-        session = f"Mcp-Session-Id: {client.read()[1]['mcp-session-id']}"
-
-        def replay(x: fake.Exchange) -> None:
-            x.stream()
-            x.event({"jsonrpc": "2.0", "id": 1, "result": {"content": []}})
-            x.event({"jsonrpc": "2.0", "method": "notifications/tools/list_changed"})
-            x.end()
-
-        self.upstream.on("GET", replay)
-        lines = (session, "Accept: text/event-stream", "Last-Event-ID: 1")
-        _, _, body = client.raw(client.head("GET", "/mcp", *lines))
-        self.assertIn(b"list_changed", body)
-        self.assertNotIn(b"result", body)
 
 
 class LimitsTest(unittest.TestCase):
@@ -1223,8 +1078,9 @@ print(json.dumps({"token": f"token-number-{number}-0123456789", "expires_at": ti
             assert process.stdin
             process.stdin.close()
             self.assertEqual(process.wait(10), 0)
-            with self.assertRaises(ProcessLookupError):
-                os.kill(int(mark.read_text()), 0)
+            with contextlib.suppress(FileNotFoundError):  # gone; or ended, where nobody reaps
+                stat = Path(f"/proc/{mark.read_text()}/stat").read_text()
+                self.assertIn(") Z ", stat)
 
 
 class CommandLineTest(unittest.TestCase):
@@ -1261,7 +1117,6 @@ class CommandLineTest(unittest.TestCase):
             (("--ca-file", "/dev/null"), {}),
             (("--git", "http://example.com"), {}),
             (("--git", "ftp://x"), {}),
-            (("--secret-file", "/nonexistent"), {}),
             (("--audit", "/nonexistent/x"), {}),
         ):
             with self.subTest(f"{argv} {env}"):
@@ -1278,7 +1133,7 @@ class CommandLineTest(unittest.TestCase):
 
     def test_what_is_wrong_is_named(self) -> None:
         self.assertIn("--git must be https", self.run_script("--git", "http://x").stderr)
-        for option in ("--policy", "--audit", "--secret-file"):
+        for option in ("--policy", "--audit"):
             self.assertIn("it is empty", self.run_script(option, "").stderr)
         with tempfile.TemporaryDirectory() as folder:
             policy = Path(folder, "policy.ini")
@@ -1334,21 +1189,6 @@ class CommandLineTest(unittest.TestCase):
             self.assertNotIn("Traceback", running.stderr())
             running.stop()
 
-    def test_the_secret_it_makes(self) -> None:
-        with fake.Upstream() as upstream:
-            running = Proxy(upstream.url, "--print-secret", lines=2, GITHUB_MCP_SECRET="")
-            try:
-                client = Client(running.port, running.lines[1])
-                self.assertEqual(client.ask(request("ping"))["result"], {})
-                client.close()
-                stranger = Client(running.port, "")
-                stranger.send(request("ping"))
-                self.assertEqual(stranger.read()[0], 403)
-                stranger.close()
-            finally:
-                running.stop()
-            self.assertNotIn(running.lines[1], running.stderr())
-
     def test_without_a_secret_it_warns(self) -> None:
         running = Proxy("http://127.0.0.1:9/", GITHUB_MCP_SECRET="")
         running.stop()
@@ -1365,22 +1205,6 @@ class CommandLineTest(unittest.TestCase):
             finally:
                 running.stop()
             self.assertEqual(os.listdir(folder), [script.name])
-
-    def test_tools_that_differ_from_the_table(self) -> None:
-        with fake.Upstream() as upstream:
-            schema: Any = {"properties": {"owner": {}, "repo": {}, "tag": {}}}
-            upstream.tools = [
-                {"name": "get_tag", "inputSchema": schema},
-                {"name": "new", "inputSchema": {}},
-            ]
-            done = self.run_script("--check-upstream", GITHUB_MCP_UPSTREAM=upstream.url)
-            self.assertEqual((done.returncode, done.stderr), (0, ""))
-            self.assertIn("not in the table: new", done.stdout)
-            schema["properties"]["namespace"] = {}
-            done = self.run_script("--check-upstream", GITHUB_MCP_UPSTREAM=upstream.url)
-            self.assertEqual(
-                (done.returncode, done.stdout.splitlines()[-1]), (1, "+ get_tag: namespace")
-            )
 
     def test_tls(self) -> None:
         if not shutil.which("openssl"):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import github_mcp_proxy as proxy
-from tests import fuzz_proxy
+from tests.tools import fuzz_proxy
 from tests.test_proxy_http import SECRET
 from tests.test_proxy_http import TIMEOUT
 from tests.test_proxy_http import Client

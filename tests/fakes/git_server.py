@@ -28,12 +28,17 @@ class GitServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://localhost:{self.server_port}"
         self.root = root
-        self.token = token
+        self.right_token = token
+        self.reset()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def reset(self) -> None:
+        """As new, for the next test."""
+        self.token = self.right_token
         self.seen: list[Seen] = []
         self.cut = False  # the connection, in place of an answer to a push
         self.redirect = ""  # where every request is sent instead
         self.delay = 0.0  # seconds from a request to its answer
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def handle_error(self, *_: object) -> None:
         """A client that has gone is no error here."""

@@ -1,7 +1,7 @@
 """Throw made-up messages at the proxy's judge, and hold what passes against an independent check.
 
-    python3 tests/fuzz_proxy.py [--cases N] [--seed N]
-    python3 tests/fuzz_proxy.py --upstream-url http://127.0.0.1:PORT/mcp --secret S
+    python3 tests/tools/fuzz_proxy.py [--cases N] [--seed N]
+    python3 tests/tools/fuzz_proxy.py --upstream-url http://127.0.0.1:PORT/mcp --secret S
 
 With --upstream-url the messages are also sent through a running proxy, which has to agree.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import github_mcp_proxy as proxy
 from github_mcp_proxy import Forward
@@ -113,7 +113,7 @@ def check_forward(forward: Forward, policy: Policy, received: Any) -> None:
         return
     params = message["params"]
     insist(set(params) <= {"name", "arguments", "_meta"}, "params", params)
-    insist(all(key in proxy.META_RULES for key in params.get("_meta", {})), "_meta", params)
+    insist(all(key in proxy.META_PARAMETERS.rules for key in params.get("_meta", {})), "_meta", params)
     check_call(params["name"], params["arguments"], policy)
 
 
@@ -122,7 +122,7 @@ def check_call(name: str, arguments: Mapping[str, Any], policy: Policy) -> None:
     tool = proxy.TOOLS[name]
     own = set() if name in SCOPED_BY_QUERY else {"owner", "repo"}
     insist(own <= set(arguments), "without its repository", arguments)
-    insist(set(arguments) <= set(tool.rules) | own, "a key that no table has", arguments)
+    insist(set(arguments) <= set(tool.parameters.rules) | own, "a key that no table has", arguments)
     for key in own:
         insist(arguments[key] == getattr(SCOPE, key), "another repository", arguments)
     insist(not (tool.write and policy.readonly), "a write", name)
@@ -251,11 +251,11 @@ class Maker:
 
     def call(self, name: str) -> dict[str, Any]:
         tool = proxy.TOOLS.get(name)
-        rules = tool.rules if tool else {"owner": proxy.LINE, "path": proxy.PATH}
+        parameters = tool.parameters if tool else proxy.parse_parameters(["owner:line", "path:path"])
         arguments: dict[str, Any] = {}
         strange = self.random.random() < 0.5
-        for key, rule in rules.items():
-            if rule.required or self.random.random() < 0.4:
+        for key, rule in parameters.rules.items():
+            if key in parameters.required or self.random.random() < 0.4:
                 arguments[self.key(key, strange)] = self.value(key, rule, strange)
         for key, ours in (("owner", "good"), ("repo", "r")):
             if self.random.random() < 0.4:

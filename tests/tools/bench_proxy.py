@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-SCRIPT = Path(__file__).resolve().parent.parent / "github_mcp_proxy.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "github_mcp_proxy.py"
 TOKEN = "ghp_" + "0" * 36
 BIG = 10_000_000
 EVENTS = 5
