@@ -37,6 +37,7 @@ import signal
 import sys
 import time
 import unicodedata
+from collections.abc import Awaitable
 from collections.abc import Callable
 from collections.abc import Container
 from collections.abc import Iterator
@@ -67,7 +68,7 @@ CONNECT_SECONDS = 15
 KNOWN_SECONDS = 60  # for so long the default branch is believed to be what it was
 RETRY_SECONDS = 5  # until it is asked for again, when it is not known
 TOKEN_SECONDS = 120  # for the token command
-TOKEN_MARGIN = 300  # a token is renewed that many seconds before it expires
+TOKEN_MARGIN = 60  # a token is renewed that many seconds before it expires
 APPROVE_SECONDS = 60  # the TypeScript SDK's clients give a call up then, too
 
 # JSON-RPC error codes: the standard's, MCP's for mirrored headers and lost sessions, one of ours.
@@ -306,6 +307,11 @@ REF = (
     "a branch, tag or commit of this repository (no user:branch), spelled as git allows and "
     "without characters special in a URL"
 )
+UNTOLD = (
+    "no branch is written, as the upstream did not tell which is the default one: the host's user "
+    "can set default_branch in the policy file"
+)
+OTHER_BRANCH = "write to a branch other than the default one and open a pull request"
 FILE_FORBIDDEN = re.compile(r"[\\?#%]|\.\.;")
 FILE = "a path inside the repository, without . and .. segments, controls, \\ ? # %"
 USER_NAME = re.compile("[A-Za-z0-9_-]{1,39}").fullmatch
@@ -432,13 +438,11 @@ def is_left_out(rule: Rule, value: Json, bounds: Bounds) -> bool:
     """
     if value not in (None, "", []):
         return False
-    if not bounds.policy.has(rule.needs):
-        return True
     try:
         rule.check(value, bounds)
     except Refusal:
         return True
-    return False
+    return not bounds.policy.has(rule.needs)
 
 
 def is_plain(value: Json, limit: int) -> bool:
@@ -455,13 +459,6 @@ def is_plain(value: Json, limit: int) -> bool:
 
 def is_number(value: Json, limit: int) -> bool:
     return type(value) in (int, float) and 0 <= value <= limit
-
-
-def client_info(value: Json, _bounds: Bounds) -> Json:
-    insist(isinstance(value, dict), "it has to be an object")
-    return {
-        key: value[key] for key in ("name", "title", "version") if is_plain(value.get(key), 100)
-    }
 
 
 def check_ref(value: Json, _bounds: Bounds) -> Json:
@@ -496,21 +493,11 @@ def check_branch(value: Json, bounds: Bounds) -> Json:
     if "default-branch" not in policy.allow:
         # What the policy names is protected besides: it may be wrong, or of another day.
         defaults = bounds.seen.defaults | {policy.default_branch} - {""}
-        insist(
-            defaults,
-            "no branch is written, as the upstream did not tell which is the default one: "
-            "the host's user can set default_branch in the policy file",
-        )
-        insist(
-            name not in {fold(default) for default in defaults},
-            f"{value} is the default branch: write to a branch other than the default one "
-            "and open a pull request",
-        )
-    globs = ", ".join(policy.branches)
-    insist(
-        any(glob_match(g, name) for g in policy.branches),
-        f"the policy lets only branches matching {globs} be written",
-    )
+        insist(defaults, UNTOLD)
+        is_default = name in {fold(default) for default in defaults}
+        insist(not is_default, f"{value} is the default branch: {OTHER_BRANCH}")
+    matches = any(glob_match(glob, name) for glob in policy.branches)
+    insist(matches, f"only branches matching {', '.join(policy.branches)} are written")
     return value
 
 
@@ -682,6 +669,8 @@ FIELD = record(
     delete=FLAG,
 )
 
+CLIENT = {"name": "agent-vm", "version": __version__}
+
 # The rules by the names that the tables below use.
 RULES: dict[str, Rule] = {
     "always": only(True),
@@ -723,11 +712,11 @@ RULES: dict[str, Rule] = {
     "type": simple("a line or null", lambda value: value is None or is_plain(value, 256)),
     "who": WHO,
     "written": WRITTEN,
-    # Of the protocol. What a client says of itself is cut to a few words; it can nothing that an
-    # upstream may ask for, since that is declined here; a tool's arguments have rules of their own.
+    # Of the protocol. What a client says of itself is not sent: the proxy is the client, and can do
+    # nothing that an upstream may ask for. A tool's arguments have rules of their own.
     "arguments": Rule("an object", lambda _value, _bounds: {}),
     "capabilities": Rule("an object", lambda _value, _bounds: {}),
-    "client": Rule("an object", client_info),
+    "client": Rule("an object", lambda _value, _bounds: CLIENT),
     "level": choice(
         "debug", "info", "notice", "warning", "error", "critical", "alert", "emergency"
     ),
@@ -953,15 +942,11 @@ IDENTITY = {
 METHODS = {name: parse_parameters(words) for name, *words in parse_rows(PROTOCOL)}
 META = "io.modelcontextprotocol/"
 MODERN = META + "protocolVersion"  # in _meta of every request since 2026-07-28
-META_PARAMETERS = Parameters(
-    {
-        "progressToken": RULES["request_id"],
-        MODERN: RULES["protocol"],
-        META + "clientInfo": RULES["client"],
-        META + "clientCapabilities": RULES["capabilities"],
-        META + "logLevel": RULES["level"],
-    },
-    frozenset(),
+META_PARAMETERS = parse_parameters(
+    (
+        f"progressToken:request_id {MODERN}:protocol {META}clientInfo:client "
+        f"{META}clientCapabilities:capabilities {META}logLevel:level"
+    ).split()
 )
 
 
@@ -998,19 +983,13 @@ def decide_call(message: Object, bounds: Bounds) -> Verdict:
     assert tool
     insist(policy.has(tool.needs), f"{name} needs `allow = {tool.needs}` in the host's policy file")
     insist(not (tool.write and policy.readonly), f"{name} writes, and the policy is read-only")
-    limit = policy.writes_per_hour
-    insist(
-        not tool.write or seen.writes < limit,
-        f"{name}: {limit} writes in the last hour, the policy's limit",
-    )
+    too_many = tool.write and seen.writes >= policy.writes_per_hour
+    insist(not too_many, f"{name}: {seen.writes} writes in the last hour, the policy's limit")
     arguments = {} if arguments is None else arguments
     insist(isinstance(arguments, dict), f"{name}: arguments must be an object")
-    arguments = tool_arguments(name, tool, arguments, bounds)
-    outer["arguments"] = arguments
-    is_checked = tool.checked_method in ("", arguments.get("method"))
-    return Forward(
-        rebuilt(message, outer), tool=name, write=tool.write, check=tool.check if is_checked else ""
-    )
+    outer["arguments"] = sent = tool_arguments(name, tool, arguments, bounds)
+    check = tool.check if tool.checked_method in ("", sent.get("method")) else ""
+    return Forward(rebuilt(message, outer), tool=name, write=tool.write, check=check)
 
 
 def tool_arguments(name: str, tool: Tool, arguments: Object, bounds: Bounds) -> Object:
@@ -1463,27 +1442,23 @@ class Token:
         self.value = value
         self.earlier = ""  # the one before: still to be redacted
         self.command = command
-        self.expires = float("inf")  # seconds since the epoch
+        self.expires = 0.0 if command else float("inf")  # seconds since the epoch
         self.renewing: asyncio.Future[None] | None = None
 
     def __repr__(self) -> str:
         return "<token>"
 
     async def fresh(self) -> str:
-        """The token; renewed in the background when it expires soon, before use when it has."""
-        left = self.expires - time.time()
-        if self.command and (not self.value or left < TOKEN_MARGIN):
-            renewal = self.renew()
-            if not self.value or left <= 0:
-                await asyncio.shield(renewal)
+        """The token, renewed in time."""
+        if self.command and self.expires - time.time() < TOKEN_MARGIN:
+            await self.renew()
         return self.value
 
-    def renew(self) -> asyncio.Future[None]:
+    async def renew(self) -> None:
         """Ask the command, once for all who wait."""
         if self.renewing is None or self.renewing.done():
             self.renewing = asyncio.ensure_future(self.ask())
-            self.renewing.add_done_callback(lambda task: task.cancelled() or task.exception())
-        return self.renewing
+        await asyncio.shield(self.renewing)
 
     async def ask(self) -> None:
         # The command's cache may still have the token that was refused: it is told which that is.
@@ -1540,30 +1515,9 @@ class Repository:
         age = time.monotonic() - self.asked_at
         if self.learning is None or age > (KNOWN_SECONDS if self.defaults else RETRY_SECONDS):
             self.asked_at = time.monotonic()
-            self.learning = asyncio.ensure_future(self.learn())
+            self.learning = asyncio.ensure_future(learn(self))
         if wait:
             await asyncio.shield(self.learning)
-
-    async def learn(self) -> None:
-        """Ask GitHub's search, which does not find every repository and may be behind, and git.
-
-        The default branch is what either says.
-        """
-        names = set()
-        for ask in (ask_search, ask_git):
-            try:
-                found, default_branch = await ask(self)
-            except UpstreamError as error:
-                log(f"{self.upstream.address.name}: {error}")
-                continue
-            except Exception:  # whatever the upstream made of its answer: then it is not known
-                continue
-            if found:
-                self.moved = bool(self.id and self.id != found)
-                self.id = self.id or found
-            if default_branch and is_plain(default_branch, 255):
-                names.add(default_branch)
-        self.defaults = frozenset(names) or self.defaults
 
     async def approve(self, question: Object) -> str:
         """Why the host's user does not allow a write; "" when they do."""
@@ -1634,9 +1588,9 @@ class Mcp:
             if verdict.write:
                 repository.wrote(1)
             headers = mirrored_headers(verdict.message) or headers
-            headers.update({"Accept": BOTH, "Mcp-Session-Id": session})
+            headers.update({**POSTED, "Mcp-Session-Id": session})
             body = dumps(verdict.message)
-            sending = self.upstream.send("POST", body, headers, again=not verdict.write)
+            sending = self.upstream.send("POST", "", headers, body, again=not verdict.write)
             forward = without_arguments(verdict)
             del data, message, verdict, body  # megabytes, maybe, that the connection has now
         try:
@@ -1728,7 +1682,7 @@ class Git:
             for deed in deeds or [Deed("git", service)]:
                 insist(self.audit.passed(deed), UNRECORDED)
             repository.wrote(len(deeds))
-            await self.relay(client, service, push, deeds)
+            await relay_git(repository, client, service, push, deeds)
         except Refusal as refusal:
             if not client.is_probe:
                 self.audit.refused("git", service, str(refusal), {"path": target[:200]})
@@ -1773,37 +1727,6 @@ class Git:
             why = "; ".join(f"{quoted(ref)}: {why}" for ref, why in refused.items())
             self.audit.refused("git", "git-receive-pack", why[:1000], {"ref": refs[:1000]})
         return refused
-
-    async def relay(self, client: Client, service: str, push: Push, deeds: Sequence[Deed]) -> None:
-        """Pass a request on, and its answer; of neither more than a little is held."""
-        assert self.repository.git
-        path = f"/{self.repository.scope}.git/"
-        path += f"info/refs?service={service}" if client.head.first[0] == "GET" else service
-        exchange = await self.repository.git.pass_on(client, path, service, push.begun)
-        try:
-            exchange.check_status()
-            if exchange.status != 200:
-                hint = ", is it there?" if exchange.status == 404 else ""
-                raise UpstreamError(f"HTTP {exchange.status}{hint}")
-            kind = exchange.head.headers.get("content-type", "").partition(";")[0]
-            if not kind.startswith(f"application/x-{service}-"):
-                raise UpstreamError("its answer is not git's")
-            client.start_stream(kind)
-            exchange.body.limit = MAX_PACK
-            report = bytearray()  # the beginning of what became of a push
-            while data := await exchange.body.take():
-                if len(report) < MAX_REPORT:
-                    report += data
-                client.chunk(data)
-                await client.drain()
-            became = pushed_refs(report, push)
-            for deed in deeds:
-                why = became.get(deed.target["ref"])
-                if why is not None:
-                    self.audit.became(deed, "failed" if why else "done", why)
-            client.end_stream()
-        finally:
-            exchange.wire.abort()
 
 
 async def serve_client(mcp: Mcp, git: Git, gate: Gate, wire: Wire) -> None:
@@ -1853,7 +1776,7 @@ REASONS = {200: "OK", 202: "Accepted", 204: "No Content", 400: "Bad Request", 40
            404: "Not Found", 405: "Method Not Allowed", 413: "Content Too Large"}  # fmt: skip
 JSON_TYPE = "application/json"
 EVENT_STREAM = "text/event-stream"
-BOTH = f"{JSON_TYPE}, {EVENT_STREAM}"
+POSTED = {"Accept": f"{JSON_TYPE}, {EVENT_STREAM}", "Content-Type": JSON_TYPE}
 EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 LINE_END = re.compile(rb"\r\n|\n|\r")
 CHUNKED, TO_THE_END = -1, -2  # lengths of bodies that do not say theirs
@@ -1911,8 +1834,10 @@ class Events:
     def __init__(self) -> None:
         self.buffer = bytearray()
         self.scanned = 0
+        self.is_used = False
 
     def feed(self, data: Bytes) -> None:
+        self.is_used = True
         self.buffer += data
         if len(self.buffer) > MAX_ANSWER + MAX_HEAD:
             raise AnswerLost(f"an event of more than {MAX_ANSWER} bytes")
@@ -2564,7 +2489,6 @@ class Body:
         self.left = max(0, self.length)  # of the body, or of the chunk
         self.size = self.left
         self.is_over = self.length == 0
-        self.is_first = True  # no chunk has come yet
 
     def fault(self, reason: str, status: int = 400) -> Exception:
         if self.is_request:
@@ -2573,44 +2497,36 @@ class Body:
 
     async def take(self) -> bytes:
         """Some more of it; b"" when it is over."""
-        wire = self.wire
-        if self.size > self.limit:
-            raise self.fault(f"a body of more than {self.limit} bytes", 413)
         if self.length == CHUNKED and not self.left and not self.is_over:
             await self.next_chunk()
+        if self.size > self.limit:
+            raise self.fault(f"a body of more than {self.limit} bytes", 413)
         if self.is_over:
             return b""
-        if self.length == TO_THE_END and not wire.buffer and wire.ended and not wire.failure:
-            self.is_over = True
-            return b""
-        if not wire.buffer:
+        if not self.wire.buffer:
             try:
-                await wire.more()
+                await self.wire.more()
             except AnswerLost:
-                if self.length != TO_THE_END or wire.failure:
+                if self.length != TO_THE_END or self.wire.failure:
                     raise
                 self.is_over = True
                 return b""
         if self.length == TO_THE_END:
-            data = wire.take(len(wire.buffer))
-            self.size += len(data)
-            return data
-        data = wire.take(self.left)
+            self.left = len(self.wire.buffer)
+            self.size += self.left
+        data = self.wire.take(self.left)
         self.left -= len(data)
-        self.is_over = self.length != CHUNKED and not self.left
+        self.is_over = not self.left and self.length >= 0
         return data
 
     async def next_chunk(self) -> None:
-        if not self.is_first and await self.line(2):
+        if self.size and await self.line(2):  # what ends the chunk before
             raise self.fault("a malformed chunk")
-        self.is_first = False
         size = (await self.line(64)).partition(b";")[0].strip()
         if not CHUNK_SIZE(size):
             raise self.fault("a malformed chunk")
         self.left = int(size, 16)
         self.size += self.left
-        if self.size > self.limit:
-            raise self.fault(f"a body of more than {self.limit} bytes", 413)
         if not self.left:
             while await self.line(MAX_HEAD):
                 pass  # trailers are dropped
@@ -2628,7 +2544,7 @@ class Body:
         parts = []
         while data := await self.take():
             parts.append(data)
-        return b"".join(parts) if len(parts) != 1 else parts[0]
+        return b"".join(parts)
 
 
 class Client:
@@ -2752,6 +2668,58 @@ class Client:
         self.wire.transport.close()
 
 
+async def relay_git(
+    repository: Repository, client: Client, service: str, push: Push, deeds: Sequence[Deed]
+) -> None:
+    """Pass a request on, and its answer; of neither more than a little is held."""
+    assert repository.git
+    path = f"/{repository.scope}.git/"
+    path += f"info/refs?service={service}" if client.head.first[0] == "GET" else service
+    method, headers = client.head.first[0], git_headers(client.head, service)
+
+    async def upload(exchange: Exchange) -> None:
+        await pass_on(push.begun, client.body, exchange.wire, bool(headers["Transfer-Encoding"]))
+
+    exchange = await repository.git.send(
+        method, path, headers, upload=upload if method == "POST" else None
+    )
+    try:
+        exchange.check_status()
+        if exchange.status != 200:
+            hint = ", is it there?" if exchange.status == 404 else ""
+            raise UpstreamError(f"HTTP {exchange.status}{hint}")
+        kind = exchange.head.headers.get("content-type", "").partition(";")[0]
+        if not kind.startswith(f"application/x-{service}-"):
+            raise UpstreamError("its answer is not git's")
+        client.start_stream(kind)
+        exchange.body.limit = MAX_PACK
+        report = bytearray()  # the beginning of what became of a push
+        while data := await exchange.body.take():
+            if len(report) < MAX_REPORT:
+                report += data
+            client.chunk(data)
+            await client.drain()
+        became = pushed_refs(report, push)
+        for deed in deeds:
+            why = became.get(deed.target["ref"])
+            if why is not None:
+                repository.audit.became(deed, "failed" if why else "done", why)
+        client.end_stream()
+    finally:
+        exchange.release()
+
+
+async def pass_on(begun: bytes, body: Body, wire: Wire, chunked: bool) -> None:
+    """Send a request's body on, until it ends or the upstream has answered."""
+    data = begun or await body.take()
+    while data and not (wire.buffer or wire.ended):
+        wire.write(chunk_of(data) if chunked else data)
+        await wire.drain()
+        data = await body.take()
+    if chunked and not data:
+        wire.write(b"0\r\n\r\n")
+
+
 class Address(NamedTuple):
     """Where an upstream is; `name`: as Host has it."""
 
@@ -2838,33 +2806,17 @@ class Exchange:
             self.upstream.places.release()
             self.has_place = False
 
-    async def upload(self, begun: bytes, body: Body, *, chunked: bool) -> None:
-        """Pass a request's body on, until it ends or the upstream has answered."""
-        data = begun or await body.take()
-        while data and not (self.wire.buffer or self.wire.ended):
-            self.wire.write(chunk_of(data) if chunked else data)
-            await self.wire.drain()
-            data = await body.take()
-        if chunked and not data:
-            self.wire.write(b"0\r\n\r\n")
-
     def release(self) -> None:
         """Back to the pool when the exchange is over; closed at once when it was broken off."""
         self.leave_place()
-        if not self.status or self.wire.ended:
-            self.wire.abort()
-        elif self.body.is_over:
-            self.keep()
-        else:
-            self.finishing = asyncio.ensure_future(self.finish())
-
-    def keep(self) -> None:
         closing = self.head.headers.get("connection", "").lower() == "close"
-        if self.wire.buffer or self.wire.ended or closing:
+        if self.body.is_over and not (closing or self.wire.buffer or self.wire.ended):
+            self.wire.allow(POOL_SECONDS)
+            self.upstream.pool.append(self.wire)
+        elif self.events.is_used and not (self.body.is_over or self.wire.ended):
+            self.finishing = asyncio.ensure_future(self.finish())
+        else:
             self.wire.abort()
-            return
-        self.wire.allow(POOL_SECONDS)
-        self.upstream.pool.append(self.wire)
 
     async def finish(self) -> None:
         """After the last event of a stream only its end is to come: for that a moment is waited."""
@@ -2873,28 +2825,24 @@ class Exchange:
         try:
             await self.body.whole()
         except UpstreamError:
-            self.wire.abort()
-            return
+            return self.wire.abort()
         self.wire.patience = self.upstream.timeout
-        self.keep()
+        return self.release()
 
 
 class Upstream:
     """A server that requests go to: its address, its connections, and what they have in common."""
 
     def __init__(
-        self,
-        address: Address,
-        token: Token,
-        headers: Mapping[str, str],
-        ca_file: str,
-        timeout: float,
-    ) -> None:
+        self, address: Address, token: Token, headers: Mapping[str, str], ca_file: str,
+        timeout: float, scheme: Callable[[str], str],
+    ) -> None:  # fmt: skip
         self.address = address
         self.token = token
         self.headers = headers
         self.ca_file = ca_file
         self.timeout = timeout  # seconds that it may be silent
+        self.scheme = scheme  # how the token is sent
         self.tls: Any = None
         self.wires: set[Wire] = set()
         self.pool: list[Wire] = []  # those that are open and free
@@ -2911,28 +2859,34 @@ class Upstream:
         return wire
 
     async def send(
-        self, method: str, body: bytes, headers: Mapping[str, str], *, again: bool
-    ) -> Exchange:
-        """Send a request to the one path: its answer, as far as the head. `release` it.
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes = b"", *,
+        again: bool = False, upload: Callable[[Exchange], Awaitable[None]] | None = None,
+    ) -> Exchange:  # fmt: skip
+        """Send a request: the exchange, with the head of its answer in. `release` it.
 
-        `again`: whether the request may be repeated on a fresh connection when an idle one turns
-        out to be dead. A write may not: it could have been done. After a 401 any may, with a new
-        token: it was not carried out.
+        `again`: whether it may be repeated on a fresh connection when an idle one turns out to be
+        dead. A write may not: it could have been done. `upload` sends a body that is not held.
+        After a 401 anything else may be sent with a new token: it was not carried out.
         """
-        sent = {**self.headers, **{key: encode_header(value) for key, value in headers.items() if value}}
+        sent = {
+            **self.headers,
+            **{key: encode_header(value) for key, value in headers.items() if value},
+        }
         if body:
-            sent.update({"Content-Type": JSON_TYPE, "Content-Length": str(len(body))})
+            sent["Content-Length"] = str(len(body))
         renewed = False
         while True:
-            bearer = f"Bearer {await self.token.fresh()}"
-            free = [wire for wire in self.pool if not (wire.buffer or wire.ended)]
+            credential = self.scheme(await self.token.fresh())
+            free = [wire for wire in self.pool if not (wire.buffer or wire.ended or upload)]
             wire = free.pop() if free else await self.connect()
             used = wire in self.pool
             self.pool = free
             wire.deadline = float("inf")
             exchange = Exchange(self, wire)
             try:
-                wire.write(request_head(method, self.address, "", sent, bearer) + body)
+                wire.write(request_head(method, self.address, path, sent, credential) + body)
+                if upload:
+                    await upload(exchange)
                 await exchange.begin()
             except UpstreamError:
                 wire.abort()
@@ -2942,40 +2896,20 @@ class Upstream:
             except BaseException:
                 wire.abort()
                 raise
-            if exchange.status != 401 or renewed or not self.token.command:
+            if exchange.status != 401 or renewed or upload or not self.token.command:
                 return exchange
             renewed = True
             wire.abort()
-            await asyncio.shield(self.token.renew())
+            await self.token.renew()
 
-    async def pass_on(self, client: Client, path: str, service: str, begun: bytes) -> Exchange:
-        """Send a request of git's, on a connection of its own: the answer, as far as the head."""
-        method = client.head.first[0]
-        headers = git_headers(client.head, service)
-        renewed = False
-        while True:
-            exchange = await self.open(method, path, headers)
-            try:
-                if method == "POST":
-                    chunked = bool(headers["Transfer-Encoding"])
-                    await exchange.upload(begun, client.body, chunked=chunked)
-                await exchange.begin()
-            except BaseException:
-                exchange.wire.abort()
-                raise
-            # Each fetch and push begins with a GET: there a new token is asked for.
-            if exchange.status != 401 or method == "POST" or renewed or not self.token.command:
-                return exchange
-            renewed = True
-            exchange.wire.abort()
-            await asyncio.shield(self.token.renew())
 
-    async def open(self, method: str, path: str, headers: Mapping[str, str]) -> Exchange:
-        user = base64.b64encode(f"x-access-token:{await self.token.fresh()}".encode()).decode()
-        wire = await self.connect()
-        sent = {**headers, "Connection": "close"}
-        wire.write(request_head(method, self.address, path, sent, f"Basic {user}"))
-        return Exchange(self, wire)
+def bearer(token: str) -> str:
+    return f"Bearer {token}"
+
+
+def basic(token: str) -> str:
+    """As git sends it."""
+    return "Basic " + base64.b64encode(f"x-access-token:{token}".encode()).decode()
 
 
 def check_session(mcp: Mcp, session: str) -> None:
@@ -3003,7 +2937,7 @@ async def end_session(mcp: Mcp, client: Client, session: str) -> None:
     message: Object = {"method": "DELETE"}
     headers = {"Mcp-Session-Id": session, **version_headers(client.head.headers, message)}
     try:
-        exchange = await mcp.upstream.send("DELETE", b"", headers, again=True)
+        exchange = await mcp.upstream.send("DELETE", "", headers, again=True)
         exchange.release()
         exchange.check_status()
     except UpstreamError as error:
@@ -3019,7 +2953,7 @@ async def decline(upstream: Upstream, question: Object, sent: Object) -> None:
     error = {"code": INVALID_REQUEST, "message": "declined by the proxy"}
     said: Object = {"result": {}} if question["method"] == "ping" else {"error": error}
     made = dumps({"jsonrpc": "2.0", "id": question["id"], **said})
-    (await upstream.send("POST", made, sent, again=True)).release()
+    (await upstream.send("POST", "", sent, made, again=True)).release()
 
 
 def check_token(value: Json) -> str:
@@ -3051,6 +2985,28 @@ OWN_INITIALIZE: Object = {
 HEAD_REF = re.compile(rb" HEAD symref-target:refs/heads/([^\n ]+)")
 
 
+async def learn(repository: Repository) -> None:
+    """Ask GitHub's search, which does not find every repository and may be behind, and git.
+
+    The default branch is what either says.
+    """
+    names = set()
+    for ask in (ask_search, ask_git):
+        try:
+            found, default_branch = await ask(repository)
+        except UpstreamError as error:
+            log(f"{repository.upstream.address.name}: {error}")
+            continue
+        except Exception:  # whatever the upstream made of its answer: then it is not known
+            continue
+        if found:
+            repository.moved = bool(repository.id and repository.id != found)
+            repository.id = repository.id or found
+        if default_branch and is_plain(default_branch, 255):
+            names.add(default_branch)
+    repository.defaults = frozenset(names) or repository.defaults
+
+
 async def ask_search(repository: Repository) -> tuple[int, str]:
     """(id, default branch), 0 and "" where it is not found. Forks are left out of a search that
     does not ask for them."""
@@ -3072,7 +3028,7 @@ async def own_request(
 ) -> tuple[Object, str]:
     """(result, session) of a request of the proxy's own."""
     message = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
-    exchange = await upstream.send("POST", dumps(message), {"Accept": BOTH, **headers}, again=True)
+    exchange = await upstream.send("POST", "", {**POSTED, **headers}, dumps(message), again=True)
     try:
         exchange.check_status()
         while data := await exchange.next_message():
@@ -3091,21 +3047,15 @@ async def ask_git(repository: Repository) -> tuple[int, str]:
         return 0, ""
     arguments = (b"symrefs\n", b"ref-prefix HEAD\n")
     body = pkt(b"command=ls-refs\n") + b"0001" + b"".join(map(pkt, arguments)) + b"0000"
-    headers = {
-        "Git-Protocol": "version=2",
-        "Content-Type": "application/x-git-upload-pack-request",
-        "Content-Length": str(len(body)),
-    }
+    headers = {"Git-Protocol": "version=2", "Content-Type": "application/x-git-upload-pack-request"}
     path = f"/{repository.scope}.git/git-upload-pack"
-    exchange = await repository.git.open("POST", path, headers)
+    exchange = await repository.git.send("POST", path, headers, body, again=True)
     try:
-        exchange.wire.write(body)
-        await exchange.begin()
         exchange.check_status()
         head = HEAD_REF.search(await exchange.body.whole())
         return 0, head[1].decode() if head else ""
     finally:
-        exchange.wire.abort()
+        exchange.release()
 
 
 # --- settings ---
@@ -3310,10 +3260,10 @@ def build_repository(options: argparse.Namespace) -> Repository:
             raise ProxyError(f"cannot read certificates from {options.ca_file}") from None
     common = (options.ca_file, options.timeout)
     address = parse_address(options.upstream, "--upstream")
-    upstream = Upstream(address, token, upstream_headers(policy), *common)
+    upstream = Upstream(address, token, upstream_headers(policy), *common, bearer)
     git = None
     if options.git:
-        git = Upstream(parse_address(options.git, "--git"), token, {}, *common)
+        git = Upstream(parse_address(options.git, "--git"), token, {}, *common, basic)
     audit = Audit(open_audit(options.audit) if options.audit else -1, debug)
     return Repository(scope, policy, upstream, git, audit)
 
