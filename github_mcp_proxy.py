@@ -56,13 +56,9 @@ STARTS: frozenset[str] = frozenset(["sh"])
 OLDEST_SERVER = (0, 32)
 
 MAX_REQUEST = 5 * 1024 * 1024  # the server's own limit
-MAX_ANSWER = 16 * 1024 * 1024  # GitHub serves files of up to 10 MB this way, in base64
-MAX_PLACES = 8  # requests or answers that are read whole at the same time; the rest wait
 MAX_DEPTH = 32
 MAX_CONTAINERS = 250_000  # objects and lists of a message: as a tree they take 250 bytes each
-MAX_PACK = 4 * 1024**3  # GitHub refuses more than 2 GiB
 MAX_COMMANDS = 256 * 1024  # bytes of what a push says before its pack
-MAX_REPORT = 1024 * 1024  # bytes of GitHub's answer to a push that are looked at
 
 CONNECT_SECONDS = 15
 KNOWN_SECONDS = 60  # for so long the default branch is believed to be what it was
@@ -1290,68 +1286,6 @@ def judge_push(bounds: Bounds, commands: Sequence[Command]) -> dict[str, str]:
     return refused
 
 
-# --- pure: who may ask ---
-
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "host.lima.internal")
-PATHS = ("/mcp", "/mcp/", "/")
-PORT = re.compile(r":[0-9]{0,5}$")
-VISIBLE = re.compile("[!-~]{0,256}").fullmatch
-
-
-class Head(NamedTuple):
-    """The first line of an HTTP message, in its three words, and its headers."""
-
-    first: tuple[str, str, str]
-    headers: Mapping[str, str]  # names in lower case
-
-
-class Gate(NamedTuple):
-    """Who may ask: the names that the proxy is called by, and what Authorization: Bearer has."""
-
-    hosts: set[str]
-    secret: bytes  # b"": nothing is asked for
-    probe: bytes  # whose requests are judged like others, never passed on, and not recorded
-
-
-def host_name(authority: str) -> str:
-    return PORT.sub("", authority).lower()
-
-
-def is_probe(head: Head, gate: Gate) -> bool:
-    """A probe's wrong secret is the right one and something more."""
-    given = head.headers.get("authorization", "").encode("latin-1")
-    return bool(gate.probe) and given.startswith(b"Bearer " + gate.probe)
-
-
-def check_request(head: Head, gate: Gate) -> None:
-    """ProtocolError when a request is not for this endpoint, or not from who may use it."""
-    method, target, version = head.first
-    headers = head.headers
-    if version != "HTTP/1.1":
-        raise ProtocolError("HTTP/1.1 is spoken here", 505)
-    if host_name(headers.get("host", "")) not in gate.hosts:
-        raise ProtocolError("Host is not a name of this proxy", 403)
-    if "origin" in headers:
-        scheme, _, authority = headers["origin"].partition("://")
-        if scheme not in ("http", "https") or host_name(authority) not in gate.hosts:
-            raise ProtocolError("requests from other origins are refused", 403)
-    is_git = target.startswith(GIT)
-    if target not in PATHS and not is_git:
-        raise ProtocolError("the endpoint is /mcp", 404)
-    # Bytes of any value: compare_digest takes no non-ASCII str.
-    given = headers.get("authorization", "").encode("latin-1")
-    known = [b"Bearer " + secret for secret in (gate.secret, gate.probe) if secret]
-    if gate.secret and not any(hmac.compare_digest(given, secret) for secret in known):
-        raise ProtocolError("the proxy's secret is missing or wrong (Authorization)", 403)
-    if method not in (("GET", "POST") if is_git else ("POST", "DELETE")):
-        raise ProtocolError(f"the method {quoted(method)} is not served", 405)
-    content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if method == "POST" and not is_git and content_type != "application/json":
-        raise ProtocolError("Content-Type must be application/json", 415)
-    if not VISIBLE(headers.get("mcp-session-id", "")):
-        raise ProtocolError("Mcp-Session-Id is malformed")
-
-
 # --- doors: programs, sockets, the token, the audit's file ---
 
 TOKEN_TEXT = re.compile("[!-~]{1,4096}").fullmatch
@@ -1679,19 +1613,19 @@ class Git:
                     return client.answer_bytes(200, report, kind=f"application/x-{service}-result")
             insist(not client.is_probe, "a probe is not passed on")
             deeds = [Deed("git", service, {"ref": c.ref}, write=True) for c in push.commands]
-            for deed in deeds or [Deed("git", service)]:
+            for deed in deeds or [Deed("git", service, {})]:
                 insist(self.audit.passed(deed), UNRECORDED)
             repository.wrote(len(deeds))
             await relay_git(repository, client, service, push, deeds)
         except Refusal as refusal:
             if not client.is_probe:
                 self.audit.refused("git", service, str(refusal), {"path": target[:200]})
-            client.answer_text(403, f"refused: {refusal}\n")
+            client.answer_bytes(403, f"refused: {refusal}\n".encode(), kind="text/plain")
         except UpstreamError as error:
             lost = bool(deeds) and isinstance(error, AnswerLost)
             for deed in deeds or [Deed("git", service, {"path": target[:200]})]:
                 self.audit.became(deed, "unknown" if lost else "failed", str(error))
-            client.answer_text(502, f"GitHub: {error}\n")
+            client.answer_bytes(502, f"GitHub: {error}\n".encode(), kind="text/plain")
 
     async def read_push(self, client: Client) -> Push:
         """A push, read as far as its commands go; what follows them is still to come."""
@@ -1760,6 +1694,7 @@ async def serve_client(mcp: Mcp, git: Git, gate: Gate, wire: Wire) -> None:
 # --- pure: HTTP/1.1, event streams and JSON-RPC, as they are written ---
 
 MAX_HEAD = 32 * 1024
+MAX_ANSWER = 16 * 1024 * 1024  # GitHub serves files of up to 10 MB this way, in base64
 HEADERS = re.compile(
     r"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*"
 ).fullmatch  # no folding, no space before the colon, no controls
@@ -1777,6 +1712,11 @@ REASONS = {200: "OK", 202: "Accepted", 204: "No Content", 400: "Bad Request", 40
 JSON_TYPE = "application/json"
 EVENT_STREAM = "text/event-stream"
 POSTED = {"Accept": f"{JSON_TYPE}, {EVENT_STREAM}", "Content-Type": JSON_TYPE}
+STREAM_HEADERS = (
+    "Transfer-Encoding: chunked",
+    "Cache-Control: no-cache, no-transform",
+    "X-Accel-Buffering: no",
+)
 EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 LINE_END = re.compile(rb"\r\n|\n|\r")
 CHUNKED, TO_THE_END = -1, -2  # lengths of bodies that do not say theirs
@@ -1912,6 +1852,68 @@ def without_arguments(forward: Forward) -> Forward:
     if is_modern(forward.message):
         kept["params"] = {"_meta": forward.message["params"]["_meta"]}
     return forward._replace(message=kept)
+
+
+# --- pure: who may ask ---
+
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "host.lima.internal")
+PATHS = ("/mcp", "/mcp/", "/")
+PORT = re.compile(r":[0-9]{0,5}$")
+VISIBLE = re.compile("[!-~]{0,256}").fullmatch
+
+
+class Head(NamedTuple):
+    """The first line of an HTTP message, in its three words, and its headers."""
+
+    first: tuple[str, str, str]
+    headers: Mapping[str, str]  # names in lower case
+
+
+class Gate(NamedTuple):
+    """Who may ask: the names that the proxy is called by, and what Authorization: Bearer has."""
+
+    hosts: set[str]
+    secret: bytes  # b"": nothing is asked for
+    probe: bytes  # whose requests are judged like others, never passed on, and not recorded
+
+
+def host_name(authority: str) -> str:
+    return PORT.sub("", authority).lower()
+
+
+def is_probe(head: Head, gate: Gate) -> bool:
+    """A probe's wrong secret is the right one and something more."""
+    given = head.headers.get("authorization", "").encode("latin-1")
+    return bool(gate.probe) and given.startswith(b"Bearer " + gate.probe)
+
+
+def check_request(head: Head, gate: Gate) -> None:
+    """ProtocolError when a request is not for this endpoint, or not from who may use it."""
+    method, target, version = head.first
+    headers = head.headers
+    if version != "HTTP/1.1":
+        raise ProtocolError("HTTP/1.1 is spoken here", 505)
+    if host_name(headers.get("host", "")) not in gate.hosts:
+        raise ProtocolError("Host is not a name of this proxy", 403)
+    if "origin" in headers:
+        scheme, _, authority = headers["origin"].partition("://")
+        if scheme not in ("http", "https") or host_name(authority) not in gate.hosts:
+            raise ProtocolError("requests from other origins are refused", 403)
+    is_git = target.startswith(GIT)
+    if target not in PATHS and not is_git:
+        raise ProtocolError("the endpoint is /mcp", 404)
+    # Bytes of any value: compare_digest takes no non-ASCII str.
+    given = headers.get("authorization", "").encode("latin-1")
+    known = [b"Bearer " + secret for secret in (gate.secret, gate.probe) if secret]
+    if gate.secret and not any(hmac.compare_digest(given, secret) for secret in known):
+        raise ProtocolError("the proxy's secret is missing or wrong (Authorization)", 403)
+    if method not in (("GET", "POST") if is_git else ("POST", "DELETE")):
+        raise ProtocolError(f"the method {quoted(method)} is not served", 405)
+    content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if method == "POST" and not is_git and content_type != "application/json":
+        raise ProtocolError("Content-Type must be application/json", 415)
+    if not VISIBLE(headers.get("mcp-session-id", "")):
+        raise ProtocolError("Mcp-Session-Id is malformed")
 
 
 # --- pure: mirrored headers (2026-07-28) ---
@@ -2267,13 +2269,8 @@ class Receipt:
 class Deed:
     """Something that was let pass: what it is, and its line in the receipt if it writes."""
 
-    def __init__(
-        self, method: str, tool: str = "", target: Object | None = None, write: bool = False
-    ) -> None:
-        self.method = method
-        self.tool = tool
-        self.target = target or {}
-        self.write = write
+    def __init__(self, method: str, tool: str, target: Object, write: bool = False) -> None:
+        self.method, self.tool, self.target, self.write = method, tool, target, write
         self.line: Object = {}
 
 
@@ -2357,6 +2354,9 @@ REQUEST_SECONDS = 15  # to send one request, head and body
 IDLE_SECONDS = 300  # a connection without a request
 STALL_SECONDS = 120  # a client that does not read its answer, or send its push
 POOL_SECONDS = 60  # shorter than servers keep idle connections
+MAX_PACK = 4 * 1024**3  # GitHub refuses more than 2 GiB
+MAX_REPORT = 1024 * 1024  # bytes of GitHub's answer to a push that are looked at
+MAX_PLACES = 8  # requests or answers that are read whole at the same time; the rest wait
 MAX_CLIENTS = 1024
 MAX_SESSIONS = 1024
 
@@ -2555,6 +2555,7 @@ class Client:
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
+        self.drain = wire.drain
         self.is_probe = False
         self.is_last = False  # close after this answer
         self.is_streaming = False
@@ -2562,26 +2563,26 @@ class Client:
     async def next_request(self) -> None:
         wire = self.wire
         self.is_streaming = wire.is_busy = False
+        self.is_last = True  # unless it can be read to its end
         wire.patience = 0
         wire.allow(IDLE_SECONDS)
         if len(wire.wires) > MAX_CLIENTS:
             raise ProtocolError("too many clients", 503)
-        self.is_last = True  # unless it can be read to its end
         if not wire.buffer:
             await wire.more()
         wire.allow(REQUEST_SECONDS)
         self.head = await read_head(wire, is_request=True)
-        limit = MAX_PACK if self.head.first[1].startswith(GIT) else MAX_REQUEST
-        self.body = Body(wire, self.head, limit, is_request=True)
+        is_git = self.head.first[1].startswith(GIT)
+        self.body = Body(wire, self.head, MAX_PACK if is_git else MAX_REQUEST, is_request=True)
         self.is_last = self.head.headers.get("connection", "").lower() == "close"
+        if is_git:  # however long it takes, while it goes on
+            wire.deadline = float("inf")
+            wire.patience = STALL_SECONDS
 
     def invite(self) -> None:
         """A large body may come (RFC 9110, 10.1.1)."""
         if self.head.headers.get("expect") and not self.wire.buffer:
             self.wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if self.head.first[1].startswith(GIT):  # however long it takes, while it goes on
-            self.wire.deadline = float("inf")
-            self.wire.patience = STALL_SECONDS
 
     async def receive(self) -> bytes:
         """The whole body; afterwards the client waits for its answer."""
@@ -2590,26 +2591,20 @@ class Client:
         self.wire.is_busy = True
         return data
 
+    def begin(self, status: int, kind: str, *headers: str) -> bytes:
+        kinds = (f"Content-Type: {kind}",) if kind else ()
+        last = ("Connection: close",) if self.is_last else ()
+        return response_head(status, *kinds, *headers, *last)
+
     def answer(self, status: int, message: Object, *headers: str) -> None:
         self.answer_bytes(status, dumps(message), *headers)
 
-    def answer_text(self, status: int, said: str) -> None:
-        if self.is_streaming:
-            self.wire.abort()  # half an answer is none
-        else:
-            self.answer_bytes(status, said.encode(), kind="text/plain")
-
     def answer_bytes(self, status: int, body: Bytes, *headers: str, kind: str = JSON_TYPE) -> None:
-        if body:
-            headers = (*headers, f"Content-Type: {kind}")
-        if self.is_last:
-            headers = (*headers, "Connection: close")
-        head = response_head(status, *headers, f"Content-Length: {len(body)}")
-        if len(body) > PAUSE_AT:
-            self.wire.write(head)  # rather than to copy the body once more
-            self.wire.write(body)
-        else:
-            self.wire.write(head + body)
+        if self.is_streaming:
+            return self.wire.abort()  # half an answer is none
+        length = f"Content-Length: {len(body)}"
+        self.wire.write(self.begin(status, kind if body else "", *headers, length))
+        return self.wire.write(body)
 
     def refuse(self, error: ProtocolError) -> None:
         """Say what is wrong with what came; where it cannot be read to its end, it is the last."""
@@ -2619,11 +2614,7 @@ class Client:
 
     def start_stream(self, kind: str, *headers: str) -> None:
         self.is_streaming = True
-        more = ["Cache-Control: no-cache, no-transform", "X-Accel-Buffering: no"]
-        if self.is_last:
-            more.append("Connection: close")
-        kinds = (f"Content-Type: {kind}", "Transfer-Encoding: chunked")
-        self.wire.write(response_head(200, *kinds, *more, *headers))
+        self.wire.write(self.begin(200, kind, *STREAM_HEADERS, *headers))
 
     def chunk(self, data: Bytes) -> None:
         self.wire.write(chunk_of(data))
@@ -2645,11 +2636,10 @@ class Client:
     def conclude(self, data: Bytes, *headers: str) -> None:
         """The answer. One that comes first goes as plain JSON: an SSE event of more than 1 MiB is
         refused by the Python SDK 2.x."""
-        if self.is_streaming:
-            self.event(data)
-            self.end_stream()
-        else:
-            self.answer_bytes(200, data, *headers)
+        if not self.is_streaming:
+            return self.answer_bytes(200, data, *headers)
+        self.event(data)
+        return self.end_stream()
 
     def fail(self, forward: Forward, reason: str) -> None:
         """Answer a request with an error, in the stream if it has begun."""
@@ -2659,9 +2649,6 @@ class Client:
             self.answer(502, message)
         else:
             self.conclude(dumps(message))
-
-    async def drain(self) -> None:
-        await self.wire.drain()
 
     def close(self) -> None:
         self.wire.allow(STALL_SECONDS)  # to read what was written
@@ -2931,7 +2918,7 @@ def begin_session(mcp: Mcp, forward: Forward, exchange: Exchange) -> tuple[str, 
 async def end_session(mcp: Mcp, client: Client, session: str) -> None:
     """Tell the upstream that a session is over."""
     check_session(mcp, session)
-    deed = Deed("DELETE")
+    deed = Deed("DELETE", "", {})
     if client.is_probe or not mcp.audit.passed(deed):
         raise ProtocolError(UNRECORDED, 503, UPSTREAM_FAILED)
     message: Object = {"method": "DELETE"}

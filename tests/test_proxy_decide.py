@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import time
 import unittest
@@ -18,6 +19,7 @@ from github_mcp_proxy import Scope
 from github_mcp_proxy import Seen
 from tests.tools import fuzz_proxy
 
+FAST = True  # tables only
 SCOPE = Scope("good", "r")
 POLICY = Policy(default_branch="main")
 EVERYTHING = Policy(default_branch="main", allow=frozenset(proxy.ALLOW))
@@ -46,55 +48,76 @@ def sent(message: dict[str, Any], policy: Policy = POLICY) -> dict[str, Any]:
 
 # --- what must not pass, over all layers ---
 
+# By a word of the reason for which they are refused.
 BODIES = {
-    "empty": b"",
-    "not JSON": b"hello",
-    "trailing data": b'{"jsonrpc":"2.0","id":1,"method":"ping"} {}',
-    "trailing garbage": b'{"jsonrpc":"2.0","id":1,"method":"ping"}x',
-    "duplicate key": b'{"jsonrpc":"2.0","id":1,"method":"ping","method":"tools/call"}',
-    "duplicate key deep": b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"get_tag",'
-    b'"arguments":{"owner":"good","owner":"evil"}}}',
-    "duplicate key, escaped": b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":'
-    b'"get_tag","arguments":{"owner":"good","\\u006fwner":"evil"}}}',
-    "NaN": b'{"jsonrpc":"2.0","id":NaN,"method":"ping"}',
-    "Infinity": b'{"jsonrpc":"2.0","id":Infinity,"method":"ping"}',
-    "-Infinity": b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":-Infinity}}',
-    "1e999": b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":1e999}}',
-    "many digits": b'{"jsonrpc":"2.0","id":' + b"9" * 5000 + b',"method":"ping"}',
-    "lone surrogate": b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":"\\ud800"}}',
-    "surrogate in a key": b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"\\udfff":1}}',
-    "raw surrogate": b'{"jsonrpc":"2.0","id":1,"method":"\xed\xa0\x80"}',
-    "invalid UTF-8": b'{"jsonrpc":"2.0","id":1,"method":"\xff"}',
-    "overlong UTF-8": b'{"jsonrpc":"2.0","id":1,"method":"\xc0\xaf"}',
-    "BOM": b'\xef\xbb\xbf{"jsonrpc":"2.0","id":1,"method":"ping"}',
-    "UTF-16": '{"jsonrpc":"2.0","id":1,"method":"ping"}'.encode("utf-16"),
-    "UTF-32": '{"jsonrpc":"2.0","id":1,"method":"ping"}'.encode("utf-32"),
-    "batch": b'[{"jsonrpc":"2.0","id":1,"method":"ping"}]',
-    "empty batch": b"[]",
-    "a string": b'"ping"',
-    "a number": b"1",
-    "null": b"null",
-    "unknown envelope key": b'{"jsonrpc":"2.0","id":1,"method":"ping","extra":1}',
-    "Method": b'{"jsonrpc":"2.0","id":1,"Method":"ping"}',
-    "Params beside params": b'{"jsonrpc":"2.0","id":1,"method":"ping","Params":{}}',
-    "params with NUL": b'{"jsonrpc":"2.0","id":1,"method":"ping","params\\u0000":{}}',
-    "no jsonrpc": b'{"id":1,"method":"ping"}',
-    "jsonrpc 1.0": b'{"jsonrpc":"1.0","id":1,"method":"ping"}',
-    "jsonrpc number": b'{"jsonrpc":2.0,"id":1,"method":"ping"}',
-    "id null": b'{"jsonrpc":"2.0","id":null,"method":"ping"}',
-    "id bool": b'{"jsonrpc":"2.0","id":true,"method":"ping"}',
-    "id object": b'{"jsonrpc":"2.0","id":{},"method":"ping"}',
-    "id float": b'{"jsonrpc":"2.0","id":1.5,"method":"ping"}',
-    "id endless": b'{"jsonrpc":"2.0","id":"' + b"x" * 300 + b'","method":"ping"}',
-    "params list": b'{"jsonrpc":"2.0","id":1,"method":"ping","params":[]}',
-    "method number": b'{"jsonrpc":"2.0","id":1,"method":1}',
-    "request and answer": b'{"jsonrpc":"2.0","id":1,"method":"ping","result":{}}',
-    "result and error": b'{"jsonrpc":"2.0","id":1,"result":{},"error":{}}',
-    "deep": b'{"jsonrpc":"2.0","id":1,"method":"ping","params":' + b'{"a":' * 40 + b"1" + b"}" * 41,
-    "very deep": b"[" * 100_000,
-    "comment": b'{"jsonrpc":"2.0","id":1,"method":"ping"/**/}',
-    "trailing comma": b'{"jsonrpc":"2.0","id":1,"method":"ping",}',
-    "raw control": b'{"jsonrpc":"2.0","id":1,"method":"pi\nng"}',
+    "not one JSON value": {
+        "empty": b"",
+        "not JSON": b"hello",
+        "trailing data": b'{"jsonrpc":"2.0","id":1,"method":"ping"} {}',
+        "trailing garbage": b'{"jsonrpc":"2.0","id":1,"method":"ping"}x',
+        "BOM": b'\xef\xbb\xbf{"jsonrpc":"2.0","id":1,"method":"ping"}',
+        "comment": b'{"jsonrpc":"2.0","id":1,"method":"ping"/**/}',
+        "trailing comma": b'{"jsonrpc":"2.0","id":1,"method":"ping",}',
+        "raw control": b'{"jsonrpc":"2.0","id":1,"method":"pi\nng"}',
+    },
+    "same key twice": {
+        "duplicate key": b'{"jsonrpc":"2.0","id":1,"method":"ping","method":"tools/call"}',
+        "duplicate key deep": b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"get_tag",'
+        b'"arguments":{"owner":"good","owner":"evil"}}}',
+        "duplicate key, escaped": b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":'
+        b'"get_tag","arguments":{"owner":"good","\\u006fwner":"evil"}}}',
+    },
+    "not finite": {
+        "NaN": b'{"jsonrpc":"2.0","id":NaN,"method":"ping"}',
+        "Infinity": b'{"jsonrpc":"2.0","id":Infinity,"method":"ping"}',
+        "-Infinity": b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":-Infinity}}',
+        "1e999": b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":1e999}}',
+    },
+    "too many digits": {
+        "many digits": b'{"jsonrpc":"2.0","id":' + b"9" * 5000 + b',"method":"ping"}'
+    },
+    "lone surrogate": {
+        "lone surrogate": b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":"\\ud800"}}',
+        "surrogate in a key": b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"\\udfff":1}}',
+    },
+    "not UTF-8": {
+        "raw surrogate": b'{"jsonrpc":"2.0","id":1,"method":"\xed\xa0\x80"}',
+        "invalid UTF-8": b'{"jsonrpc":"2.0","id":1,"method":"\xff"}',
+        "overlong UTF-8": b'{"jsonrpc":"2.0","id":1,"method":"\xc0\xaf"}',
+        "UTF-16": '{"jsonrpc":"2.0","id":1,"method":"ping"}'.encode("utf-16"),
+        "UTF-32": '{"jsonrpc":"2.0","id":1,"method":"ping"}'.encode("utf-32"),
+    },
+    "batches": {"batch": b'[{"jsonrpc":"2.0","id":1,"method":"ping"}]', "empty batch": b"[]"},
+    "not a JSON-RPC message": {"a string": b'"ping"', "a number": b"1", "null": b"null"},
+    "not a JSON-RPC request": {
+        "unknown envelope key": b'{"jsonrpc":"2.0","id":1,"method":"ping","extra":1}',
+        "Method": b'{"jsonrpc":"2.0","id":1,"Method":"ping"}',
+        "Params beside params": b'{"jsonrpc":"2.0","id":1,"method":"ping","Params":{}}',
+        "params with NUL": b'{"jsonrpc":"2.0","id":1,"method":"ping","params\\u0000":{}}',
+        "no jsonrpc": b'{"id":1,"method":"ping"}',
+        "request and answer": b'{"jsonrpc":"2.0","id":1,"method":"ping","result":{}}',
+        "result and error": b'{"jsonrpc":"2.0","id":1,"result":{},"error":{}}',
+    },
+    "jsonrpc must be": {
+        "jsonrpc 1.0": b'{"jsonrpc":"1.0","id":1,"method":"ping"}',
+        "jsonrpc number": b'{"jsonrpc":2.0,"id":1,"method":"ping"}',
+    },
+    "id must be": {
+        "id null": b'{"jsonrpc":"2.0","id":null,"method":"ping"}',
+        "id bool": b'{"jsonrpc":"2.0","id":true,"method":"ping"}',
+        "id object": b'{"jsonrpc":"2.0","id":{},"method":"ping"}',
+        "id float": b'{"jsonrpc":"2.0","id":1.5,"method":"ping"}',
+        "id endless": b'{"jsonrpc":"2.0","id":"' + b"x" * 300 + b'","method":"ping"}',
+    },
+    "params must be": {"params list": b'{"jsonrpc":"2.0","id":1,"method":"ping","params":[]}'},
+    "method must be": {"method number": b'{"jsonrpc":"2.0","id":1,"method":1}'},
+    "nested": {
+        "deep": b'{"jsonrpc":"2.0","id":1,"method":"ping","params":'
+        + b'{"a":' * 40
+        + b"1"
+        + b"}" * 41,
+        "very deep": b"[" * 100_000,
+    },
 }
 
 METHODS = [
@@ -197,213 +220,311 @@ OPT_IN = [
     "request_pull_request_reviewers",
 ]
 
-CALLS: dict[str, dict[str, Any]] = {
-    "other owner": call("get_tag", owner="evil", repo="r", tag="v1"),
-    "other repo": call("get_tag", owner="good", repo="secret", tag="v1"),
-    "owner list": call("get_tag", owner=["good"], repo="r", tag="v1"),
-    "owner blank": call("get_tag", owner="good ", repo="r", tag="v1"),
-    "owner slash": call("get_tag", owner="good/r/..", repo="r", tag="v1"),
-    "OWNER besides": call("get_tag", **OURS, OWNER="evil", tag="v1"),
-    "Owner alone": call("get_tag", Owner="evil", REPO="secret", tag="v1"),
-    "owner with NUL": call("get_tag", **{"owner\0": "evil"}, tag="v1"),
-    "long s in a key": call("issue_read", **dict([("i\u017fsue_number", 1)]), method="get"),  # noqa: C406
-    "METHOD": call("pull_request_review_write", METHOD="resolve_thread", method="create", pullNumber=1),
-    "threadId": call("pull_request_review_write", method="create", pullNumber=1, threadId="PRRT_x"),
-    "resolve_thread": call("pull_request_review_write", method="resolve_thread", pullNumber=1),
-    "method case": call("label_write", method="DELETE", name="bug"),
-    "_ui_submitted": call("issue_write", method="create", title="t", _ui_submitted=True),
-    "related_owner": call("issue_dependency_read", issue_number=1, method="get_blocking", related_owner="evil"),
-    "sha climbs": call("get_commit", sha="../../../../user/emails"),
-    "sha climbs inside": call("get_commit", sha="HEAD/../../pulls"),
-    "sha %2e": call("get_commit", sha="%2e%2e/x"),
-    "sha %252e": call("get_commit", sha="%252e%252e"),
-    "sha query": call("get_commit", sha="main?x=1"),
-    "sha fragment": call("get_commit", sha="main#x"),
-    "sha backslash": call("get_commit", sha="..\\x"),
-    "sha semicolon": call("get_commit", sha="..;/x"),
-    "sha empty": call("get_commit", sha=""),
-    "sha newline": call("get_commit", sha="main\nx"),
-    "sha @{": call("get_commit", sha="main@{1}"),
-    "sha leading dash": call("get_commit", sha="-x"),
-    "sha leading slash": call("get_commit", sha="/x"),
-    "sha missing": call("get_commit"),
-    "tag climbs": call("get_release_by_tag", tag="../latest"),
-    "tag dot": call("get_release_by_tag", tag="."),
-    "tree climbs": call("get_repository_tree", tree_sha="../../x"),
-    "contents sha a name": call("get_file_contents", path="a", sha="main"),
-    "path climbs": call("get_file_contents", path="../../../user"),
-    "path climbs inside": call("get_file_contents", path="a/../../b"),
-    "path double slash": call("get_file_contents", path="a//b"),
-    "path dot": call("get_file_contents", path="./a"),
-    "path backslash": call("get_file_contents", path="a\\..\\b"),
-    "path %": call("get_file_contents", path="%2e%2e/x"),
-    "path ?": call("get_file_contents", path="a?ref=x"),
-    "path #": call("get_file_contents", path="a#b"),
-    "path NUL": call("get_file_contents", path="a\0b"),
-    "path zero width": call("get_file_contents", path="a\u200bb"),
-    "path number": call("get_file_contents", path=1),
-    "number true": call("issue_read", issue_number=True, method="get"),
-    "number zero": call("issue_read", issue_number=0, method="get"),
-    "number huge": call("issue_read", issue_number=2**40, method="get"),
-    "perPage 101": call("list_tags", perPage=101),
-    "enum unknown": call("issue_read", issue_number=1, method="get_everything"),
-    "enum blank": call("issue_read", issue_number=1, method="get "),
-    "arguments list": {**call("get_tag"), "params": {"name": "get_tag", "arguments": []}},
-    "name list": {**call("get_tag"), "params": {"name": ["get_tag"], "arguments": {}}},
-    "name missing": {**call("get_tag"), "params": {"arguments": {}}},
-    "Arguments besides": {**call("get_tag"), "params": {"name": "get_tag", "Arguments": {}}},
-    "task": {**call("list_tags"), "params": {"name": "list_tags", "task": {}}},
-    "inputResponses": {**call("list_tags"), "params": {"name": "list_tags", "inputResponses": {}}},
-    "requestState": {**call("list_tags"), "params": {"name": "list_tags", "requestState": "x"}},
-    "_meta list": {**call("list_tags"), "params": {"name": "list_tags", "_meta": []}},
-    "main": call("create_or_update_file", branch="main", path="a", content="x", message="m"),
-    "MAIN": call("create_or_update_file", branch="MAIN", path="a", content="x", message="m"),
-    "refs/heads/main": call("delete_file", branch="refs/heads/main", path="a", message="m"),
-    "heads/main": call("delete_file", branch="heads/main", path="a", message="m"),
-    "Refs/Heads/x": call("delete_file", branch="Refs/Heads/x", path="a", message="m"),
-    "HEAD": call("delete_file", branch="HEAD", path="a", message="m"),
-    "@": call("delete_file", branch="@", path="a", message="m"),
-    "no branch": call("push_files", files=[{"path": "a", "content": "x"}], message="m"),
-    "branch null": call("delete_file", branch=None, path="a", message="m"),
-    "branch blank": call("delete_file", branch="main ", path="a", message="m"),
-    "branch zero width": call("delete_file", branch="main\u200b", path="a", message="m"),
-    "branch.lock": call("create_branch", branch="a.lock"),
-    "branch ..": call("create_branch", branch="a..b"),
-    "from_branch climbs": call("create_branch", branch="a", from_branch="../../evil"),
-    "workflow": call("create_or_update_file", branch="b", path=".github/workflows/x.yml", content=""),
-    "Workflow case": call("delete_file", branch="b", path=".GitHub/Workflows/x.yml", message="m"),
-    "workflow in slashes": call("delete_file", branch="b", path="/.github/workflows/x/", message="m"),
-    "workflow, dots": call("delete_file", branch="b", path=".github./workflows /x", message="m"),
-    "workflows replaced": call("delete_file", branch="b", path=".github/workflows", message="m"),
-    "workflows' folder replaced": call("create_or_update_file", branch="b", path=".GitHub", content="x"),
-    "action": call("delete_file", branch="b", path=".github/actions/a/action.yml", message="m"),
-    "CODEOWNERS": call("delete_file", branch="b", path="CODEOWNERS", message="m"),
-    "codeowners in docs": call("delete_file", branch="b", path="docs/codeowners", message="m"),
-    ".gitmodules": call("delete_file", branch="b", path=".gitmodules", message="m"),
-    ".git": call("delete_file", branch="b", path=".git/config", message="m"),
-    "root": call("delete_file", branch="b", path="/", message="m"),
-    "all workflows": call("delete_file", branch="b", path=".github/workflows", message="m"),
-    "the folder above": call("delete_file", branch="b", path=".github", message="m"),
-    "the folder above, case": call("delete_file", branch="b", path="/.GITHUB/", message="m"),
-    "a file for a folder": call("push_files", branch="b", message="m", files=[
-        {"path": ".github/workflows", "content": "x"}]),
-    "a file for the folder above": call("create_or_update_file", branch="b", path=".github",
-                                        content="x", message="m"),
-    "the owners' folder": call("delete_file", branch="b", path="docs", message="m"),
-    "workflow, zero width": call("delete_file", branch="b", path=".github/work\u200bflows/x", message="m"),
-    "workflow, ligature": call("delete_file", branch="b", path=".github/work\ufb02ows/x", message="m"),
-    "workflow, Kelvin": call("delete_file", branch="b", path=".github/wor\u212aflows/x", message="m"),
-    "workflow, backslash": call("delete_file", branch="b", path=".github\\workflows\\x", message="m"),
-    "workflow, %": call("delete_file", branch="b", path=".github%2fworkflows/x", message="m"),
-    "workflow, ..;": call("delete_file", branch="b", path="a/..;/.github/workflows/x", message="m"),
-    "workflow, . segment": call("delete_file", branch="b", path=".github/./workflows/x", message="m"),
-    "CODEOWNERS, dot": call("delete_file", branch="b", path="CODEOWNERS.", message="m"),
-    "CODEOWNERS, long s": call("delete_file", branch="b", path="CODEOWNER\u017f", message="m"),
-    "path is a list": call("delete_file", branch="b", path=[".github"], message="m"),
-    "path missing": call("delete_file", branch="b", message="m"),
-    "path endless": call("delete_file", branch="b", path="a/" * 2049, message="m"),
-    "path with a line end": call("delete_file", branch="b", path="a\u2028b", message="m"),
-    "main, refs in capitals": call("create_branch", branch="REFS/HEADS/main"),
-    "main, remotes": call("create_branch", branch="remotes/origin/main"),
-    "heads": call("create_branch", branch="heads"),
-    "head": call("create_branch", branch="head"),
-    "main with a soft hyphen": call("create_branch", branch="ma\u00adin"),
-    "main with a slash": call("create_branch", branch="main/"),
-    "main behind a slash": call("create_branch", branch="/main"),
-    "main after a climb": call("create_branch", branch="x/../main"),
-    "branch ~": call("create_branch", branch="main~0"),
-    "branch ^": call("create_branch", branch="main^0"),
-    "branch @{0}": call("create_branch", branch="main@{0}"),
-    "branch list": call("create_branch", branch=["x"]),
-    "branch a template": call("create_branch", branch="${x}"),
-    "branch endless": call("create_branch", branch="a" * 256),
-    "branch of a tab": call("create_branch", branch="a\tb"),
-    "head with user": call("create_pull_request", head="good:fix", base="main", title="t"),
-    "head list": call("create_pull_request", head=["fix"], base="main", title="t"),
-    "base climbs": call("update_pull_request", pullNumber=1, base="../main"),
-    "base with a query": call("update_pull_request", pullNumber=1, base="main?x"),
-    "head filter, two colons": call("list_pull_requests", head="a:b:c"),
-    "head filter list": call("list_pull_requests", head=["a:b"]),
-    "head filter object": call("list_pull_requests", head={"a": "b"}),
-    "head filter number": call("list_pull_requests", head=1),
-    "reviewers a string": call("update_pull_request", pullNumber=1, reviewers="someone"),
-    "reviewers a team": call("update_pull_request", pullNumber=1, reviewers=["org/team"]),
-    "assignees an object": call("issue_write", method="create", title="t", assignees={"0": "a"}),
-    "approve in small letters": call("pull_request_review_write", method="create", pullNumber=1, event="approve"),
-    "event list": call("pull_request_review_write", method="create", pullNumber=1, event=["APPROVE"]),
-    "unresolve_thread": call("pull_request_review_write", method="unresolve_thread", pullNumber=1),
-    "pull as pullnumber": call("pull_request_read", method="get", pullnumber=1),
-    "labels a string": call("issue_write", method="create", title="t", labels="bug"),
-    "labels nested": call("issue_write", method="create", title="t", labels=[["bug"]]),
-    "labels too many": call("issue_write", method="create", title="t", labels=["x"] * 101),
-    "duplicate_of text": call("issue_write", method="update", issue_number=1, duplicate_of="evil/x#1"),
-    "type a number": call("issue_write", method="create", title="t", type=1),
-    "body too long": call("add_issue_comment", issue_number=1, body="x" * 65_537),
-    "body NUL": call("add_issue_comment", issue_number=1, body="a\0b"),
-    "comment_id text": call("add_issue_comment", issue_number=1, comment_id="1/../../x"),
-    "reaction unknown": call("add_issue_comment", issue_number=1, reaction="+2"),
-    "fields an object": call("search_code", query="x", fields={"a": 1}),
-    "fields with a path": call("search_code", query="x", fields=["../x"]),
-    "sort unknown": call("search_code", query="x", sort="stars"),
-    "perPage zero": call("list_tags", perPage=0),
-    "perPage negative": call("list_tags", perPage=-1),
-    "after with a quote": call("list_issues", after='x"'),
-    "orderBy small": call("list_issues", orderBy="created_at"),
-    "field filter with a key more": call("list_issues", field_filters=[
-        {"field_name": "a", "value": "b", "id": 1}]),
-    "threshold above one": call("find_duplicate", issue_number=1, confidence_threshold=1.5),
-    "threshold true": call("find_duplicate", issue_number=1, confidence_threshold=True),
-    "author with a slash": call("list_commits", author="evil/x"),
-    "until with a query": call("list_commits", until="2024-01-01?x=1"),
-    "commit of a fork network": call("get_commit", sha="evil:main"),
-    "tree with a colon": call("get_repository_tree", tree_sha="main:src"),
-    "tag with a wildcard": call("get_tag", tag="v*"),
-    "owner a number": call("list_tags", owner=1, repo="r"),
-    "owner true": call("list_tags", owner=True, repo=True),
-    "owner object": call("list_tags", owner={"good": 1}, repo="r"),
-    "owner in full width": call("list_tags", owner="\uff47ood", repo="r"),
-    "owner with a dot": call("list_tags", owner="good.", repo="r"),
-    "repo with .git": call("list_tags", owner="good", repo="r.git"),
-    "repo climbs": call("list_tags", owner="good", repo="r/../../evil/x"),
-    "owner/repo in repo": call("list_tags", repo="good/r"),
-    "dotless i in a key": call("list_tags", **dict([("perPag\u0131", 1)])),  # noqa: C406
-    "private use": call("list_tags", owner="good\ue000", repo="r"),
-    "name NUL": call("list_tags\0"),
-    "name with a line": call("list_tags\n"),
-    "name in a list of length one": {**call("x"), "params": {"name": {"list_tags": 1}}},
-    "name empty": call(""),
-    "params name endless": call("x" * 300),
-    "second file": call("push_files", branch="b", message="m", files=[
-        {"path": "a", "content": "x"}, {"path": ".github/workflows/x", "content": "x"}]),
-    "file with a key more": call("push_files", branch="b", message="m", files=[
-        {"path": "a", "content": "x", "mode": "120000"}]),
-    "file with Path": call("push_files", branch="b", message="m", files=[
-        {"path": "a", "Path": ".github/workflows/x", "content": "x"}]),
-    "files object": call("push_files", branch="b", message="m", files={"path": "a"}),
-    "symlink": call("create_or_update_file", branch="b", path="a", content="x", message="m",
-                    allow_symlink_write=True),
-    "content with NUL": call("create_or_update_file", branch="b", path="a", content="\0", message="m"),
-    "head of a fork": call("create_pull_request", head="evil:x", base="main", title="t"),
-    "head climbs": call("create_pull_request", head="../x", base="main", title="t"),
-    "reviewers": call("create_pull_request", head="x", base="main", title="t", reviewers=["org/team"]),
-    "assignees": call("issue_write", method="create", title="t", assignees=["someone"]),
-    "APPROVE": call("pull_request_review_write", method="create", pullNumber=1, event="APPROVE"),
-    "APPROVE later": call("submit_pending_pull_request_review", pullNumber=1, event="APPROVE"),
-    "title over lines": call("issue_write", method="create", title="a\nb"),
-    "field with a key more": call("issue_write", method="update", issue_number=1,
-                                  issue_fields=[{"field_name": "a", "field_id": 1}]),
-    "after": call("list_issues", after='x") { viewer { login } }'),
-    "since": call("list_issues", since="yesterday"),
+# By a word of the reason for which they are refused.
+CALLS: dict[str, dict[str, dict[str, Any]]] = {
+    "only good/r is served": {
+        "other owner": call("get_tag", owner="evil", repo="r", tag="v1"),
+        "other repo": call("get_tag", owner="good", repo="secret", tag="v1"),
+        "owner list": call("get_tag", owner=["good"], repo="r", tag="v1"),
+        "owner blank": call("get_tag", owner="good ", repo="r", tag="v1"),
+        "owner slash": call("get_tag", owner="good/r/..", repo="r", tag="v1"),
+        "owner a number": call("list_tags", owner=1, repo="r"),
+        "owner true": call("list_tags", owner=True, repo=True),
+        "owner object": call("list_tags", owner={"good": 1}, repo="r"),
+        "owner in full width": call("list_tags", owner="\uff47ood", repo="r"),
+        "owner with a dot": call("list_tags", owner="good.", repo="r"),
+        "repo with .git": call("list_tags", owner="good", repo="r.git"),
+        "repo climbs": call("list_tags", owner="good", repo="r/../../evil/x"),
+        "owner/repo in repo": call("list_tags", repo="good/r"),
+        "private use": call("list_tags", owner="good\ue000", repo="r"),
+    },
+    "is not passed": {
+        "OWNER besides": call("get_tag", **OURS, OWNER="evil", tag="v1"),
+        "Owner alone": call("get_tag", Owner="evil", REPO="secret", tag="v1"),
+        "owner with NUL": call("get_tag", **{"owner\0": "evil"}, tag="v1"),
+        "long s in a key": call("issue_read", **dict([("i\u017fsue_number", 1)]), method="get"),  # noqa: C406,
+        "METHOD": call("pull_request_review_write", METHOD="resolve_thread", method="create", pullNumber=1),
+        "threadId": call("pull_request_review_write", method="create", pullNumber=1, threadId="PRRT_x"),
+        "_ui_submitted": call("issue_write", method="create", title="t", _ui_submitted=True),
+        "Arguments besides": {**call("get_tag"), "params": {"name": "get_tag", "Arguments": {}}},
+        "task": {**call("list_tags"), "params": {"name": "list_tags", "task": {}}},
+        "inputResponses": {**call("list_tags"), "params": {"name": "list_tags", "inputResponses": {}}},
+        "requestState": {**call("list_tags"), "params": {"name": "list_tags", "requestState": "x"}},
+        "pull as pullnumber": call("pull_request_read", method="get", pullnumber=1),
+        "dotless i in a key": call("list_tags", **dict([("perPag\u0131", 1)])),  # noqa: C406,
+    },
+    "one of": {
+        "resolve_thread": call("pull_request_review_write", method="resolve_thread", pullNumber=1),
+        "method case": call("label_write", method="DELETE", name="bug"),
+        "enum unknown": call("issue_read", issue_number=1, method="get_everything"),
+        "enum blank": call("issue_read", issue_number=1, method="get "),
+        "approve in small letters": call("pull_request_review_write", method="create", pullNumber=1, event="approve"),
+        "event list": call("pull_request_review_write", method="create", pullNumber=1, event=["APPROVE"]),
+        "unresolve_thread": call("pull_request_review_write", method="unresolve_thread", pullNumber=1),
+        "reaction unknown": call("add_issue_comment", issue_number=1, reaction="+2"),
+        "sort unknown": call("search_code", query="x", sort="stars"),
+        "orderBy small": call("list_issues", orderBy="created_at"),
+    },
+    "without characters special in a URL": {
+        "sha climbs": call("get_commit", sha="../../../../user/emails"),
+        "sha climbs inside": call("get_commit", sha="HEAD/../../pulls"),
+        "sha %2e": call("get_commit", sha="%2e%2e/x"),
+        "sha %252e": call("get_commit", sha="%252e%252e"),
+        "sha query": call("get_commit", sha="main?x=1"),
+        "sha fragment": call("get_commit", sha="main#x"),
+        "sha backslash": call("get_commit", sha="..\\x"),
+        "sha semicolon": call("get_commit", sha="..;/x"),
+        "sha empty": call("get_commit", sha=""),
+        "sha newline": call("get_commit", sha="main\nx"),
+        "sha @{": call("get_commit", sha="main@{1}"),
+        "sha leading dash": call("get_commit", sha="-x"),
+        "sha leading slash": call("get_commit", sha="/x"),
+        "tag climbs": call("get_release_by_tag", tag="../latest"),
+        "tag dot": call("get_release_by_tag", tag="."),
+        "tree climbs": call("get_repository_tree", tree_sha="../../x"),
+        "@": call("delete_file", branch="@", path="a", message="m"),
+        "branch null": call("delete_file", branch=None, path="a", message="m"),
+        "branch blank": call("delete_file", branch="main ", path="a", message="m"),
+        "branch zero width": call("delete_file", branch="main\u200b", path="a", message="m"),
+        "branch.lock": call("create_branch", branch="a.lock"),
+        "branch ..": call("create_branch", branch="a..b"),
+        "from_branch climbs": call("create_branch", branch="a", from_branch="../../evil"),
+        "main with a soft hyphen": call("create_branch", branch="ma\u00adin"),
+        "main with a slash": call("create_branch", branch="main/"),
+        "main behind a slash": call("create_branch", branch="/main"),
+        "main after a climb": call("create_branch", branch="x/../main"),
+        "branch ~": call("create_branch", branch="main~0"),
+        "branch ^": call("create_branch", branch="main^0"),
+        "branch @{0}": call("create_branch", branch="main@{0}"),
+        "branch list": call("create_branch", branch=["x"]),
+        "branch a template": call("create_branch", branch="${x}"),
+        "branch endless": call("create_branch", branch="a" * 256),
+        "branch of a tab": call("create_branch", branch="a\tb"),
+        "head with user": call("create_pull_request", head="good:fix", base="main", title="t"),
+        "head list": call("create_pull_request", head=["fix"], base="main", title="t"),
+        "base climbs": call("update_pull_request", pullNumber=1, base="../main"),
+        "base with a query": call("update_pull_request", pullNumber=1, base="main?x"),
+        "head filter, two colons": call("list_pull_requests", head="a:b:c"),
+        "head filter list": call("list_pull_requests", head=["a:b"]),
+        "head filter object": call("list_pull_requests", head={"a": "b"}),
+        "head filter number": call("list_pull_requests", head=1),
+        "commit of a fork network": call("get_commit", sha="evil:main"),
+        "tree with a colon": call("get_repository_tree", tree_sha="main:src"),
+        "tag with a wildcard": call("get_tag", tag="v*"),
+        "head of a fork": call("create_pull_request", head="evil:x", base="main", title="t"),
+        "head climbs": call("create_pull_request", head="../x", base="main", title="t"),
+    },
+    "is missing": {
+        "sha missing": call("get_commit"),
+        "name missing": {**call("get_tag"), "params": {"arguments": {}}},
+        "no branch": call("push_files", files=[{"path": "a", "content": "x"}], message="m"),
+        "path missing": call("delete_file", branch="b", message="m"),
+    },
+    "a commit or object id": {
+        "contents sha a name": call("get_file_contents", path="a", sha="main"),
+    },
+    "without . and .. segments": {
+        "path climbs": call("get_file_contents", path="../../../user"),
+        "path climbs inside": call("get_file_contents", path="a/../../b"),
+        "path double slash": call("get_file_contents", path="a//b"),
+        "path dot": call("get_file_contents", path="./a"),
+        "path backslash": call("get_file_contents", path="a\\..\\b"),
+        "path %": call("get_file_contents", path="%2e%2e/x"),
+        "path ?": call("get_file_contents", path="a?ref=x"),
+        "path #": call("get_file_contents", path="a#b"),
+        "path NUL": call("get_file_contents", path="a\0b"),
+        "path zero width": call("get_file_contents", path="a\u200bb"),
+        "path number": call("get_file_contents", path=1),
+        "workflow, zero width": call("delete_file", branch="b", path=".github/work\u200bflows/x", message="m"),
+        "workflow, backslash": call("delete_file", branch="b", path=".github\\workflows\\x", message="m"),
+        "workflow, %": call("delete_file", branch="b", path=".github%2fworkflows/x", message="m"),
+        "workflow, ..;": call("delete_file", branch="b", path="a/..;/.github/workflows/x", message="m"),
+        "workflow, . segment": call("delete_file", branch="b", path=".github/./workflows/x", message="m"),
+        "path is a list": call("delete_file", branch="b", path=[".github"], message="m"),
+        "path endless": call("delete_file", branch="b", path="a/" * 2049, message="m"),
+        "path with a line end": call("delete_file", branch="b", path="a\u2028b", message="m"),
+    },
+    "an integer from": {
+        "number true": call("issue_read", issue_number=True, method="get"),
+        "number zero": call("issue_read", issue_number=0, method="get"),
+        "number huge": call("issue_read", issue_number=2**40, method="get"),
+        "perPage 101": call("list_tags", perPage=101),
+        "duplicate_of text": call("issue_write", method="update", issue_number=1, duplicate_of="evil/x#1"),
+        "comment_id text": call("add_issue_comment", issue_number=1, comment_id="1/../../x"),
+        "perPage zero": call("list_tags", perPage=0),
+        "perPage negative": call("list_tags", perPage=-1),
+    },
+    "must be an object": {
+        "arguments list": {**call("get_tag"), "params": {"name": "get_tag", "arguments": []}},
+        "_meta list": {**call("list_tags"), "params": {"name": "list_tags", "_meta": []}},
+    },
+    "without control characters": {
+        "name list": {**call("get_tag"), "params": {"name": ["get_tag"], "arguments": {}}},
+        "labels a string": call("issue_write", method="create", title="t", labels="bug"),
+        "labels nested": call("issue_write", method="create", title="t", labels=[["bug"]]),
+        "labels too many": call("issue_write", method="create", title="t", labels=["x"] * 101),
+        "name NUL": call("list_tags\0"),
+        "name with a line": call("list_tags\n"),
+        "name in a list of length one": {**call("x"), "params": {"name": {"list_tags": 1}}},
+        "params name endless": call("x" * 300),
+        "title over lines": call("issue_write", method="create", title="a\nb"),
+    },
+    "default branch": {
+        "main": call("create_or_update_file", branch="main", path="a", content="x", message="m"),
+        "MAIN": call("create_or_update_file", branch="MAIN", path="a", content="x", message="m"),
+    },
+    "plain name": {
+        "refs/heads/main": call("delete_file", branch="refs/heads/main", path="a", message="m"),
+        "heads/main": call("delete_file", branch="heads/main", path="a", message="m"),
+        "Refs/Heads/x": call("delete_file", branch="Refs/Heads/x", path="a", message="m"),
+        "HEAD": call("delete_file", branch="HEAD", path="a", message="m"),
+        "main, refs in capitals": call("create_branch", branch="REFS/HEADS/main"),
+        "main, remotes": call("create_branch", branch="remotes/origin/main"),
+        "heads": call("create_branch", branch="heads"),
+        "head": call("create_branch", branch="head"),
+    },
+    "deny_paths": {
+        "workflow": call("create_or_update_file", branch="b", path=".github/workflows/x.yml", content=""),
+        "Workflow case": call("delete_file", branch="b", path=".GitHub/Workflows/x.yml", message="m"),
+        "workflow in slashes": call("delete_file", branch="b", path="/.github/workflows/x/", message="m"),
+        "workflow, dots": call("delete_file", branch="b", path=".github./workflows /x", message="m"),
+        "workflows replaced": call("delete_file", branch="b", path=".github/workflows", message="m"),
+        "workflows' folder replaced": call("create_or_update_file", branch="b", path=".GitHub", content="x"),
+        "action": call("delete_file", branch="b", path=".github/actions/a/action.yml", message="m"),
+        "CODEOWNERS": call("delete_file", branch="b", path="CODEOWNERS", message="m"),
+        "codeowners in docs": call("delete_file", branch="b", path="docs/codeowners", message="m"),
+        ".gitmodules": call("delete_file", branch="b", path=".gitmodules", message="m"),
+        "all workflows": call("delete_file", branch="b", path=".github/workflows", message="m"),
+        "the folder above": call("delete_file", branch="b", path=".github", message="m"),
+        "the folder above, case": call("delete_file", branch="b", path="/.GITHUB/", message="m"),
+        "a file for a folder": call("push_files", branch="b", message="m", files=[
+            {"path": ".github/workflows", "content": "x"}]),
+        "a file for the folder above": call("create_or_update_file", branch="b", path=".github",
+                                            content="x", message="m"),
+        "the owners' folder": call("delete_file", branch="b", path="docs", message="m"),
+        "workflow, ligature": call("delete_file", branch="b", path=".github/work\ufb02ows/x", message="m"),
+        "workflow, Kelvin": call("delete_file", branch="b", path=".github/wor\u212aflows/x", message="m"),
+        "CODEOWNERS, dot": call("delete_file", branch="b", path="CODEOWNERS.", message="m"),
+        "CODEOWNERS, long s": call("delete_file", branch="b", path="CODEOWNER\u017f", message="m"),
+        "second file": call("push_files", branch="b", message="m", files=[
+            {"path": "a", "content": "x"}, {"path": ".github/workflows/x", "content": "x"}]),
+    },
+    "nothing in .git": {
+        ".git": call("delete_file", branch="b", path=".git/config", message="m"),
+    },
+    "a file's path": {
+        "root": call("delete_file", branch="b", path="/", message="m"),
+    },
+    "a line or null": {
+        "type a number": call("issue_write", method="create", title="t", type=1),
+    },
+    "without NUL": {
+        "body too long": call("add_issue_comment", issue_number=1, body="x" * 65_537),
+        "body NUL": call("add_issue_comment", issue_number=1, body="a\0b"),
+        "content with NUL": call("create_or_update_file", branch="b", path="a", content="\0", message="m"),
+    },
+    "a list of up to": {
+        "fields an object": call("search_code", query="x", fields={"a": 1}),
+    },
+    "a field's name": {
+        "fields with a path": call("search_code", query="x", fields=["../x"]),
+    },
+    "a cursor": {
+        "after with a quote": call("list_issues", after='x"'),
+        "after": call("list_issues", after='x") { viewer { login } }'),
+    },
+    "an object with": {
+        "field filter with a key more": call("list_issues", field_filters=[
+            {"field_name": "a", "value": "b", "id": 1}]),
+        "file with a key more": call("push_files", branch="b", message="m", files=[
+            {"path": "a", "content": "x", "mode": "120000"}]),
+        "file with Path": call("push_files", branch="b", message="m", files=[
+            {"path": "a", "Path": ".github/workflows/x", "content": "x"}]),
+        "files object": call("push_files", branch="b", message="m", files={"path": "a"}),
+        "field with a key more": call("issue_write", method="update", issue_number=1,
+                                      issue_fields=[{"field_name": "a", "field_id": 1}]),
+    },
+    "a number from 0 to 1": {
+        "threshold above one": call("find_duplicate", issue_number=1, confidence_threshold=1.5),
+        "threshold true": call("find_duplicate", issue_number=1, confidence_threshold=True),
+    },
+    "a user name or an e-mail": {
+        "author with a slash": call("list_commits", author="evil/x"),
+    },
+    "an ISO 8601 date": {
+        "until with a query": call("list_commits", until="2024-01-01?x=1"),
+        "since": call("list_issues", since="yesterday"),
+    },
+    "tools/list shows": {
+        "name empty": call(""),
+    },
+    "only false": {
+        "symlink": call("create_or_update_file", branch="b", path="a", content="x", message="m",
+                        allow_symlink_write=True),
+    },
+    "allow = people": {
+        "reviewers": call("create_pull_request", head="x", base="main", title="t", reviewers=["org/team"]),
+        "assignees": call("issue_write", method="create", title="t", assignees=["someone"]),
+    },
+    "allow = approve": {
+        "APPROVE": call("pull_request_review_write", method="create", pullNumber=1, event="APPROVE"),
+        "APPROVE later": call("submit_pending_pull_request_review", pullNumber=1, event="APPROVE"),
+    },
+}  # fmt: skip
+# These with all opted in to: without it they would be refused for that.
+CALLS_OPTED_IN: dict[str, dict[str, dict[str, Any]]] = {
+    "is not passed": {
+        "related_owner": call("issue_dependency_read", issue_number=1, method="get_blocking", related_owner="evil"),
+    },
+    "a list of up to": {
+        "reviewers a string": call("update_pull_request", pullNumber=1, reviewers="someone"),
+        "assignees an object": call("issue_write", method="create", title="t", assignees={"0": "a"}),
+    },
+    "no ORG/team": {
+        "reviewers a team": call("update_pull_request", pullNumber=1, reviewers=["org/team"]),
+    },
 }  # fmt: skip
 
-QUERIES = [*"""
-a OR b|a or b|(a)|a) OR (b|NOT a|-repo:good/r|-label:bug|"a" and b|"OR"|repo:evil/x|REPO:evil/x
-|repo:good/r,evil/x|repo:good|repo:"good/r"x|"repo:evil/x" bug|"REPO : evil/x"|org:evil|user:evil
-|owner:evil|enterprise:evil|saved:x|team:a/b|project:a/1|is:private|is:public|fork:true
-|label:repo:evil/x|label:"repo:evil/x"|a"b|"|"a"b|a "b|a\tb|a\u00a0b|a\u2003b|a\u200bb|a\ufeffb|ｒepo:evil/x
-|repo：evil/x|"uſer:evil"|uſer:x|/x y/|,evil/x|;x|&x|+x|a|| b|a;b|a\\b|{a}|[a]|`a`|^a|field.x:1|http://x
-|topic:x|stars:>1|in:title,repo:x|\u202ea|\ud7ff\u0378|a\0b|author:x:y|"not"|repo: evil/x
-""".replace("\n", "").replace("a||", "a¦").split("|"), "a\nb"]  # fmt: skip
+# By a word of the reason, too.
+QUERIES = {
+    "the words and, or, not": [
+        "a OR b", "a or b", "NOT a", '"a" and b', '"OR"', '"not"',
+    ],
+    "searches here go without ": [
+        "(a)", "a) OR (b", ";x", "a| b", "a;b", "a\\b", "{a}", "[a]", "`a`", "^a",
+    ],
+    "begins with / , : ; & + or -": [
+        "-repo:good/r", "-label:bug", '"REPO : evil/x"', "/x y/", ",evil/x", "&x", "+x",
+        "http://x",
+    ],
+    "only repo:good/r is searched": [
+        "repo:evil/x", "REPO:evil/x", "repo:good/r,evil/x", "repo:good", "repo：evil/x",
+    ],
+    "quotes around a whole word": [
+        'repo:"good/r"x', 'a"b', '"', '"a"b', 'a "b',
+    ],
+    "name no scope": [
+        '"repo:evil/x" bug', "label:repo:evil/x", 'label:"repo:evil/x"', '"uſer:evil"', "uſer:x",
+        "in:title,repo:x", "repo: evil/x",
+    ],
+    "without the qualifier": [
+        "org:evil", "user:evil", "owner:evil", "enterprise:evil", "saved:x", "team:a/b",
+        "project:a/1", "fork:true", "topic:x", "stars:>1",
+    ],
+    "a state only": [
+        "is:private", "is:public",
+    ],
+    "256 visible characters": [
+        "a\tb", "a\u00a0b", "a\u2003b", "a\u200bb", "a\ufeffb", "\u202ea", "\ud7ff\u0378",
+        "a\u0000b", "a\nb",
+    ],
+    "in quotes, or leave the colon out": [
+        "ｒepo:evil/x", "field.x:1",
+    ],
+    "before one value": [
+        "author:x:y",
+    ],
+}  # fmt: skip
 
 QUERIES_THAT_PASS = {
     "parser crash": "repo:good/r parser crash",
@@ -431,8 +552,10 @@ class AttackTest(unittest.TestCase):
     """Nothing here passes, and each refusal says why."""
 
     def refused(
-        self, message: dict[str, Any], policy: Policy = POLICY, seen: Seen = proxy.NOTHING_SEEN
-    ) -> str:
+        self, word: str, message: dict[str, Any], policy: Policy = POLICY,
+        seen: Seen = proxy.NOTHING_SEEN,
+    ) -> str:  # fmt: skip
+        """The reason, which has the word in it."""
         verdict = proxy.decide(SCOPE, policy, message, seen)
         self.assertIsInstance(verdict, Refuse, message)
         assert isinstance(verdict, Refuse)
@@ -442,75 +565,84 @@ class AttackTest(unittest.TestCase):
         status, told = proxy.refusal_message(message, verdict)
         self.assertIn(json.dumps(reason)[1:-1], proxy.dumps(told).decode())
         self.assertLess(status, 500)
+        self.assertIn(word, reason)
         return reason
 
     def test_bodies(self) -> None:
-        for name, body in BODIES.items():
-            with self.subTest(name), self.assertRaises(proxy.ProtocolError) as caught:
-                proxy.parse_message(body)
-            self.assertGreater(len(str(caught.exception)), 5)
+        for word, bodies in BODIES.items():
+            for name, body in bodies.items():
+                caught = self.assertRaisesRegex(proxy.ProtocolError, re.escape(word))
+                with self.subTest(name), caught:
+                    proxy.parse_message(body)
 
     def test_methods(self) -> None:
         for method in METHODS:
             with self.subTest(method):
-                self.refused(request(method))
-                self.refused({"jsonrpc": "2.0", "method": method, "params": {"x": 1}})
+                self.refused("does not pass the method", request(method))
+                note = {"jsonrpc": "2.0", "method": method, "params": {"x": 1}}
+                known = method == "notifications/initialized"
+                self.refused('"x" is not passed' if known else "does not pass", note)
 
     def test_a_call_as_a_notification(self) -> None:
         message = call("list_tags")
         del message["id"]
-        self.refused(message)
+        self.refused("does not pass the notification", message)
 
     def test_blocked_tools(self) -> None:
         for name in BLOCKED:
             with self.subTest(name):
-                self.refused(call(name, **OURS), EVERYTHING)
+                word = "does not pass" if name.isprintable() else "without control characters"
+                self.refused(word, call(name, **OURS), EVERYTHING)
 
     def test_tools_to_be_opted_in_to(self) -> None:
         for name in OPT_IN:
             with self.subTest(name):
-                self.assertIn("allow = ", self.refused(call(name, **OURS)))
+                self.refused(f"{name} needs `allow = ", call(name, **OURS))
 
     def test_calls(self) -> None:
-        for name, message in CALLS.items():
-            with self.subTest(name):
-                self.refused(message)
+        for policy, table in ((POLICY, CALLS), (EVERYTHING, CALLS_OPTED_IN)):
+            for word, cases in table.items():
+                for name, message in cases.items():
+                    with self.subTest(name):
+                        self.refused(word, message, policy)
 
     def test_queries(self) -> None:
         for tool in ("search_issues", "search_pull_requests", "search_code", "search_commits"):
-            for query in QUERIES:
-                with self.subTest(f"{tool}: {query!r}"):
-                    self.refused(call(tool, query=query.replace("¦", "|")))
-            self.refused(call(tool, query="x" * 257))
-            self.refused(call(tool, query=["x"]))
-            self.refused(call(tool))
+            for word, queries in QUERIES.items():
+                for query in queries:
+                    with self.subTest(f"{tool}: {query!r}"):
+                        reason = self.refused("", call(tool, query=query))
+                        qualifier = tool != "search_issues" and "without the qualifier" in reason
+                        self.assertTrue(word in reason or qualifier, reason)
+            self.refused("256 visible", call(tool, query="x" * 257))
+            self.refused("256 visible", call(tool, query=["x"]))
+            self.refused("is missing", call(tool))
 
     def test_every_tool_refuses_another_repository_and_an_unknown_parameter(self) -> None:
         for name in proxy.TOOLS:
             with self.subTest(name):
-                self.refused(call(name, owner="evil"), EVERYTHING)
-                self.refused(call(name, repo="secret"), EVERYTHING)
-                self.refused(call(name, unknown=1), EVERYTHING)
-                self.refused(call(name, Owner="good"), EVERYTHING)
+                self.refused("only good/r is served", call(name, owner="evil"), EVERYTHING)
+                self.refused("only good/r is served", call(name, repo="secret"), EVERYTHING)
+                self.refused('"unknown" is not passed', call(name, unknown=1), EVERYTHING)
+                self.refused("(spelled owner)", call(name, Owner="good"), EVERYTHING)
 
     def test_what_writes_when_it_is_read_only(self) -> None:
         for name, tool in proxy.TOOLS.items():
             if tool.write:
-                self.refused(call(name), EVERYTHING._replace(readonly=True))
+                self.refused("read-only", call(name), EVERYTHING._replace(readonly=True))
 
     def test_a_branch_when_the_default_one_is_not_known(self) -> None:
-        reason = self.refused(call("create_branch", branch="x"), Policy())
-        self.assertIn("default_branch", reason)
+        self.refused("can set default_branch", call("create_branch", branch="x"), Policy())
 
     def test_a_branch_outside_the_globs(self) -> None:
         policy = POLICY._replace(branches=("agent/*",))
-        self.refused(call("create_branch", branch="fix"), policy)
-        self.refused(call("create_branch", branch="agent/a/b"), policy)
+        self.refused("matching agent/*", call("create_branch", branch="fix"), policy)
+        self.refused("matching agent/*", call("create_branch", branch="agent/a/b"), policy)
         self.assertEqual(sent(call("create_branch", branch="agent/a"), policy)["branch"], "agent/a")
 
     def test_one_write_too_many(self) -> None:
         message = call("create_branch", branch="x")
-        self.refused(message, POLICY, Seen(writes=300))
+        self.refused("300 writes", message, POLICY, Seen(writes=300))
         self.assertIsInstance(proxy.decide(SCOPE, POLICY, message, Seen(writes=299)), Forward)
         self.assertIsInstance(proxy.decide(SCOPE, POLICY, call("list_tags"), Seen(300)), Forward)
 
@@ -523,8 +655,10 @@ class AttackTest(unittest.TestCase):
 
     def test_a_refusal_does_not_repeat_a_token(self) -> None:
         secret = "ghp_" + "x" * 36
-        self.assertNotIn(secret, self.refused(call("get_tag", tag="v", **{secret: 1})))
-        self.assertNotIn(secret, self.refused(call("get_tag", tag=secret + " ")))
+        self.assertNotIn(
+            secret, self.refused("not passed", call("get_tag", tag="v", **{secret: 1}))
+        )
+        self.assertNotIn(secret, self.refused("redacted", call("get_tag", tag=secret + " ")))
 
     def test_what_is_made_up(self) -> None:
         counts = fuzz_proxy.run(3000, seed=3)
@@ -585,7 +719,9 @@ class PassTest(unittest.TestCase):
                 got = sent(call(name, **given))
                 for key in given.keys() | expected.keys():
                     if key in expected:
-                        self.assertEqual((type(got[key]), got[key]), (type(expected[key]), expected[key]))
+                        self.assertEqual(
+                            (type(got[key]), got[key]), (type(expected[key]), expected[key])
+                        )
                     elif given[key] in (None, "", []) and key not in OURS:
                         self.assertNotIn(key, got)
                 self.assertEqual({**got, **OURS}, got)
@@ -656,8 +792,7 @@ class PassTest(unittest.TestCase):
         assert isinstance(verdict, Forward)
         params = verdict.message["params"]
         self.assertEqual(params["capabilities"], {})
-        self.assertEqual(params["clientInfo"], {"name": "c", "version": "1"})
-
+        self.assertEqual(params["clientInfo"]["name"], "agent-vm")
 
 
 class AnswerTest(unittest.TestCase):
@@ -860,7 +995,9 @@ class AnswerTest(unittest.TestCase):
         )
         self.assertNotIn("x-mcp-header", schema["properties"]["owner"])
         self.assertEqual(events["enum"][0], "APPROVE", "the upstream's own object is changed")
-        self.assertEqual(proxy.listed_tools(POLICY._replace(readonly=True), {"tools": tools})["tools"], [])
+        self.assertEqual(
+            proxy.listed_tools(POLICY._replace(readonly=True), {"tools": tools})["tools"], []
+        )
 
     def test_initialize_says_what_is_served(self) -> None:
         forward = Forward(request("initialize"))
@@ -1106,7 +1243,9 @@ class EveryToolTest(unittest.TestCase):
                     given.update({"method": method} if method else {})
                     expected = {**given, **(OURS if tool.scoped else {})}
                     expected.update({"query": "repo:good/r x"} if "query" in given else {})
-                    expected.update({k: r.constant[0] for k, r in tool.parameters.rules.items() if r.constant})
+                    expected.update(
+                        {k: r.constant[0] for k, r in tool.parameters.rules.items() if r.constant}
+                    )
                     self.assertEqual(sent(call(name, **given), EVERYTHING), expected)
                     self.assertEqual(sent(call(name, **OURS, **given), EVERYTHING), expected)
                     for key in required:
@@ -1217,21 +1356,26 @@ class MessageTest(unittest.TestCase):
             note,
         ):  # fmt: skip
             self.assertEqual(proxy.decide(SCOPE, POLICY, message), Forward(message))
-        for message in (
-            request("tools/list", cursor="a b"),
-            request("tools/list", owner="evil"),
-            request("logging/setLevel", level="all"),
-            request("logging/setLevel"),
-            request("initialize", protocolVersion="1", capabilities={}, clientInfo={}),
-            request("initialize"),
-            {**note, "params": {"requestId": {"a": 1}}},
-            {**note, "params": {"requestId": 1, "x": 1}},
-            {**note, "id": 1},
-            request("ping", _meta={"progressToken": [1]}),
-            request("ping", _meta={"io.modelcontextprotocol/protocolVersion": "x\r\nX-Y: z"}),
+        for word, message in (
+            ("a cursor", request("tools/list", cursor="a b")),
+            ('"owner" is not passed', request("tools/list", owner="evil")),
+            ("one of debug", request("logging/setLevel", level="all")),
+            ("level is missing", request("logging/setLevel")),
+            ("a protocol version", request("initialize", protocolVersion="1", capabilities={})),
+            ("protocolVersion is missing", request("initialize")),
+            ("a string or an integer", {**note, "params": {"requestId": {"a": 1}}}),
+            ('"x" is not passed', {**note, "params": {"requestId": 1, "x": 1}}),
+            ("does not pass the method", {**note, "id": 1}),
+            ("a string or an integer", request("ping", _meta={"progressToken": [1]})),
+            (
+                "a protocol version",
+                request("ping", _meta={f"{proxy.META}protocolVersion": "x\r\nX: z"}),
+            ),
         ):
             with self.subTest(message):
-                self.assertIsInstance(proxy.decide(SCOPE, POLICY, message), Refuse)
+                verdict = proxy.decide(SCOPE, POLICY, message)
+                assert isinstance(verdict, Refuse)
+                self.assertIn(word, verdict.reason)
 
     def test_where_a_refusal_is_told(self) -> None:
         refuse = Refuse("because", proxy.INVALID_PARAMS, "list_tags")
@@ -1275,8 +1419,13 @@ class MessageTest(unittest.TestCase):
 
     def test_instructions_say_what_is_refused(self) -> None:
         self.assertIn("main cannot be written", proxy.instructions(BOUNDS))
-        self.assertIn("read-only", proxy.instructions(BOUNDS._replace(policy=POLICY._replace(readonly=True))))
-        self.assertIn("agent/*", proxy.instructions(BOUNDS._replace(policy=POLICY._replace(branches=("agent/*",)))))
+        self.assertIn(
+            "read-only", proxy.instructions(BOUNDS._replace(policy=POLICY._replace(readonly=True)))
+        )
+        self.assertIn(
+            "agent/*",
+            proxy.instructions(BOUNDS._replace(policy=POLICY._replace(branches=("agent/*",)))),
+        )
         told = proxy.instructions(BOUNDS._replace(policy=EVERYTHING))
         self.assertNotIn("cannot be merged", told)
         self.assertNotIn("main cannot", told)
@@ -1343,9 +1492,16 @@ class PolicyTest(unittest.TestCase):
         self.assertEqual((policy.writes_per_hour, policy.deny_paths), (5, Policy().deny_paths))
 
     def test_what_is_wrong_is_said(self) -> None:
-        for text in ("", "x", "[other]\n", "[policy]\nallow = all\n", "[policy]\nbranch = x\n",
-                     "[policy]\nreadonly = maybe\n", "[policy]\nwrites_per_hour = many\n"):  # fmt: skip
-            with self.subTest(text), self.assertRaises(proxy.ProxyError):
+        for word, text in (
+            ("no section", ""),
+            ("not an INI file", "x"),
+            ("no section", "[other]\n"),
+            ("only actions, ", "[policy]\nallow = all\n"),
+            ("not a policy setting", "[policy]\nbranch = x\n"),
+            ("not a value", "[policy]\nreadonly = maybe\n"),
+            ("not a value", "[policy]\nwrites_per_hour = many\n"),
+        ):
+            with self.subTest(text), self.assertRaisesRegex(proxy.ProxyError, word):
                 self.read(text)
 
     def test_a_denied_folder_is_not_replaced_either(self) -> None:

@@ -118,8 +118,7 @@ class PushTest(unittest.TestCase):
             ("GET", "/git/GOOD/R/info/refs?service=git-receive-pack"), ("POST", f"{good}/git-receive-pack"),
         ):  # fmt: skip
             self.assertIn(
-                proxy.git_service(BOUNDS, method, target),
-                ("git-upload-pack", "git-receive-pack"),
+                proxy.git_service(BOUNDS, method, target), ("git-upload-pack", "git-receive-pack")
             )
         for method, target in (
             ("POST", f"{good}/info/refs?service=git-upload-pack"), ("GET", f"{good}/git-upload-pack"), ("GET", f"{good}/info/refs"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
 import os
 import resource
@@ -17,6 +18,7 @@ import tempfile
 import threading
 import time
 import unittest
+import unittest.mock
 from pathlib import Path
 from typing import Any
 
@@ -245,45 +247,61 @@ class FramingTest(unittest.TestCase):
     def test_what_could_be_read_in_two_ways(self) -> None:
         post = b"POST /mcp HTTP/1.1\r\nHost: a\r\n"
         chunked = post + b"Transfer-Encoding: chunked\r\n\r\n"
-        for data in (
-            post + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
-            post + b"Content-Length: 1\r\nContent-Length: 1\r\n\r\n",
-            post + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n",
-            post + b"Transfer-Encoding: gzip, chunked\r\n\r\n",
-            post + b"Transfer-Encoding: xchunked\r\n\r\n",
-            post + b"Transfer-Encoding:\x0bchunked\r\n\r\n",
-            post + b"Content-Length: +1\r\n\r\n",
-            post + b"Content-Length: 1, 1\r\n\r\n",
-            post + b"Content-Length: 0x1\r\n\r\n",
-            post + b"Content-Length: -1\r\n\r\n",
-            post + b"Content-Length: \xb2\r\n\r\n",
-            post + b"Content-Length : 1\r\n\r\n",
-            post + b"Host: b\r\n\r\n",
-            post + b"X: a\r\n folded\r\n\r\n",
-            post + b"X: a\nY: b\r\n\r\n",
-            post + b"X: a\rY: b\r\n\r\n",
-            post + b"X: \0\r\n\r\n",
-            post + b"no colon\r\n\r\n",
-            post + b": empty\r\n\r\n",
-            post + b"X" * 40_000,
-            b"GET\r\n\r\n",
-            b"POST /mcp\tHTTP/1.1\r\n\r\n",
-            chunked + b"g\r\n",
-            chunked + b"-1\r\n",
-            chunked + b"1\r\nab\r\n",
-            chunked + b"1\nab\r\n" + b"x" * 64,
-            chunked + b"0x1\r\n",
-            chunked + b"fffffffff\r\n",
-            chunked + b"3e9\r\n",
-            post + b"Content-Length: 1001\r\n\r\n",
-        ):
-            with self.subTest(data[:120]), self.assertRaises(proxy.ProtocolError):
-                self.receive(data)
+        for reason, messages in {
+            "a body with an unknown or a double length": [
+                post + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+                post + b"Transfer-Encoding: gzip, chunked\r\n\r\n",
+                post + b"Transfer-Encoding: xchunked\r\n\r\n",
+            ],
+            "the header content-length is given twice": [
+                post + b"Content-Length: 1\r\nContent-Length: 1\r\n\r\n"
+            ],
+            "the header transfer-encoding is given twice": [
+                post + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n"
+            ],
+            "a malformed header": [
+                post + b"Transfer-Encoding:\x0bchunked\r\n\r\n",
+                post + b"Content-Length : 1\r\n\r\n",
+                post + b"X: a\r\n folded\r\n\r\n",
+                post + b"X: a\nY: b\r\n\r\n",
+                post + b"X: a\rY: b\r\n\r\n",
+                post + b"X: \0\r\n\r\n",
+                post + b"no colon\r\n\r\n",
+                post + b": empty\r\n\r\n",
+            ],
+            "a Content-Length that is not a number": [
+                post + b"Content-Length: +1\r\n\r\n",
+                post + b"Content-Length: 1, 1\r\n\r\n",
+                post + b"Content-Length: 0x1\r\n\r\n",
+                post + b"Content-Length: -1\r\n\r\n",
+                post + b"Content-Length: \xb2\r\n\r\n",
+            ],
+            "the header host is given twice": [post + b"Host: b\r\n\r\n"],
+            "a head of more than 32768 bytes": [post + b"X" * 40_000],
+            "not an HTTP request": [b"GET\r\n\r\n", b"POST /mcp\tHTTP/1.1\r\n\r\n"],
+            "a malformed chunk": [
+                chunked + b"g\r\n",
+                chunked + b"-1\r\n",
+                chunked + b"1\r\nab\r\n",
+                chunked + b"1\nab\r\n" + b"x" * 64,
+                chunked + b"0x1\r\n",
+                chunked + b"fffffffff\r\n",
+            ],
+            "a body of more than 1000 bytes": [
+                chunked + b"3e9\r\n",
+                post + b"Content-Length: 1001\r\n\r\n",
+            ],
+        }.items():
+            for data in messages:
+                caught = self.assertRaisesRegex(proxy.ProtocolError, reason)
+                with self.subTest(data[:120]), caught:
+                    self.receive(data)
 
     def test_events(self) -> None:
         stream = b": hi\n\nevent: message\ndata: {}\n\nid: 1\r\ndata: a\r\ndata: b\r\n\r\ndata\n\n"
         for size in (1, len(stream)):
-            events, found = proxy.Events(), []
+            events = proxy.Events()
+            found: list[bytes] = []
             for at in range(0, len(stream), size):
                 events.feed(stream[at : at + size])
                 found += iter(events.take, None)
@@ -619,7 +637,7 @@ class StreamTest(LiveTest):
         for method in ("elicitation/create", "sampling/createMessage", "roots/list", "ping"):
             with self.subTest(method):
                 self.upstream.reset()
-                question = {"jsonrpc": "2.0", "id": "q", "method": method, "params": {}}
+                question: Any = {"jsonrpc": "2.0", "id": "q", "method": method, "params": {}}
                 self.upstream.on("README.md", fake.events(fake.event(question)))
                 answer = self.client.ask(call(id=5))
                 self.assertEqual((answer["id"], text_of(answer)), (5, "done"))
@@ -773,7 +791,9 @@ class AuditTest(LiveTest):
 class OwnProxyTest(unittest.TestCase):
     """A test that starts a proxy of its own."""
 
-    def start(self, *argv: str, setup: str = "", pass_fds: tuple[int, ...] = ()) -> Proxy:
+    def start(
+        self, *argv: str, setup: str = "", pass_fds: tuple[int, ...] = (), **env: str
+    ) -> Proxy:
         """`setup` is run before its main()."""
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
@@ -782,7 +802,8 @@ class OwnProxyTest(unittest.TestCase):
             f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
             f"import github_mcp_proxy as p\n{setup}\nsys.exit(p.main())\n"
         )
-        running = Proxy(self.upstream.url, *argv, script=script, pass_fds=pass_fds)
+        more: Any = env
+        running = Proxy(self.upstream.url, *argv, script=script, pass_fds=pass_fds, **more)
         self.addCleanup(running.stop)
         return running
 
@@ -790,6 +811,164 @@ class OwnProxyTest(unittest.TestCase):
         self.upstream = fake.Upstream()
         self.upstream.__enter__()
         self.addCleanup(self.upstream.__exit__)
+
+
+class ReceiptTest(OwnProxyTest):
+    """What is printed when stdin closes, and what a probe leaves behind: nothing."""
+
+    PROBE = "the-probe-of-this-run-0123456789"
+
+    def setUp(self) -> None:
+        super().setUp()
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.audit = Path(folder.name, "audit.jsonl")
+        self.running = Proxy(
+            self.upstream.url, "--exit-with-stdin", "--audit", str(self.audit),
+            GITHUB_MCP_PROBE_SECRET=self.PROBE,
+        )  # fmt: skip
+        self.addCleanup(self.running.stop)
+        self.client = self.connect()
+
+    def connect(self, secret: str = SECRET) -> Client:
+        client = Client(self.running.port, secret)
+        self.addCleanup(client.close)
+        return client
+
+    def receipt(self) -> list[Any]:
+        assert self.running.process.stdin and self.running.process.stdout
+        self.running.process.stdin.close()
+        lines = [json.loads(line) for line in self.running.process.stdout]
+        self.assertEqual(self.running.process.wait(TIMEOUT), 0)
+        return lines
+
+    def test_what_was_done_and_refused(self) -> None:
+        self.assertEqual(self.running.lines[1], "read-write")
+        url = "https://github.com/good/r/pull/12"
+        self.upstream.on("create_pull_request", fake.text(json.dumps({"url": url})))
+        self.upstream.on("create_branch", fake.status(500))
+        self.upstream.on("add_issue_comment", fake.status(400))
+        self.upstream.on("issue_read", fake.text('{"number": 1, "title": "of another"}'))
+        for message in (
+            request("initialize", **INITIALIZE),
+            call(),
+            call("", name="create_branch", branch="a b; done: x"),
+            call("", name="create_branch", branch="fix"),
+            call("", name="create_branch", branch="main"),
+            call("", name="create_branch", branch="main"),
+            call("", name="create_pull_request", head="fix", base="main", title="t"),
+            call("", name="add_issue_comment", issue_number=5, body="b"),
+            call("", name="issue_read", method="get", issue_number=1),
+            call("", name="create_branch", branch="x\ny"),
+        ):
+            self.client.ask(message)
+        counts, *lines = self.receipt()
+        self.assertEqual(counts, {"reads": 2, "writes": 3, "refused": 5})
+        told = [(line["verdict"], line["what"], line["url"], line["count"]) for line in lines]
+        self.assertEqual(
+            told,
+            [
+                ("refused", 'create_branch branch="a b; done: x"', "", 1),
+                ("unknown", "create_branch branch=fix", "", 1),
+                ("refused", "create_branch branch=main", "", 2),
+                ("done", "create_pull_request head=fix base=main", url, 1),
+                ("failed", "add_issue_comment issue_number=5", "", 1),
+                ("withheld", "issue_read method=get issue_number=1", "", 1),
+                ("refused", 'create_branch branch="x\\ny"', "", 1),
+            ],
+        )
+        self.assertIn("default branch", lines[2]["reason"])
+        self.assertEqual(
+            [bool(line["reason"]) for line in lines], [True] * 3 + [False] + [True] * 3
+        )
+
+    def test_no_refusals_hide_a_write(self) -> None:
+        for number in range(30):
+            self.client.ask(call("", name=f"no_such_tool_{number}"))
+        self.client.ask(call("", name="create_branch", branch="last"))
+        counts, *lines = self.receipt()
+        self.assertEqual(counts, {"reads": 0, "writes": 1, "refused": 30})
+        self.assertEqual(len(lines), 21)
+        self.assertEqual(lines[-2]["what"], "create_branch branch=last")
+        self.assertEqual(lines[-1], {"more": 11})
+
+    def test_a_write_that_is_under_way_is_unknown(self) -> None:
+        self.upstream.on("create_branch", fake.hang)
+        self.client.send(call("", name="create_branch", branch="fix"))
+        self.upstream.wait_for_calls(1, "create_branch")
+        counts, line = self.receipt()
+        self.assertEqual((counts["writes"], line["verdict"]), (1, "unknown"))
+        self.assertTrue(self.client.is_closed())
+
+    def test_a_probe_is_judged_and_leaves_nothing(self) -> None:
+        probe = self.connect(self.PROBE)
+        for word, message in (
+            ("only good/r is served", call(owner="evil")),
+            ("a probe is not passed on", call()),
+            ("a probe is not passed on", call("", name="create_branch", branch="fix")),
+            ("main is the default branch", call("", name="create_branch", branch="main")),
+        ):
+            self.assertIn(word, text_of(probe.ask(message)))
+        self.assertIn("not passed on", probe.ask(request("tools/list"))["error"]["message"])
+        wrong = self.connect(self.PROBE + "-and-more")
+        wrong.send(call())
+        self.assertEqual(wrong.read()[0], 403)
+        self.assertEqual(self.upstream.calls(), [])
+        self.assertEqual(self.audit.read_text(), "")
+        self.assertEqual(self.receipt(), [{"reads": 0, "writes": 0, "refused": 0}])
+
+
+class ApproveTest(OwnProxyTest):
+    """The policy's command is asked before each write."""
+
+    def ask(self, command: str, message: Any, setup: str = "", **env: str) -> str:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        policy = Path(folder.name, "policy.ini")
+        policy.write_text(f"[policy]\napprove = {command}\n")
+        more: Any = env
+        running = self.start("--policy", str(policy), setup=setup, **more)
+        self.client = Client(running.port)
+        self.addCleanup(self.client.close)
+        return text_of(self.client.ask(message))
+
+    def test_what_it_is_asked_and_with_what_around_it(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            command = f"cat > {folder}/asked; env > {folder}/env; pwd > {folder}/pwd"
+            message = call("", name="add_issue_comment", issue_number=5, body="all of it " * 100)
+            kept = {"DISPLAY": ":7", "GITHUB_MCP_TOOLS": "", "GH_TOKEN": "gh-token-of-the-host"}
+            answer = self.ask(command, message, GITHUB_MCP_PROBE_SECRET="p" * 20, **kept)
+            self.assertEqual(answer, "ok add_issue_comment")
+            asked = json.loads(Path(folder, "asked").read_text())
+            self.assertEqual((asked["tool"], asked["repository"]), ("add_issue_comment", "good/r"))
+            self.assertEqual(asked["target"], {"issue_number": 5})
+            self.assertEqual(asked["arguments"]["body"], "all of it " * 100)
+            self.assertEqual(Path(folder, "pwd").read_text(), "/\n")
+            environment = Path(folder, "env").read_text()
+            self.assertIn("DISPLAY=:7", environment)
+            for word in (TOKEN, SECRET, "GITHUB_MCP_", "GH_TOKEN", "p" * 20):
+                self.assertNotIn(word, environment)
+            Path(folder, "asked").unlink()
+            self.assertEqual(text_of(self.client.ask(call())), "ok get_file_contents")
+            self.assertIn(
+                "default", text_of(self.client.ask(call("", name="create_branch", branch="main")))
+            )
+            self.assertFalse(Path(folder, "asked").exists(), "neither is a question")
+
+    def test_no_is_a_reason_and_silence_is_a_no(self) -> None:
+        message = call("", name="create_branch", branch="fix")
+        for command, reason in (
+            ("echo not now; false", "not now"),
+            ("printf 'a\\033[2Jb'; exit 3", "a [2Jb"),
+            ("exit 1", "did not allow it"),
+            ("no-such-command-at-all", "did not allow it"),
+        ):
+            with self.subTest(command):
+                self.assertIn(reason, self.ask(command, message))
+        self.assertIn(
+            "within 1 s", self.ask("sleep 60 & sleep 60", message, "p.APPROVE_SECONDS = 1")
+        )
+        self.assertEqual(self.upstream.calls("create_branch"), [])
 
 
 class FaultTest(OwnProxyTest):
@@ -913,7 +1092,7 @@ class FaultTest(OwnProxyTest):
                 client.socket.sendall(b"x" * (size - 1))
         self.assertLess(self.peak(running), 120)
         for client in clients:
-            self.assertTrue(client.is_closed() or client.close() is None)
+            self.assertTrue(client.is_closed())
         self.served(running)
 
     def test_what_an_upstream_can_make_of_an_answer(self) -> None:
@@ -1096,45 +1275,68 @@ class CommandLineTest(unittest.TestCase):
             stdin=subprocess.DEVNULL,
         )
 
+    def failure(self, *argv: str, **env: str) -> tuple[int, str]:
+        """(status, what it says on stderr) of a start that fails, without a process."""
+        environment = {"GITHUB_MCP_TOKEN": TOKEN, "GITHUB_MCP_OWNER": "o", "GITHUB_MCP_REPO": "r",
+                       "GITHUB_MCP_UPSTREAM": "http://127.0.0.1:9/", **env}  # fmt: skip
+        said: list[str] = []
+        caught = unittest.mock.patch.object(proxy, "log", said.append)
+        with unittest.mock.patch.dict(os.environ, environment, clear=True), caught:
+            status = proxy.main(list(argv))
+        return status, "\n".join(said)
+
     def test_what_is_wrong_is_said_in_one_line_and_the_status_is_2(self) -> None:
         bad_token = "ghp_with blank"
-        for argv, env in (
-            ((), {"GITHUB_MCP_TOKEN": ""}),
-            ((), {"GITHUB_MCP_TOKEN": bad_token}),
-            ((), {"GITHUB_MCP_OWNER": ""}),
-            ((), {"GITHUB_MCP_OWNER": "a/b"}),
-            ((), {"GITHUB_MCP_REPO": ""}),
-            ((), {"GITHUB_MCP_REPO": ".."}),
-            ((), {"GITHUB_MCP_READONLY": "perhaps"}),
-            ((), {"GITHUB_MCP_TOOLSETS": "repos\r\nX: y"}),
-            ((), {"GITHUB_MCP_SECRET": "short"}),
-            (("--upstream", "http://example.com/"), {}),
-            (("--upstream", "https://user@example.com/"), {}),
-            (("--upstream", "https://example.com/?x"), {}),
-            (("--policy", "/nonexistent"), {}),
-            (("--ca-file", "/nonexistent"), {}),
-            (("--ca-file", "/"), {}),
-            (("--ca-file", "/dev/null"), {}),
-            (("--git", "http://example.com"), {}),
-            (("--git", "ftp://x"), {}),
-            (("--audit", "/nonexistent/x"), {}),
+        for word, argv, env in (
+            ("GITHUB_MCP_TOKEN is not set", (), {"GITHUB_MCP_TOKEN": ""}),
+            ("characters that no token has", (), {"GITHUB_MCP_TOKEN": bad_token}),
+            ("GITHUB_MCP_OWNER is not set", (), {"GITHUB_MCP_OWNER": ""}),
+            ("not a user or an organization", (), {"GITHUB_MCP_OWNER": "a/b"}),
+            ("GITHUB_MCP_REPO is not set", (), {"GITHUB_MCP_REPO": ""}),
+            ("not a repository's name", (), {"GITHUB_MCP_REPO": ".."}),
+            ("GITHUB_MCP_READONLY must be 0 or 1", (), {"GITHUB_MCP_READONLY": "perhaps"}),
+            ("not a list of names", (), {"GITHUB_MCP_TOOLSETS": "repos\r\nX: y"}),
+            ("GITHUB_MCP_SECRET must have 16", (), {"GITHUB_MCP_SECRET": "short"}),
+            ("GITHUB_MCP_PROBE_SECRET must have", (), {"GITHUB_MCP_PROBE_SECRET": "short"}),
+            ("--upstream must be https", ("--upstream", "http://example.com/"), {}),
+            ("--upstream is not an address", ("--upstream", "https://user@example.com/"), {}),
+            ("--upstream is not an address", ("--upstream", "https://example.com/?x"), {}),
+            ("cannot read the policy file", ("--policy", "/nonexistent"), {}),
+            ("cannot read certificates", ("--ca-file", "/nonexistent"), {}),
+            ("cannot read certificates", ("--ca-file", "/"), {}),
+            ("cannot read certificates", ("--ca-file", "/dev/null"), {}),
+            ("--git must be https", ("--git", "http://example.com"), {}),
+            ("--git is not an address", ("--git", "ftp://x"), {}),
+            ("cannot write the audit file", ("--audit", "/nonexistent/x"), {}),
         ):
             with self.subTest(f"{argv} {env}"):
-                done = self.run_script(*argv, **env)
-                self.assertEqual((done.returncode, done.stdout), (2, ""))
-                self.assertIn("error: ", done.stderr.splitlines()[0])
-                self.assertLessEqual(len(done.stderr.splitlines()), 2)
-                self.assertNotIn(bad_token, done.stderr)
-                self.assertNotIn(TOKEN, done.stderr)
+                status, said = self.failure(*argv, **env)
+                self.assertEqual(status, 2)
+                self.assertIn("error: ", said.splitlines()[0])
+                self.assertIn(word, said.splitlines()[0])
+                self.assertLessEqual(len(said.splitlines()), 2)
+                self.assertNotIn(bad_token, said)
+                self.assertNotIn(TOKEN, said)
+        done = self.run_script(GITHUB_MCP_TOKEN=bad_token)
+        self.assertEqual((done.returncode, done.stdout), (2, ""))
+        self.assertIn("error: the GitHub token has characters", done.stderr)
 
     def test_wrong_flags(self) -> None:
-        for argv in (["--nonsense"], ["--listen", "x"], ["--timeout", "-1"], ["--timeout", "0"]):
-            self.assertEqual(self.run_script(*argv).returncode, 2)
+        for word, argv in (
+            ("unrecognized", ["--nonsense"]),
+            ("not ADDRESS:PORT", ["--listen", "x"]),
+            ("not a number of seconds", ["--timeout", "-1"]),
+            ("not a number of seconds", ["--timeout", "0"]),
+            ("it is empty", ["--policy", ""]),
+            ("it is empty", ["--audit", ""]),
+        ):
+            said = io.StringIO()
+            with contextlib.redirect_stderr(said), self.assertRaises(SystemExit) as caught:
+                proxy.build_parser().parse_args(argv)
+            self.assertEqual(caught.exception.code, 2)
+            self.assertIn(word, said.getvalue())
 
-    def test_what_is_wrong_is_named(self) -> None:
-        self.assertIn("--git must be https", self.run_script("--git", "http://x").stderr)
-        for option in ("--policy", "--audit"):
-            self.assertIn("it is empty", self.run_script(option, "").stderr)
+    def test_what_is_wrong_in_a_policy_is_named(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             policy = Path(folder, "policy.ini")
             for text, words in (
@@ -1143,21 +1345,21 @@ class CommandLineTest(unittest.TestCase):
                 ("[policy]\nreadonly = maybe", "not a value"), ("[policy]\nx = y", "known: "),
             ):  # fmt: skip
                 policy.write_text(text)
-                done = self.run_script("--policy", str(policy))
-                self.assertIn(words, done.stderr)
-                self.assertEqual(done.returncode, 2)
+                status, said = self.failure("--policy", str(policy))
+                self.assertEqual(status, 2)
+                self.assertIn(words, said)
             policy.write_text("[policy]\nreadonly = yes\n", encoding="utf-8-sig")
-            argv = [sys.executable, str(SCRIPT), "--policy", str(policy)]
-            env = {
-                **BARE,
-                "GITHUB_MCP_TOKEN": TOKEN,
-                "GITHUB_MCP_OWNER": "o",
-                "GITHUB_MCP_REPO": "r",
-            }
-            with open("/dev/full", "w") as full:
-                done = subprocess.run(argv, env=env, stdout=full, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)  # fmt: skip
-            self.assertEqual(done.returncode, 1, done.stderr)
-            self.assertIn("cannot write to stdout: No space left", done.stderr)
+            running = Proxy("http://127.0.0.1:9/", "--policy", str(policy))
+            self.assertEqual(running.lines[1], "read-only")
+            running.stop()
+
+    def test_a_stdout_that_takes_nothing(self) -> None:
+        env = {**BARE, "GITHUB_MCP_TOKEN": TOKEN, "GITHUB_MCP_OWNER": "o", "GITHUB_MCP_REPO": "r"}
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, str(SCRIPT)], env=env, stdout=full,
+                                  stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)  # fmt: skip
+        self.assertEqual(done.returncode, 1, done.stderr)
+        self.assertIn("cannot write to stdout: No space left", done.stderr)
 
     def test_version_and_help(self) -> None:
         self.assertIn(proxy.__version__, self.run_script("--version").stdout)

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import github_mcp_proxy as proxy
-from tests.tools import fuzz_proxy
 from tests.test_proxy_http import SECRET
 from tests.test_proxy_http import TIMEOUT
 from tests.test_proxy_http import Client
 from tests.test_proxy_http import Proxy
 from tests.test_proxy_http import request
+from tests.tools import fuzz_proxy
 
 SHA = "a" * 40
 POLICY = (

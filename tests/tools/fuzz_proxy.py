@@ -113,7 +113,9 @@ def check_forward(forward: Forward, policy: Policy, received: Any) -> None:
         return
     params = message["params"]
     insist(set(params) <= {"name", "arguments", "_meta"}, "params", params)
-    insist(all(key in proxy.META_PARAMETERS.rules for key in params.get("_meta", {})), "_meta", params)
+    insist(
+        all(key in proxy.META_PARAMETERS.rules for key in params.get("_meta", {})), "_meta", params
+    )
     check_call(params["name"], params["arguments"], policy)
 
 
@@ -251,7 +253,9 @@ class Maker:
 
     def call(self, name: str) -> dict[str, Any]:
         tool = proxy.TOOLS.get(name)
-        parameters = tool.parameters if tool else proxy.parse_parameters(["owner:line", "path:path"])
+        parameters = (
+            tool.parameters if tool else proxy.parse_parameters(["owner:line", "path:path"])
+        )
         arguments: dict[str, Any] = {}
         strange = self.random.random() < 0.5
         for key, rule in parameters.rules.items():
