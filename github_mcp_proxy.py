@@ -25,7 +25,6 @@ import asyncio
 import base64
 import collections
 import contextlib
-import datetime
 import gc
 import hashlib
 import hmac
@@ -43,7 +42,6 @@ from collections.abc import Container
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 from typing import NamedTuple
 from typing import Union
@@ -1559,6 +1557,7 @@ class Mcp:
             elif kind == "note":
                 client.event(redacted(data), *headers)
             elif kind == "answer":
+                exchange.is_answered = True
                 shown = self.shown(forward, deed, message)
                 data = data if shown is message else dumps(shown)
                 client.conclude(redacted(data), *headers)
@@ -1774,10 +1773,8 @@ class Events:
     def __init__(self) -> None:
         self.buffer = bytearray()
         self.scanned = 0
-        self.is_used = False
 
     def feed(self, data: Bytes) -> None:
-        self.is_used = True
         self.buffer += data
         if len(self.buffer) > MAX_ANSWER + MAX_HEAD:
             raise AnswerLost(f"an event of more than {MAX_ANSWER} bytes")
@@ -2353,6 +2350,7 @@ PAUSE_AT = 128 * 1024  # bytes that wait before their sender is paused
 REQUEST_SECONDS = 15  # to send one request, head and body
 IDLE_SECONDS = 300  # a connection without a request
 STALL_SECONDS = 120  # a client that does not read its answer, or send its push
+LINGER_SECONDS = 1  # for the end of a stream whose answer is there
 POOL_SECONDS = 60  # shorter than servers keep idle connections
 MAX_PACK = 4 * 1024**3  # GitHub refuses more than 2 GiB
 MAX_REPORT = 1024 * 1024  # bytes of GitHub's answer to a push that are looked at
@@ -2733,6 +2731,7 @@ class Exchange:
         self.status = 0
         self.events = Events()
         self.has_place = False
+        self.is_answered = False  # only the end of the stream is to come
 
     async def begin(self) -> None:
         """Wait for the answer's head."""
@@ -2800,14 +2799,14 @@ class Exchange:
         if self.body.is_over and not (closing or self.wire.buffer or self.wire.ended):
             self.wire.allow(POOL_SECONDS)
             self.upstream.pool.append(self.wire)
-        elif self.events.is_used and not (self.body.is_over or self.wire.ended):
+        elif self.is_answered and not (self.body.is_over or self.wire.ended):
             self.finishing = asyncio.ensure_future(self.finish())
         else:
             self.wire.abort()
 
     async def finish(self) -> None:
         """After the last event of a stream only its end is to come: for that a moment is waited."""
-        self.wire.patience = 1
+        self.wire.patience = LINGER_SECONDS
         self.body.limit = self.body.size + MAX_HEAD
         try:
             await self.body.whole()
@@ -2955,7 +2954,9 @@ def parse_token_output(output: bytes) -> tuple[str, float]:
         said = json.loads(output)
         expires = said.get("expires_at")
         if isinstance(expires, str):
-            expires = datetime.datetime.fromisoformat(expires.replace("Z", "+00:00")).timestamp()
+            from datetime import datetime
+
+            expires = datetime.fromisoformat(expires.replace("Z", "+00:00")).timestamp()
         return check_token(said["token"]), float(expires) if expires else float("inf")
     except (ValueError, KeyError, TypeError, AttributeError, ProxyError):
         raise UpstreamError("the host's token command gave no usable token") from None
@@ -3021,6 +3022,7 @@ async def own_request(
         while data := await exchange.next_message():
             found = parse_answer(data)
             if kind_of(found, Forward(message)) == "answer":
+                exchange.is_answered = True
                 session = exchange.head.headers.get("mcp-session-id", "")
                 return found["result"], session if VISIBLE(session) else ""
         raise AnswerLost("it ended without an answer to the request")
@@ -3093,7 +3095,8 @@ def read_policy(path: str) -> Policy:
 
     parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=("#",))
     try:
-        parser.read_string(Path(path).read_text(encoding="utf-8-sig"))
+        with open(path, encoding="utf-8-sig") as file:
+            parser.read_file(file)
         if not parser.has_section("policy"):
             raise ProxyError(f"{path} has no section [policy]")
         section = dict(parser["policy"])

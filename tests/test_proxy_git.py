@@ -301,7 +301,7 @@ class GitTest(unittest.TestCase):
     def test_a_large_push_that_is_refused_and_one_that_is_not(self) -> None:
         work = self.clone()
         before = self.peak()
-        (work / "big").write_bytes(os.urandom(20_000_000))
+        (work / "big").write_bytes(os.urandom(10_000_000))
         self.git("-C", str(work), "add", "big")
         self.git("-C", str(work), "commit", "-q", "-m", "big")
         done = self.push("origin", "HEAD:main")
@@ -310,7 +310,7 @@ class GitTest(unittest.TestCase):
         self.assertEqual(done.returncode, 0, done.stderr)
         shutil.rmtree(work)
         self.clone("-b", "big")
-        self.assertEqual((work / "big").stat().st_size, 20_000_000)
+        self.assertEqual((work / "big").stat().st_size, 10_000_000)
         if before:
             self.assertLess(self.peak() - before, 5000)
 
@@ -390,7 +390,7 @@ class GitTest(unittest.TestCase):
         policy.write_text(f"[policy]\napprove = {command}\n")
         self.start("--policy", str(policy))
         work = self.clone()
-        (work / "large").write_bytes(os.urandom(8 << 20))
+        (work / "large").write_bytes(os.urandom(2 << 20))
         self.git("-C", str(work), "add", "large")
         self.git("-C", str(work), "commit", "-q", "-m", "large")
         done = self.push()

@@ -1023,7 +1023,7 @@ class FaultTest(OwnProxyTest):
         self.upstream.on("own", wait)
         running = self.start()
         message = call("", name="push_files", branch="b", files=[{"": 0}] * 15_000)
-        clients = [self.connect(running) for _ in range(150)]
+        clients = [self.connect(running) for _ in range(40)]
         for client in clients:
             client.send(message)
         time.sleep(0.5)
@@ -1048,6 +1048,16 @@ class FaultTest(OwnProxyTest):
         while running.descriptors() > before and time.monotonic() < deadline:
             time.sleep(0.02)
         self.assertLessEqual(running.descriptors(), before + 2)
+
+    def test_a_stream_that_is_broken_off_is_not_waited_for(self) -> None:
+        """A newer client cancels so: the upstream is to know at once."""
+        self.upstream.on("README.md", fake.hang_in_stream)
+        running = self.start(setup="p.LINGER_SECONDS = 60")
+        client = self.connect(running)
+        client.send(call())
+        client.read_head()
+        client.close()
+        self.upstream.wait_until_free()
 
     def test_a_stderr_that_nobody_reads_stops_nothing(self) -> None:
         read_end, write_end = os.pipe()

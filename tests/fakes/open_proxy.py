@@ -18,12 +18,13 @@ def decide(scope: Any, policy: Any, message: proxy.Object, seen: Any = None) -> 
     return proxy.Forward(message)
 
 
-def answer(scope: Any, policy: Any, forward: Any, message: proxy.Object) -> proxy.Object:
+def checked_answer(bounds: Any, forward: Any, message: proxy.Object) -> proxy.Object:
     return message
 
 
-def mirror_headers(headers: Mapping[str, str], message: proxy.Object) -> dict[str, str]:
-    return {k: v for k, v in headers.items() if k.startswith("mcp-") and k != "mcp-session-id"}
+def version_headers(headers: Mapping[str, str], message: proxy.Object) -> dict[str, str]:
+    names = [name for name in headers if name.startswith("mcp-") and name != "mcp-session-id"]
+    return {name: headers[name] for name in names}
 
 
 def kind_of(message: Any, forward: Any) -> str:
@@ -34,9 +35,9 @@ def kind_of(message: Any, forward: Any) -> str:
 
 vars(proxy).update(
     decide=decide,
-    answer=answer,
-    mirror_headers=mirror_headers,
+    checked_answer=checked_answer,
+    version_headers=version_headers,
+    mirrored_headers=lambda message: {},
     kind_of=kind_of,
-    check_mirrored=lambda headers, message: None,
 )
 sys.exit(proxy.main())
