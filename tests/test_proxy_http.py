@@ -1273,11 +1273,13 @@ print(json.dumps({"token": f"token-number-{number}-0123456789", "expires_at": ti
 
 
 class CommandLineTest(unittest.TestCase):
-    def run_script(self, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
+    def run_script(
+        self, *argv: str, script: Path = SCRIPT, **env: str
+    ) -> subprocess.CompletedProcess[str]:
         environment = {**BARE, "GITHUB_MCP_TOKEN": TOKEN, "GITHUB_MCP_OWNER": "o",
                        "GITHUB_MCP_REPO": "r", "GITHUB_MCP_UPSTREAM": "http://127.0.0.1:9/", **env}  # fmt: skip
         return subprocess.run(
-            [sys.executable, str(SCRIPT), *argv],
+            [sys.executable, str(script), *argv],
             env={key: value for key, value in environment.items() if value},
             capture_output=True,
             text=True,
@@ -1417,6 +1419,21 @@ class CommandLineTest(unittest.TestCase):
             finally:
                 running.stop()
             self.assertEqual(os.listdir(folder), [script.name])
+
+    def test_tools_that_differ_from_the_table(self) -> None:
+        script = ROOT / "tests/tools/check_upstream.py"
+        with fake.Upstream() as upstream:
+            schema: Any = {"properties": {"owner": {}, "repo": {}, "tag": {}, "namespace": {}}}
+            upstream.tools = [
+                {"name": "get_tag", "inputSchema": schema},
+                {"name": "new", "inputSchema": {}},
+            ]
+            done = self.run_script(script=script, GITHUB_MCP_UPSTREAM=upstream.url)
+        self.assertEqual(done.stderr, "")
+        self.assertIn("not in the table: new", done.stdout)
+        self.assertEqual(
+            (done.returncode, done.stdout.splitlines()[-1]), (1, "+ get_tag: namespace")
+        )
 
     def test_tls(self) -> None:
         if not shutil.which("openssl"):

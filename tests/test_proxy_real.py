@@ -11,6 +11,7 @@ import re
 import shutil
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 import unittest
@@ -132,14 +133,16 @@ def is_ours(path: str, body: str) -> bool:
     )
 
 
-def real_server(test: unittest.TestCase) -> tuple[str, subprocess.Popen[bytes]]:
-    """The URL and the process of a github-mcp-server over a new Api, for as long as the test lasts."""
-    Api.seen.clear()
-    Api.more.clear()
+def real_server(
+    test: unittest.TestCase | type[unittest.TestCase],
+) -> tuple[str, subprocess.Popen[bytes]]:
+    """The URL and the process of a github-mcp-server over the Api, for as long as the test, or the
+    class of tests, lasts."""
+    cleanup = test.addClassCleanup if isinstance(test, type) else test.addCleanup
     api = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Api)
     threading.Thread(target=api.serve_forever, daemon=True).start()
-    test.addCleanup(api.server_close)
-    test.addCleanup(api.shutdown)
+    cleanup(api.server_close)
+    cleanup(api.shutdown)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     server = subprocess.Popen(
@@ -147,8 +150,8 @@ def real_server(test: unittest.TestCase) -> tuple[str, subprocess.Popen[bytes]]:
          "--gh-host", f"http://127.0.0.1:{api.server_address[1]}"],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    test.addCleanup(server.wait)
-    test.addCleanup(server.terminate)
+    cleanup(server.wait)
+    cleanup(server.terminate)
     deadline = time.monotonic() + TIMEOUT
     while True:
         try:
@@ -162,24 +165,27 @@ def real_server(test: unittest.TestCase) -> tuple[str, subprocess.Popen[bytes]]:
 
 @unittest.skipUnless(shutil.which("github-mcp-server"), "github-mcp-server is not on PATH")
 class RealServerTest(unittest.TestCase):
-    def setUp(self) -> None:
-        upstream, self.server = real_server(self)
-        policy = Path(self.enterFolder(), "policy.ini")
+    server: subprocess.Popen[bytes]
+    running: Proxy
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        upstream, cls.server = real_server(cls)
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        policy = Path(folder.name, "policy.ini")
         policy.write_text(POLICY)
-        self.running = Proxy(
+        cls.running = Proxy(
             upstream, "--policy", str(policy),
             GITHUB_MCP_TOOLSETS="all", GITHUB_MCP_LOCKDOWN="0", GITHUB_MCP_TOKEN="github_pat_" + "t" * 30,
         )  # fmt: skip
-        self.addCleanup(self.running.stop)
+        cls.addClassCleanup(cls.running.stop)
+
+    def setUp(self) -> None:
+        Api.seen.clear()
+        Api.more.clear()
         self.client = Client(self.running.port)
         self.addCleanup(self.client.close)
-
-    def enterFolder(self) -> str:
-        import tempfile
-
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        return folder.name
 
     def assert_only_ours(self) -> None:
         self.assertEqual([x for x in Api.seen if not is_ours(x[1], x[2])], [])
