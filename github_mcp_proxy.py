@@ -23,9 +23,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import collections
 import contextlib
-import gc
 import hashlib
 import hmac
 import json
@@ -50,8 +48,6 @@ __version__ = "0.1.0"
 
 STARTS: frozenset[str] = frozenset(["sh"])
 
-# Before v0.32 the server matched JSON keys case-insensitively (CVE-2026-27896).
-OLDEST_SERVER = (0, 32)
 
 MAX_REQUEST = 5 * 1024 * 1024  # the server's own limit
 MAX_DEPTH = 32
@@ -63,12 +59,9 @@ KNOWN_SECONDS = 60  # for so long the default branch is believed to be what it w
 RETRY_SECONDS = 5  # until it is asked for again, when it is not known
 TOKEN_SECONDS = 120  # for the token command
 TOKEN_MARGIN = 60  # a token is renewed that many seconds before it expires
-APPROVE_SECONDS = 60  # the TypeScript SDK's clients give a call up then, too
 
 # JSON-RPC error codes: the standard's, MCP's for mirrored headers and lost sessions, one of ours.
 PARSE_ERROR, INVALID_REQUEST, NO_METHOD, INVALID_PARAMS = -32700, -32600, -32601, -32602
-HEADER_MISMATCH = -32020
-SESSION_GONE = -32001
 UPSTREAM_FAILED = -32050
 
 Json = Any
@@ -122,20 +115,19 @@ class Scope(NamedTuple):
         return full_name.lower() == str(self).lower()
 
 
+DENIED = (
+    ".github/workflows/** .github/actions/** CODEOWNERS .github/CODEOWNERS docs/CODEOWNERS "
+    ".gitmodules"
+)
+
+
 class Policy(NamedTuple):
     """What may be written, and what is opted in to. Keys of the INI file's [policy] section."""
 
     readonly: bool = False
     branches: tuple[str, ...] = ("**",)
     default_branch: str = ""  # protected besides the one that the upstream tells
-    deny_paths: tuple[str, ...] = (
-        ".github/workflows/**",
-        ".github/actions/**",
-        "CODEOWNERS",
-        ".github/CODEOWNERS",
-        "docs/CODEOWNERS",
-        ".gitmodules",
-    )
+    deny_paths: tuple[str, ...] = tuple(DENIED.split())
     allow: frozenset[str] = frozenset()
     writes_per_hour: int = 300
     approve: str = ""  # a command that is asked before each write
@@ -226,9 +218,7 @@ def check_tree(value: Json, depth: int = 0) -> None:
     elif isinstance(value, (dict, list)):
         if depth >= MAX_DEPTH:
             raise ProtocolError(f"JSON nested deeper than {MAX_DEPTH}", code=PARSE_ERROR)
-        for item in value:
-            check_tree(item, depth + 1)
-        for item in value.values() if isinstance(value, dict) else ():
+        for item in (*value, *value.values()) if isinstance(value, dict) else value:
             check_tree(item, depth + 1)
 
 
@@ -297,10 +287,7 @@ GLOB_PARTS = re.compile(r"(\*\*/?|\*|\?)")
 # What git check-ref-format forbids, and what would be more than a path segment in a URL:
 # the server puts refs into paths, where `..`, `%2e` and `?` reached other endpoints.
 REF_FORBIDDEN = re.compile(r"""[\x00-\x20\x7f~^:?*\[\\%#"'`;&$<>|{}()]|\.\.|@\{|//|\.lock(/|$)""")
-REF = (
-    "a branch, tag or commit of this repository (no user:branch), spelled as git allows and "
-    "without characters special in a URL"
-)
+REF = "a branch, tag or commit, not user:branch, as git allows, without characters special in a URL"
 UNTOLD = (
     "no branch is written, as the upstream did not tell which is the default one: the host's user "
     "can set default_branch in the policy file"
@@ -308,14 +295,7 @@ UNTOLD = (
 OTHER_BRANCH = "write to a branch other than the default one and open a pull request"
 FILE_FORBIDDEN = re.compile(r"[\\?#%]|\.\.;")
 FILE = "a path inside the repository, without . and .. segments, controls, \\ ? # %"
-USER_NAME = re.compile("[A-Za-z0-9_-]{1,39}").fullmatch
-
-
-def quoted(value: Json) -> str:
-    """A value for an error text: JSON, printable, short, and without anything token-like."""
-    shown = json.dumps(value)[:1000]  # a token that begins in what is shown is whole enough
-    shown = redact(shown.encode("ascii")).decode("ascii")
-    return shown if len(shown) <= 80 else shown[:77] + "…"
+HEAD_FILTER = r"([A-Za-z0-9_-]{1,39}:)?(?!.*\.\.)[\w./+@-]{1,255}"
 
 
 class Rule(NamedTuple):
@@ -360,7 +340,6 @@ def simple(
 
 
 def free_text(limit: int) -> Rule:
-    """Anything but NUL, up to `limit` characters."""
     return simple(
         f"text of up to {limit} characters without NUL",
         lambda value: isinstance(value, str) and len(value) <= limit and "\0" not in value,
@@ -464,14 +443,6 @@ def check_ref(value: Json, _bounds: Bounds) -> Json:
     return value
 
 
-def check_head_filter(value: Json, bounds: Bounds) -> Json:
-    """list_pull_requests' head: it filters, so `user:branch` may be asked for."""
-    user, colon, branch = str(value).rpartition(":")
-    insist(isinstance(value, str) and (USER_NAME(user) if colon else True), f"it has to be {REF}")
-    check_ref(branch, bounds)
-    return value
-
-
 def fold(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
@@ -551,18 +522,18 @@ def glob_match(glob: str, name: str) -> bool:
 # Which qualifiers a query may have. What names a scope (org:, user:, enterprise:, …), or could tell
 # of other repositories (project:, team:, is:private, …), is absent.
 ISSUE_QUALIFIERS = frozenset(
-    (
-        "is type state reason label author assignee mentions commenter involves in linked "
-        "milestone created updated closed merged comments interactions reactions draft review "
-        "reviewed-by review-requested head base status no sort archived sha"
-    ).split()
+    """
+    is type state reason label author assignee mentions commenter involves in linked milestone
+    created updated closed merged comments interactions reactions draft review reviewed-by
+    review-requested head base status no sort archived sha
+    """.split()
 )
 CODE_QUALIFIERS = frozenset("language path filename extension in size symbol content".split())
 COMMIT_QUALIFIERS = frozenset(
-    (
-        "author committer author-name author-email committer-name committer-email author-date "
-        "committer-date merge hash parent tree sort"
-    ).split()
+    """
+    author committer author-name author-email committer-name committer-email author-date
+    committer-date merge hash parent tree sort
+    """.split()
 )
 SCOPES = "repo|repository|org|organization|user|owner|enterprise|saved|team|project"
 SCOPE_IN_TEXT = re.compile(rf"(?:{SCOPES})\s*:")
@@ -652,16 +623,11 @@ COMMITISH = Rule(REF, check_ref)
 WHO = pattern("a user name or an e-mail address", r"[A-Za-z0-9._+@\[\]-]{1,100}")
 SEGMENT = pattern("a name or a number", r"(?!\.+$)[A-Za-z0-9._-]{1,100}")
 DATE = r"[0-9]{4}-[0-9]{2}-[0-9]{2}([T ][0-9:.]{4,15}(Z|[+-][0-9:]{4,6})?)?"
-FIELD = record(
-    "field_name",
-    field_name=LINE,
-    field_option_name=LINE,
-    value=simple(
-        "a line, a number or a flag",
-        lambda value: is_plain(value, 256) or isinstance(value, bool) or is_number(value, 2**53),
-    ),
-    delete=FLAG,
+ANY_VALUE = simple(
+    "a line, a number or a flag",
+    lambda value: is_plain(value, 256) or isinstance(value, bool) or is_number(value, 2**53),
 )
+FIELD = record("field_name", field_name=LINE, field_option_name=LINE, value=ANY_VALUE, delete=FLAG)
 
 CLIENT = {"name": "agent-vm", "version": __version__}
 
@@ -682,7 +648,7 @@ RULES: dict[str, Rule] = {
     "filters": list_of(record("field_name value", field_name=LINE, value=LINE)),
     "flag": FLAG,
     "fraction": simple("a number from 0 to 1", lambda value: is_number(value, 1)),
-    "head_filter": Rule("branch or user:branch", check_head_filter),
+    "head_filter": pattern("branch or user:branch", HEAD_FILTER),
     "id": integer(1, 2**53),
     "issue_fields": list_of(FIELD),
     "issue_query": query_of(ISSUE_QUALIFIERS),
@@ -747,112 +713,110 @@ GROUPS = {
 # parameters besides owner and repo. key:rule, key!:rule where it must be given, key=a|b for one of
 # these; a line that begins with blanks goes on.
 TABLE = """
-get_file_contents            read     -  path:path ref:ref sha:sha fields:fields
-get_file_blame               read     -  path!:path ref:ref start_line:number end_line:number
-    @cursors
-list_commits                 read     -  author:who path:path sha:ref since:date until:date
+get_file_contents          read     -  path:path ref:ref sha:sha fields:fields
+get_file_blame             read     -  path!:path ref:ref start_line:number end_line:number @cursors
+list_commits               read     -  author:who path:path sha:ref since:date until:date
     fields:fields @pages
-get_commit                   read     -  sha!:ref detail=none|stats|full_patch @pages
-list_branches                read     -  @pages
-list_tags                    read     -  @pages
-get_tag                      read     -  tag!:ref
-list_releases                read     -  fields:fields @pages
-get_latest_release           read     -
-get_release_by_tag           read     -  tag!:ref
-get_repository_tree          read     -  tree_sha:ref path_filter:path recursive:flag
-search_code                  query    -  query!:code_query fields:fields sort=indexed
-    order=asc|desc @pages
-search_commits               query    -  query!:commit_query sort=author-date|committer-date
-    order=asc|desc @pages
-create_branch                write    -  branch!:branch from_branch:ref
-create_or_update_file        write    -  branch!:branch path!:written content:content message:body
-    sha:sha allow_symlink_write:never
-push_files                   write    -  branch!:branch message:body files!:files
-delete_file                  write    -  branch!:branch path!:written message:body
-list_repository_collaborators read     people  affiliation=outside|direct|all @pages
-# issue_read: get_labels does not say of which issue
-issue_read                   items    -  method!=get|get_comments|get_sub_issues|get_parent @issue
+get_commit                 read     -  sha!:ref detail=none|stats|full_patch @pages
+list_branches              read     -  @pages
+list_tags                  read     -  @pages
+get_tag                    read     -  tag!:ref
+list_releases              read     -  fields:fields @pages
+get_latest_release         read     -
+get_release_by_tag         read     -  tag!:ref
+get_repository_tree        read     -  tree_sha:ref path_filter:path recursive:flag
+search_code                query    -  query!:code_query fields:fields sort=indexed order=asc|desc
     @pages
-list_issues                  read     -  state=OPEN|CLOSED labels:labels since:date
+search_commits             query    -  query!:commit_query sort=author-date|committer-date
+    order=asc|desc @pages
+create_branch              write    -  branch!:branch from_branch:ref
+create_or_update_file      write    -  branch!:branch path!:written content:content message:body
+    sha:sha allow_symlink_write:never
+push_files                 write    -  branch!:branch message:body files!:files
+delete_file                write    -  branch!:branch path!:written message:body
+list_repository_collaborators read     people affiliation=outside|direct|all @pages
+# issue_read: get_labels does not say of which issue
+issue_read                 items    -  method!=get|get_comments|get_sub_issues|get_parent @issue
+    @pages
+list_issues                read     -  state=OPEN|CLOSED labels:labels since:date
     orderBy=CREATED_AT|UPDATED_AT|COMMENTS direction=ASC|DESC field_filters:filters fields:fields
     @cursors
-search_issues                hits     -  @found
-list_issue_types             read     -
-list_issue_fields            read     -
-find_duplicate               items    -  confidence_threshold:fraction @issue @pages
-issue_dependency_read        items    dependencies  method!=get_blocked_by|get_blocking @issue
-    @pages
-issue_write                  write    -  method!=create|update issue_number:number title:line
+search_issues              hits     -  @found
+list_issue_types           read     -
+list_issue_fields          read     -
+find_duplicate             items    -  confidence_threshold:fraction @issue @pages
+issue_dependency_read      items    dependencies method!=get_blocked_by|get_blocking @issue @pages
+issue_write                write    -  method!=create|update issue_number:number title:line
     body:body labels:labels assignees:people milestone:number type:type state=open|closed
     state_reason=completed|not_planned|duplicate duplicate_of:number issue_fields:issue_fields
-add_issue_comment            write    -  body:body comment_id:id reaction:reaction @issue
-create_issue                 write    -  title!:line body:body
-update_issue_title           write    -  title!:line @issue
-update_issue_body            write    -  body!:body @issue
-update_issue_assignees       write    people  assignees!:people @issue
-update_issue_labels          write    -  labels!:labels @issue
-update_issue_milestone       write    -  milestone!:number @issue
-update_issue_type            write    -  issue_type!:type @issue @intent
-update_issue_state           write    -  state!=open|closed duplicate_of:number
+add_issue_comment          write    -  body:body comment_id:id reaction:reaction @issue
+create_issue               write    -  title!:line body:body
+update_issue_title         write    -  title!:line @issue
+update_issue_body          write    -  body!:body @issue
+update_issue_assignees     write    people assignees!:people @issue
+update_issue_labels        write    -  labels!:labels @issue
+update_issue_milestone     write    -  milestone!:number @issue
+update_issue_type          write    -  issue_type!:type @issue @intent
+update_issue_state         write    -  state!=open|closed duplicate_of:number
     state_reason=completed|not_planned|duplicate @issue @intent
-add_issue_reaction           write    -  content!:reaction @issue
-add_issue_comment_reaction   write    -  comment_id!:id content!:reaction
-get_label                    read     -  name!:line
-list_label                   read     -
-label_write                  write    -  method!=create|update|delete name!:line new_name:line
+add_issue_reaction         write    -  content!:reaction @issue
+add_issue_comment_reaction write    -  comment_id!:id content!:reaction
+get_label                  read     -  name!:line
+list_label                 read     -
+label_write                write    -  method!=create|update|delete name!:line new_name:line
     color:color description:line
 # pull_request_read: get_comments asks for those of an issue, which may have been transferred
-pull_request_read            comments -  @pull_methods after:cursor @pull @pages
-list_pull_requests           read     -  state=open|closed|all head:head_filter base:ref
+pull_request_read          comments -  @pull_methods after:cursor @pull @pages
+list_pull_requests         read     -  state=open|closed|all head:head_filter base:ref
     sort=created|updated|popularity|long-running direction=asc|desc fields:fields @pages
-search_pull_requests         hits     -  @found
-create_pull_request          write    -  head!:ref base!:ref title:line body:body draft:flag
+search_pull_requests       hits     -  @found
+create_pull_request        write    -  head!:ref base!:ref title:line body:body draft:flag
     maintainer_can_modify:flag reviewers:reviewers
-update_pull_request          write    -  base:ref title:line body:body draft:flag
-    state=open|closed maintainer_can_modify:flag reviewers:reviewers @pull
-merge_pull_request           write    merge  commit_message:body commit_title:line
+update_pull_request        write    -  base:ref title:line body:body draft:flag state=open|closed
+    maintainer_can_modify:flag reviewers:reviewers @pull
+merge_pull_request         write    merge commit_message:body commit_title:line
     merge_method=merge|squash|rebase @pull
-update_pull_request_branch   write    merge  expectedHeadSha:sha @pull
-pull_request_review_write    write    -  method!=create|submit_pending|delete_pending body:body
+update_pull_request_branch write    merge expectedHeadSha:sha @pull
+pull_request_review_write  write    -  method!=create|submit_pending|delete_pending body:body
     commitID:sha event:event @pull
 add_comment_to_pending_review write    -  @comment @pull
 add_reply_to_pull_request_comment write    -  commentId!:id body:body pullNumber:number
     reaction:reaction
-update_pull_request_title    write    -  title!:line @pull
-update_pull_request_body     write    -  body!:body @pull
-update_pull_request_state    write    -  state!=open|closed @pull
+update_pull_request_title  write    -  title!:line @pull
+update_pull_request_body   write    -  body!:body @pull
+update_pull_request_state  write    -  state!=open|closed @pull
 update_pull_request_draft_state write    -  draft!:flag @pull
-request_pull_request_reviewers write    people  reviewers!:reviewers @pull
-create_pull_request_review   write    -  body:body commitID:sha event:event @pull
+request_pull_request_reviewers write    people reviewers!:reviewers @pull
+create_pull_request_review write    -  body:body commitID:sha event:event @pull
 submit_pending_pull_request_review write    -  body:body event!:event @pull
 delete_pending_pull_request_review write    -  @pull
 add_pull_request_review_comment write    -  @comment @pull
 add_pull_request_review_comment_reaction write    -  comment_id!:id content!:reaction
 # actions_get: without the two methods that hand out signed URLs; get_job_logs: false hands one out
-actions_list                 read     actions
+actions_list               read     actions
     method!=list_workflows|list_workflow_runs|list_workflow_jobs|list_workflow_run_artifacts
     resource_id:segment page:page per_page:per_page workflow_jobs_filter:jobs_filter
     workflow_runs_filter:runs_filter
-actions_get                  read     actions
+actions_get                read     actions
     method!=get_workflow|get_workflow_run|get_workflow_job|get_workflow_run_usage
     resource_id!:segment
-get_job_logs                 read     actions  job_id:id run_id:id failed_only:flag
-    tail_lines:number return_content:always
-get_code_quality_finding     read     alerts  findingNumber!:number
-get_code_scanning_alert      read     alerts  alertNumber!:number
-list_code_scanning_alerts    read     alerts  ref:ref tool_name:line
+get_job_logs               read     actions job_id:id run_id:id failed_only:flag tail_lines:number
+    return_content:always
+get_code_quality_finding   read     alerts findingNumber!:number
+get_code_scanning_alert    read     alerts alertNumber!:number
+list_code_scanning_alerts  read     alerts ref:ref tool_name:line
     severity=critical|high|medium|low|warning|note|error state=open|closed|dismissed|fixed @pages
-get_dependabot_alert         read     alerts  alertNumber!:number
-list_dependabot_alerts       read     alerts  severity=low|medium|high|critical
+get_dependabot_alert       read     alerts alertNumber!:number
+list_dependabot_alerts     read     alerts severity=low|medium|high|critical
     state=open|fixed|dismissed|auto_dismissed @cursors
-list_repository_security_advisories read     advisories  direction=asc|desc
+list_repository_security_advisories read     advisories direction=asc|desc
     sort=created|updated|published state=triage|draft|published|closed
-list_discussions             read     discussions  category:cursor direction=ASC|DESC
+list_discussions           read     discussions category:cursor direction=ASC|DESC
     orderBy=CREATED_AT|UPDATED_AT @cursors
-get_discussion               read     discussions  discussionNumber!:number
-get_discussion_comments      read     discussions  discussionNumber!:number includeReplies:flag
+get_discussion             read     discussions discussionNumber!:number
+get_discussion_comments    read     discussions discussionNumber!:number includeReplies:flag
     @cursors
-list_discussion_categories   read     discussions
+list_discussion_categories read     discussions
 """
 # Requests and notifications that pass, with all that their params may hold. completion/complete
 # (names other repositories), prompts and resources (any owner and repo), tasks, subscriptions and
@@ -918,7 +882,7 @@ def parse_tool(kind: str, needs: str, *words: str) -> Tool:
     return Tool(
         parameters=parse_parameters(words),
         write=kind == "write",
-        needs="" if needs == "-" else needs,
+        needs=needs.strip("-"),
         scoped=kind != "query",
         check=checks.get(kind, ""),
         checked_method="get_comments" if kind == "comments" else "",
@@ -1045,10 +1009,8 @@ def checked_params(message: Object, bounds: Bounds) -> Object:
 
 def rebuilt(message: Object, params: Object) -> Object:
     made: Object = {"jsonrpc": "2.0", "method": message["method"]}
-    if "id" in message:
-        made["id"] = message["id"]
-    if params:
-        made["params"] = params
+    made.update({"id": message["id"]} if "id" in message else {})
+    made.update({"params": params} if params else {})
     return made
 
 
@@ -1061,23 +1023,6 @@ NOT_OWNERS = frozenset(
     "sponsors teams topics u user-attachments users".split()
 )
 FOREIGN = object()  # in place of what is left out
-# What the upstream may send besides answers. Its questions are declined: see Mcp.
-NOTES = frozenset(
-    "notifications/progress notifications/message notifications/cancelled "
-    "notifications/tools/list_changed".split()
-)
-
-
-def kind_of(message: Json, forward: Forward) -> str:
-    """What an upstream's message is: "answer", "question", "note", or "" for what does not pass."""
-    if not isinstance(message, dict):
-        return ""
-    if "method" in message:
-        if "id" in message:
-            return "question" if is_id(message["id"]) else ""
-        return "note" if message["method"] in NOTES else ""
-    whole = "id" in forward.message and ("result" in message or "error" in message)
-    return "answer" if whole and message.get("id") == forward.message["id"] else ""
 
 
 def repository_in(address: Json) -> str:
@@ -1181,8 +1126,6 @@ def checked_answer(bounds: Bounds, forward: Forward, message: Object) -> Object:
     elif method == "tools/list":
         shown = listed_tools(bounds.policy, result)
     elif method in ("initialize", "server/discover"):
-        old = method == "initialize" and () < server_version(result) < OLDEST_SERVER
-        insist(not old, "the upstream's github-mcp-server is older than v0.32 and is not safe")
         shown = introduction(bounds, result)
     else:
         shown = result
@@ -1287,8 +1230,6 @@ def judge_push(bounds: Bounds, commands: Sequence[Command]) -> dict[str, str]:
 # --- doors: programs, sockets, the token, the audit's file ---
 
 TOKEN_TEXT = re.compile("[!-~]{1,4096}").fullmatch
-# Of the environment, what a command that only says yes or no has no need of.
-SECRET_NAME = re.compile("GITHUB_MCP_|TOKEN|SECRET|PASSW|API_KEY")
 
 
 async def start(
@@ -1321,15 +1262,7 @@ async def connect(address: Address, tls: Any, made: Callable[[], Wire]) -> Wire:
     opening = asyncio.get_running_loop().create_connection(
         made, address.host, address.port, ssl=tls, server_hostname=name
     )
-    try:
-        return (await asyncio.wait_for(opening, CONNECT_SECONDS))[1]
-    except asyncio.TimeoutError:
-        raise UpstreamError("it does not accept connections") from None
-    except OSError as error:
-        log(f"upstream {address.name}: {error}")
-        untrusted = "certificate" in str(error).lower()
-        reason = "its certificate is not trusted" if untrusted else "it cannot be reached"
-        raise UpstreamError(reason) from None
+    return (await asyncio.wait_for(opening, CONNECT_SECONDS))[1]
 
 
 def request_head(
@@ -1350,20 +1283,14 @@ def request_head(
 
 async def listen(address: str, port: int, made: Callable[[], Wire]) -> asyncio.Server:
     """The one listening socket."""
-    try:
-        return await asyncio.get_running_loop().create_server(made, address, port, backlog=512)
-    except OSError as error:
-        raise ProxyError(f"cannot listen on {address}:{port}: {error.strerror}", status=1) from None
+    return await asyncio.get_running_loop().create_server(made, address, port, backlog=512)
 
 
 def open_audit(path: str) -> int:
     """A descriptor that appends to a file of the user's alone, which is no link."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    try:
-        fd = os.open(path, flags, 0o600)
-        os.fchmod(fd, 0o600)
-    except OSError as error:
-        raise ProxyError(f"cannot write the audit file {path}: {error.strerror}") from None
+    fd = os.open(path, flags, 0o600)
+    os.fchmod(fd, 0o600)
     return fd
 
 
@@ -1422,7 +1349,7 @@ class Repository:
         self.upstream = upstream
         self.git = git
         self.audit = audit
-        self.writes: collections.deque[float] = collections.deque()  # when, in the last hour
+        self.writes: list[float] = []  # when, in the last hour
         self.defaults: frozenset[str] = frozenset()  # the default branch
         self.id = 0
         self.moved = False
@@ -1431,8 +1358,7 @@ class Repository:
         self.asking = asyncio.Lock()
 
     def bounds(self) -> Bounds:
-        while self.writes and self.writes[0] < time.monotonic() - 3600:
-            self.writes.popleft()
+        self.writes = [when for when in self.writes if when > time.monotonic() - 3600]
         return Bounds(self.scope, self.policy, Seen(len(self.writes), self.defaults, self.moved))
 
     def judge(self, message: Object) -> Verdict:
@@ -1440,7 +1366,7 @@ class Repository:
         return decide(scope, policy, message, seen)
 
     def wrote(self, count: int) -> None:
-        self.writes.extend([time.monotonic()] * count)
+        self.writes += [time.monotonic()] * count
 
     async def know(self, *, wait: bool) -> None:
         """Learn the repository's id and default branch, anew each minute that it is used."""
@@ -1450,21 +1376,6 @@ class Repository:
             self.learning = asyncio.ensure_future(learn(self))
         if wait:
             await asyncio.shield(self.learning)
-
-    async def approve(self, question: Object) -> str:
-        """Why the host's user does not allow a write; "" when they do."""
-        env = {key: value for key, value in os.environ.items() if not SECRET_NAME.search(key)}
-        asked = dumps({"repository": str(self.scope), **question})
-        async with self.asking:  # one question at a time
-            status, output = await start(
-                self.policy.approve, asked, APPROVE_SECONDS, cwd="/", env=env
-            )
-        if status == 0:
-            return ""
-        if status is None:
-            return f"the host's user did not allow it within {APPROVE_SECONDS} s"
-        said = "".join(c if c.isprintable() else " " for c in output.decode(errors="replace"))
-        return said.strip()[:300] or "the host's user did not allow it"
 
 
 # --- the story: a message of MCP ---
@@ -1506,7 +1417,7 @@ class Mcp:
             if isinstance(verdict, Forward) and verdict.write and self.policy.approve:
                 arguments = message["params"]["arguments"]
                 asked = {"tool": verdict.tool, "target": target_of(message), "arguments": arguments}
-                reason = await repository.approve(asked)
+                reason = await approve(repository, asked)
                 refuse = Refuse(reason, tool=verdict.tool)
                 verdict = refuse if reason else repository.judge(message)
             if isinstance(verdict, Forward):
@@ -1652,7 +1563,7 @@ class Git:
         if not refused and repository.policy.approve and not client.is_probe:
             moves = [command._asdict() for command in push.commands]
             asked = {"tool": "git push", "target": {"ref": refs}, "refs": moves}
-            reason = await repository.approve(asked)
+            reason = await approve(repository, asked)
             refused = judge_push(repository.bounds(), push.commands)
             if reason:
                 refused = {command.ref: reason for command in push.commands}
@@ -1799,6 +1710,25 @@ def event_data(event: bytes) -> bytes:
     return b" ".join(line[1:] if line.startswith(b" ") else line for line in data)
 
 
+# What the upstream may send besides answers. Its questions are declined.
+NOTES = frozenset(
+    "notifications/progress notifications/message notifications/cancelled "
+    "notifications/tools/list_changed".split()
+)
+
+
+def kind_of(message: Json, forward: Forward) -> str:
+    """What an upstream's message is: "answer", "question", "note", or "" for what does not pass."""
+    if not isinstance(message, dict):
+        return ""
+    if "method" in message:
+        if "id" in message:
+            return "question" if is_id(message["id"]) else ""
+        return "note" if message["method"] in NOTES else ""
+    whole = "id" in forward.message and ("result" in message or "error" in message)
+    return "answer" if whole and message.get("id") == forward.message["id"] else ""
+
+
 def parse_answer(data: Bytes) -> Json:
     try:
         return json.loads(data)
@@ -1915,6 +1845,7 @@ def check_request(head: Head, gate: Gate) -> None:
 
 # --- pure: mirrored headers (2026-07-28) ---
 
+HEADER_MISMATCH = -32020
 PLAIN_HEADER = re.compile(r"[!-~]([ -~]*[!-~])?").fullmatch
 VERSION_HEADER = re.compile("[A-Za-z0-9.-]{0,32}").fullmatch
 
@@ -2013,7 +1944,18 @@ def redact(data: Bytes, *tokens: bytes) -> Bytes:
     return data
 
 
+def quoted(value: Json) -> str:
+    """A value for an error text: JSON, printable, short, and without anything token-like."""
+    shown = json.dumps(value)[:1000]  # a token that begins in what is shown is whole enough
+    shown = redact(shown.encode("ascii")).decode("ascii")
+    return shown if len(shown) <= 80 else shown[:77] + "…"
+
+
 # --- pure: the list of tools, and what the agent is told ---
+
+
+# Before v0.32 the server matched JSON keys case-insensitively (CVE-2026-27896).
+OLDEST_SERVER = (0, 32)
 
 
 def listed_tools(policy: Policy, result: Object) -> Object:
@@ -2065,7 +2007,9 @@ def narrow_property(prop: Json, rule: Rule | None, policy: Policy) -> Json:
 
 
 def introduction(bounds: Bounds, result: Object) -> Object:
-    """The answer to initialize, with the capabilities that pass."""
+    """The answer to initialize, with the capabilities that pass; Refusal of an unsafe server."""
+    old = () < server_version(result) < OLDEST_SERVER
+    insist(not old, "the upstream's github-mcp-server is older than v0.32 and is not safe")
     offered = result.get("capabilities") or {}
     kept = {key: offered[key] for key in ("tools", "logging") if key in offered}
     return {**result, "capabilities": kept, "instructions": instructions(bounds)}
@@ -2357,6 +2301,7 @@ MAX_REPORT = 1024 * 1024  # bytes of GitHub's answer to a push that are looked a
 MAX_PLACES = 8  # requests or answers that are read whole at the same time; the rest wait
 MAX_CLIENTS = 1024
 MAX_SESSIONS = 1024
+SESSION_GONE = -32001
 
 
 class Wire(asyncio.Protocol):
@@ -2840,7 +2785,15 @@ class Upstream:
             import ssl
 
             self.tls = ssl.create_default_context(cafile=self.ca_file or None)
-        wire = await connect(self.address, self.tls, lambda: Wire(self.wires))
+        try:
+            wire = await connect(self.address, self.tls, lambda: Wire(self.wires))
+        except asyncio.TimeoutError:
+            raise UpstreamError("it does not accept connections") from None
+        except OSError as error:
+            log(f"upstream {self.address.name}: {error}")
+            untrusted = "certificate" in str(error).lower()
+            reason = "its certificate is not trusted" if untrusted else "it cannot be reached"
+            raise UpstreamError(reason) from None
         wire.patience = self.timeout
         return wire
 
@@ -2962,8 +2915,11 @@ def parse_token_output(output: bytes) -> tuple[str, float]:
         raise UpstreamError("the host's token command gave no usable token") from None
 
 
-# --- plumbing: the proxy's own questions, which repository this is ---
+# --- plumbing: what is asked of the user, and of the upstream ---
 
+# Of the environment, what a command that only says yes or no has no need of.
+SECRET_NAME = re.compile("GITHUB_MCP_|TOKEN|SECRET|PASSW|API_KEY")
+APPROVE_SECONDS = 60  # the TypeScript SDK's clients give a call up then, too
 OWN_VERSION = "2025-06-18"
 OWN_INITIALIZE: Object = {
     "protocolVersion": OWN_VERSION,
@@ -2971,6 +2927,22 @@ OWN_INITIALIZE: Object = {
     "clientInfo": {"name": "agent-vm-github-mcp-proxy", "version": __version__},
 }
 HEAD_REF = re.compile(rb" HEAD symref-target:refs/heads/([^\n ]+)")
+
+
+async def approve(repository: Repository, question: Object) -> str:
+    """Why the host's user does not allow a write; "" when they do."""
+    env = {key: value for key, value in os.environ.items() if not SECRET_NAME.search(key)}
+    asked = dumps({"repository": str(repository.scope), **question})
+    async with repository.asking:  # one question at a time
+        status, output = await start(
+            repository.policy.approve, asked, APPROVE_SECONDS, cwd="/", env=env
+        )
+    if status == 0:
+        return ""
+    if status is None:
+        return f"the host's user did not allow it within {APPROVE_SECONDS} s"
+    said = "".join(c if c.isprintable() else " " for c in output.decode(errors="replace"))
+    return said.strip()[:300] or "the host's user did not allow it"
 
 
 async def learn(repository: Repository) -> None:
@@ -3254,7 +3226,11 @@ def build_repository(options: argparse.Namespace) -> Repository:
     git = None
     if options.git:
         git = Upstream(parse_address(options.git, "--git"), token, {}, *common, basic)
-    audit = Audit(open_audit(options.audit) if options.audit else -1, debug)
+    try:
+        audit = Audit(open_audit(options.audit) if options.audit else -1, debug)
+    except OSError as error:
+        reason = f"cannot write the audit file {options.audit}: {error.strerror}"
+        raise ProxyError(reason) from None
     return Repository(scope, policy, upstream, git, audit)
 
 
@@ -3290,11 +3266,13 @@ async def serve(options: argparse.Namespace) -> int:
     clients: set[Wire] = set()
     address, port = options.listen
     gate.hosts.add(f"[{address}]" if ":" in address else address)
-    server = await listen(
-        address, port, lambda: Wire(clients, lambda wire: serve_client(mcp, git, gate, wire))
-    )
+    try:
+        server = await listen(
+            address, port, lambda: Wire(clients, lambda wire: serve_client(mcp, git, gate, wire))
+        )
+    except OSError as error:
+        raise ProxyError(f"cannot listen on {address}:{port}: {error.strerror}", status=1) from None
     announce(server.sockets[0].getsockname()[1], gate, repository.policy.readonly)
-    gc.freeze()  # the tables stay: no collection has to look at them
     await repository.know(wait=False)
     upstreams = [repository.upstream, *([repository.git] if repository.git else [])]
     sweeper = asyncio.ensure_future(sweep([clients, *(one.wires for one in upstreams)]))

@@ -222,6 +222,12 @@ OPT_IN = [
 
 # By a word of the reason for which they are refused.
 CALLS: dict[str, dict[str, dict[str, Any]]] = {
+    "branch or user:branch": {
+        "head filter, two colons": call("list_pull_requests", head="a:b:c"),
+        "head filter list": call("list_pull_requests", head=["a:b"]),
+        "head filter object": call("list_pull_requests", head={"a": "b"}),
+        "head filter number": call("list_pull_requests", head=1),
+    },
     "only good/r is served": {
         "other owner": call("get_tag", owner="evil", repo="r", tag="v1"),
         "other repo": call("get_tag", owner="good", repo="secret", tag="v1"),
@@ -304,10 +310,6 @@ CALLS: dict[str, dict[str, dict[str, Any]]] = {
         "head list": call("create_pull_request", head=["fix"], base="main", title="t"),
         "base climbs": call("update_pull_request", pullNumber=1, base="../main"),
         "base with a query": call("update_pull_request", pullNumber=1, base="main?x"),
-        "head filter, two colons": call("list_pull_requests", head="a:b:c"),
-        "head filter list": call("list_pull_requests", head=["a:b"]),
-        "head filter object": call("list_pull_requests", head={"a": "b"}),
-        "head filter number": call("list_pull_requests", head=1),
         "commit of a fork network": call("get_commit", sha="evil:main"),
         "tree with a colon": call("get_repository_tree", tree_sha="main:src"),
         "tag with a wildcard": call("get_tag", tag="v*"),
