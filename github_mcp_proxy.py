@@ -6,7 +6,6 @@ values), adds the token and passes on what it has rebuilt; nothing that the VM s
 
     GITHUB_MCP_TOKEN=… GITHUB_MCP_OWNER=o GITHUB_MCP_REPO=r github_mcp_proxy.py
     … github_mcp_proxy.py --git https://github.com --policy policy.ini --audit audit.jsonl
-    … github_mcp_proxy.py --token-command "github_app_token.py token --format json"
 
 The first line on stdout is the port, the second read-only or read-write; the endpoint is
 http://127.0.0.1:PORT/mcp. Two commands of yours are run, by sh: the token command, and the
@@ -1355,7 +1354,7 @@ class Repository:
         self.moved = False
         self.asked_at = float("-inf")
         self.learning: asyncio.Future[None] | None = None
-        self.asking = asyncio.Lock()
+        self.turn = Turn()
 
     def bounds(self) -> Bounds:
         self.writes = [when for when in self.writes if when > time.monotonic() - 3600]
@@ -1412,30 +1411,30 @@ class Mcp:
                 if method == "tools/call":
                     await repository.know(wait=verdict.write)
                 verdict = repository.judge(message)
-            if isinstance(verdict, Forward) and client.is_probe:
-                verdict = Refuse("a probe is not passed on", UPSTREAM_FAILED, verdict.tool)
-            if isinstance(verdict, Forward) and verdict.write and self.policy.approve:
-                arguments = message["params"]["arguments"]
-                asked = {"tool": verdict.tool, "target": target_of(message), "arguments": arguments}
-                reason = await approve(repository, asked)
-                refuse = Refuse(reason, tool=verdict.tool)
-                verdict = refuse if reason else repository.judge(message)
-            if isinstance(verdict, Forward):
-                deed = Deed(method, verdict.tool, target_of(verdict.message), verdict.write)
-                if not self.audit.passed(deed):
-                    verdict = Refuse(UNRECORDED, UPSTREAM_FAILED, verdict.tool)
-            if isinstance(verdict, Refuse):
-                if not client.is_probe:
-                    self.audit.refused(method, verdict.tool, verdict.reason, target_of(message))
-                return client.answer(*refusal_message(message, verdict))
-            if verdict.write:
-                repository.wrote(1)
-            headers = mirrored_headers(verdict.message) or headers
-            headers.update({**POSTED, "Mcp-Session-Id": session})
-            body = dumps(verdict.message)
-            sending = self.upstream.send("POST", "", headers, body, again=not verdict.write)
-            forward = without_arguments(verdict)
-            del data, message, verdict, body  # megabytes, maybe, that the connection has now
+            del data
+        if isinstance(verdict, Forward) and client.is_probe:
+            verdict = Refuse("a probe is not passed on", UPSTREAM_FAILED, verdict.tool)
+        if isinstance(verdict, Forward) and verdict.write and self.policy.approve:
+            arguments = message["params"]["arguments"]
+            asked = {"tool": verdict.tool, "target": target_of(message), "arguments": arguments}
+            reason = await approve(repository, asked)
+            verdict = Refuse(reason, tool=verdict.tool) if reason else repository.judge(message)
+        if isinstance(verdict, Forward):
+            deed = Deed(method, verdict.tool, target_of(verdict.message), verdict.write)
+            if not self.audit.passed(deed):
+                verdict = Refuse(UNRECORDED, UPSTREAM_FAILED, verdict.tool)
+        if isinstance(verdict, Refuse):
+            if not client.is_probe:
+                self.audit.refused(method, verdict.tool, verdict.reason, target_of(message))
+            return client.answer(*refusal_message(message, verdict))
+        if verdict.write:
+            repository.wrote(1)
+        headers = mirrored_headers(verdict.message) or headers
+        headers.update({**POSTED, "Mcp-Session-Id": session})
+        body = dumps(verdict.message)
+        sending = self.upstream.send("POST", "", headers, body, again=not verdict.write)
+        forward = without_arguments(verdict)
+        del message, verdict, body  # megabytes, maybe, that the connection has now
         try:
             exchange = await sending
             try:
@@ -2518,8 +2517,8 @@ class Client:
         is_git = self.head.first[1].startswith(GIT)
         self.body = Body(wire, self.head, MAX_PACK if is_git else MAX_REQUEST, is_request=True)
         self.is_last = self.head.headers.get("connection", "").lower() == "close"
+        wire.deadline = float("inf")
         if is_git:  # however long it takes, while it goes on
-            wire.deadline = float("inf")
             wire.patience = STALL_SECONDS
 
     def invite(self) -> None:
@@ -2529,6 +2528,7 @@ class Client:
 
     async def receive(self) -> bytes:
         """The whole body; afterwards the client waits for its answer."""
+        self.wire.allow(REQUEST_SECONDS)
         data = await self.body.whole()
         self.wire.deadline = float("inf")
         self.wire.is_busy = True
@@ -2707,7 +2707,7 @@ class Exchange:
         if EVENT_STREAM not in self.head.headers.get("content-type", ""):
             if self.body.is_over:
                 return b""
-            await self.take_place()
+            await self.take_place(client)
             return await self.body.whole()
         self.leave_place()
         self.body.limit = float("inf")  # an event has a limit of its own
@@ -2715,7 +2715,7 @@ class Exchange:
             event = self.events.take()
             if event is None:
                 if len(self.events.buffer) > PAUSE_AT:
-                    await self.take_place()
+                    await self.take_place(client)
                 more = await self.body.take()
                 if not more:
                     return b""
@@ -2727,8 +2727,9 @@ class Exchange:
             if client:  # a comment: the upstream lives
                 client.comment()
 
-    async def take_place(self) -> None:
-        if not self.has_place:
+    async def take_place(self, client: Client | None) -> None:
+        """But not for a question of the proxy's own: who has a place may be waiting for that."""
+        if client and not self.has_place:
             await self.upstream.places.acquire()
             self.has_place = True
 
@@ -2816,10 +2817,9 @@ class Upstream:
         renewed = False
         while True:
             credential = self.scheme(await self.token.fresh())
-            free = [wire for wire in self.pool if not (wire.buffer or wire.ended or upload)]
-            wire = free.pop() if free else await self.connect()
-            used = wire in self.pool
-            self.pool = free
+            self.pool = [wire for wire in self.pool if not (wire.buffer or wire.ended)]
+            used = bool(self.pool) and not upload
+            wire = self.pool.pop() if used else await self.connect()
             wire.deadline = float("inf")
             exchange = Exchange(self, wire)
             try:
@@ -2929,14 +2929,27 @@ OWN_INITIALIZE: Object = {
 HEAD_REF = re.compile(rb" HEAD symref-target:refs/heads/([^\n ]+)")
 
 
+class Turn(asyncio.Lock):
+    """One question at a time: a person is asked."""
+
+    waiting = 0  # those who have the turn, or wait for it
+
+
 async def approve(repository: Repository, question: Object) -> str:
     """Why the host's user does not allow a write; "" when they do."""
     env = {key: value for key, value in os.environ.items() if not SECRET_NAME.search(key)}
     asked = dumps({"repository": str(repository.scope), **question})
-    async with repository.asking:  # one question at a time
-        status, output = await start(
-            repository.policy.approve, asked, APPROVE_SECONDS, cwd="/", env=env
-        )
+    turn = repository.turn
+    if turn.waiting >= MAX_PLACES:
+        return "too many writes wait for the host's user: write one after the other"
+    turn.waiting += 1
+    try:
+        async with turn:
+            status, output = await start(
+                repository.policy.approve, asked, APPROVE_SECONDS, cwd="/", env=env
+            )
+    finally:
+        turn.waiting -= 1
     if status == 0:
         return ""
     if status is None:

@@ -971,6 +971,39 @@ class ApproveTest(OwnProxyTest):
         self.assertEqual(self.upstream.calls("create_branch"), [])
 
 
+class CrowdTest(OwnProxyTest):
+    """More at once than have a place."""
+
+    def connect(self, running: Proxy, count: int) -> list[Client]:
+        clients = [Client(running.port) for _ in range(count)]
+        for client in clients:
+            self.addCleanup(client.close)
+        return clients
+
+    def test_writes_that_wait_for_the_default_branch_do_not_wait_for_each_other(self) -> None:
+        running = self.start()
+        clients = self.connect(running, 30)
+        for number, client in enumerate(clients):
+            client.send(call("", name="create_branch", branch=f"b{number}"))
+        answers = {text_of(json.loads(client.read()[2])) for client in clients}
+        self.assertEqual(answers, {"ok create_branch"})
+
+    def test_reads_pass_while_the_user_is_asked_and_not_too_much_waits_for_the_user(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            policy, yes = Path(folder, "policy.ini"), Path(folder, "yes")
+            policy.write_text(f"[policy]\napprove = while ! test -e {yes}; do sleep 0.05; done\n")
+            running = self.start("--policy", str(policy))
+            clients = self.connect(running, 12)
+            for number, client in enumerate(clients):
+                client.send(call("", name="create_branch", branch=f"b{number}"))
+            (reader,) = self.connect(running, 1)
+            self.assertEqual(text_of(reader.ask(call())), "ok get_file_contents")
+            yes.touch()
+            answers = [text_of(json.loads(client.read()[2])) for client in clients]
+            self.assertEqual(answers.count("ok create_branch"), 8)
+            self.assertEqual(sum("too many writes wait" in answer for answer in answers), 4)
+
+
 class FaultTest(OwnProxyTest):
     """What would fill its memory or confuse it: it is refused, and the next client is served."""
 
