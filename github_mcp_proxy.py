@@ -8,8 +8,7 @@ values), adds the token and passes on what it has rebuilt; nothing that the VM s
     … github_mcp_proxy.py --git https://github.com --policy policy.ini --audit audit.jsonl
 
 The first line on stdout is the port, the second read-only or read-write; the endpoint is
-http://127.0.0.1:PORT/mcp. Two commands of yours are run, by sh: the token command, and the
-policy's `approve`.
+http://127.0.0.1:PORT/mcp. Commands of yours that sh runs: --token-command, the policy's `approve`.
 
 Starts:   sh
 Reads:    its environment (GITHUB_MCP_…), the files of --policy and --ca-file
@@ -890,11 +889,10 @@ def parse_tool(kind: str, needs: str, *words: str) -> Tool:
 
 TOOLS: dict[str, Tool] = {name: parse_tool(*words) for name, *words in parse_rows(TABLE)}
 # The fields of a hit that say where it is from; they are asked for even when the VM does not.
+ISSUE_IS = ("html_url", "repository_url")
 IDENTITY = {
-    "search_code": ("repository",),
-    "search_issues": ("html_url", "repository_url"),
-    "search_pull_requests": ("html_url", "repository_url"),
-}
+    "search_code": ("repository",), "search_issues": ISSUE_IS, "search_pull_requests": ISSUE_IS
+}  # fmt: skip
 
 METHODS = {name: parse_parameters(words) for name, *words in parse_rows(PROTOCOL)}
 META = "io.modelcontextprotocol/"
@@ -1228,8 +1226,6 @@ def judge_push(bounds: Bounds, commands: Sequence[Command]) -> dict[str, str]:
 
 # --- doors: programs, sockets, the token, the audit's file ---
 
-TOKEN_TEXT = re.compile("[!-~]{1,4096}").fullmatch
-
 
 async def start(
     command: str, given: bytes, seconds: float, *, cwd: str | None, env: Mapping[str, str]
@@ -1255,7 +1251,7 @@ async def start(
             os.killpg(child.pid, signal.SIGKILL)
 
 
-async def connect(address: Address, tls: Any, made: Callable[[], Wire]) -> Wire:
+async def open_connection(address: Address, tls: Any, made: Callable[[], Wire]) -> Wire:
     """A connection to an upstream; `tls`: the context, None on loopback."""
     name = address.host if tls else None
     opening = asyncio.get_running_loop().create_connection(
@@ -1330,7 +1326,7 @@ class Token:
         if value != self.value:
             self.earlier, self.value = self.value, value
 
-    def redact(self, data: bytes) -> Bytes:
+    def hide(self, data: bytes) -> Bytes:
         return redact(data, self.value.encode(), self.earlier.encode())
 
 
@@ -1379,6 +1375,9 @@ class Repository:
 
 # --- the story: a message of MCP ---
 
+UNRECORDED = "the proxy cannot write its audit file: the host's user has to look at it"
+POSTED = {"Accept": "application/json, text/event-stream", "Content-Type": "application/json"}
+
 
 class Mcp:
     """Reads a message, judges it, sends on what it has rebuilt, and checks the answer."""
@@ -1417,7 +1416,7 @@ class Mcp:
         if isinstance(verdict, Forward) and verdict.write and self.policy.approve:
             arguments = message["params"]["arguments"]
             asked = {"tool": verdict.tool, "target": target_of(message), "arguments": arguments}
-            reason = await approve(repository, asked)
+            reason = await ask_user(repository, asked)
             verdict = Refuse(reason, tool=verdict.tool) if reason else repository.judge(message)
         if isinstance(verdict, Forward):
             deed = Deed(method, verdict.tool, target_of(verdict.message), verdict.write)
@@ -1450,7 +1449,7 @@ class Mcp:
         self, client: Client, exchange: Exchange, forward: Forward, deed: Deed, sent: Object
     ) -> None:
         """Give the upstream's answer to the client, checked; what comes before it as it comes."""
-        redacted = self.upstream.token.redact
+        redacted = self.upstream.token.hide
         exchange.check_status()
         headers = begin_session(self, forward, exchange)
         if exchange.status >= 300:
@@ -1498,7 +1497,6 @@ class Git:
 
     def __init__(self, repository: Repository) -> None:
         self.repository = repository
-        self.audit = repository.audit
 
     async def serve(self, client: Client) -> None:
         client.is_last = True  # the rest of a body that is not wanted is not read
@@ -1523,23 +1521,22 @@ class Git:
             insist(not client.is_probe, "a probe is not passed on")
             deeds = [Deed("git", service, {"ref": c.ref}, write=True) for c in push.commands]
             for deed in deeds or [Deed("git", service, {})]:
-                insist(self.audit.passed(deed), UNRECORDED)
+                insist(self.repository.audit.passed(deed), UNRECORDED)
             repository.wrote(len(deeds))
             await relay_git(repository, client, service, push, deeds)
         except Refusal as refusal:
             if not client.is_probe:
-                self.audit.refused("git", service, str(refusal), {"path": target[:200]})
+                self.repository.audit.refused("git", service, str(refusal), {"path": target[:200]})
             client.answer_bytes(403, f"refused: {refusal}\n".encode(), kind="text/plain")
         except UpstreamError as error:
             lost = bool(deeds) and isinstance(error, AnswerLost)
             for deed in deeds or [Deed("git", service, {"path": target[:200]})]:
-                self.audit.became(deed, "unknown" if lost else "failed", str(error))
+                self.repository.audit.became(deed, "unknown" if lost else "failed", str(error))
             client.answer_bytes(502, f"GitHub: {error}\n".encode(), kind="text/plain")
 
     async def read_push(self, client: Client) -> Push:
         """A push, read as far as its commands go; what follows them is still to come."""
-        compressed = "content-encoding" in client.head.headers
-        insist(not compressed, "a push must not be compressed as a whole")
+        insist("content-encoding" not in client.head.headers, "a push must not be compressed whole")
         begun, push = b"", None
         while push is None:
             more = await client.body.take()
@@ -1562,13 +1559,15 @@ class Git:
         if not refused and repository.policy.approve and not client.is_probe:
             moves = [command._asdict() for command in push.commands]
             asked = {"tool": "git push", "target": {"ref": refs}, "refs": moves}
-            reason = await approve(repository, asked)
+            reason = await ask_user(repository, asked)
             refused = judge_push(repository.bounds(), push.commands)
             if reason:
                 refused = {command.ref: reason for command in push.commands}
         if refused and not client.is_probe:
             why = "; ".join(f"{quoted(ref)}: {why}" for ref, why in refused.items())
-            self.audit.refused("git", "git-receive-pack", why[:1000], {"ref": refs[:1000]})
+            self.repository.audit.refused(
+                "git", "git-receive-pack", why[:1000], {"ref": refs[:1000]}
+            )
         return refused
 
 
@@ -1620,7 +1619,6 @@ REASONS = {200: "OK", 202: "Accepted", 204: "No Content", 400: "Bad Request", 40
            404: "Not Found", 405: "Method Not Allowed", 413: "Content Too Large"}  # fmt: skip
 JSON_TYPE = "application/json"
 EVENT_STREAM = "text/event-stream"
-POSTED = {"Accept": f"{JSON_TYPE}, {EVENT_STREAM}", "Content-Type": JSON_TYPE}
 STREAM_HEADERS = (
     "Transfer-Encoding: chunked",
     "Cache-Control: no-cache, no-transform",
@@ -1629,7 +1627,6 @@ STREAM_HEADERS = (
 EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 LINE_END = re.compile(rb"\r\n|\n|\r")
 CHUNKED, TO_THE_END = -1, -2  # lengths of bodies that do not say theirs
-UNRECORDED = "the proxy cannot write its audit file: the host's user has to look at it"
 
 
 def parse_head(data: Bytes, *, is_request: bool) -> Head:
@@ -2787,7 +2784,7 @@ class Upstream:
 
             self.tls = ssl.create_default_context(cafile=self.ca_file or None)
         try:
-            wire = await connect(self.address, self.tls, lambda: Wire(self.wires))
+            wire = await open_connection(self.address, self.tls, lambda: Wire(self.wires))
         except asyncio.TimeoutError:
             raise UpstreamError("it does not accept connections") from None
         except OSError as error:
@@ -2895,6 +2892,9 @@ async def decline(upstream: Upstream, question: Object, sent: Object) -> None:
     (await upstream.send("POST", "", sent, made, again=True)).release()
 
 
+TOKEN_TEXT = re.compile("[!-~]{1,4096}").fullmatch
+
+
 def check_token(value: Json) -> str:
     if not isinstance(value, str) or not TOKEN_TEXT(value):
         raise ProxyError("the GitHub token has characters that no token has (it is not shown)")
@@ -2935,7 +2935,7 @@ class Turn(asyncio.Lock):
     waiting = 0  # those who have the turn, or wait for it
 
 
-async def approve(repository: Repository, question: Object) -> str:
+async def ask_user(repository: Repository, question: Object) -> str:
     """Why the host's user does not allow a write; "" when they do."""
     env = {key: value for key, value in os.environ.items() if not SECRET_NAME.search(key)}
     asked = dumps({"repository": str(repository.scope), **question})
@@ -3247,7 +3247,7 @@ def build_repository(options: argparse.Namespace) -> Repository:
     return Repository(scope, policy, upstream, git, audit)
 
 
-async def serve(options: argparse.Namespace) -> int:
+async def run_proxy(options: argparse.Namespace) -> int:
     """Listen until stdin closes (with --exit-with-stdin), SIGTERM or Ctrl-C."""
     loop = asyncio.get_running_loop()
     stopped: asyncio.Future[int] = loop.create_future()
@@ -3355,7 +3355,7 @@ def allow_many_files() -> None:
 def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     try:
-        return asyncio.run(serve(options))
+        return asyncio.run(run_proxy(options))
     except ProxyError as error:
         log(f"error: {error}")
         if error.hint:
