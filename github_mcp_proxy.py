@@ -1469,7 +1469,7 @@ class Mcp:
                 exchange.is_answered = True
                 shown = self.shown(forward, deed, message)
                 data = data if shown is message else dumps(shown)
-                client.conclude(redacted(data), *headers)
+                client.finish(redacted(data), *headers)
             await client.drain()
             if kind == "answer":
                 return None
@@ -2573,7 +2573,7 @@ class Client:
         if self.is_streaming:
             self.chunk(b": alive\n\n")
 
-    def conclude(self, data: Bytes, *headers: str) -> None:
+    def finish(self, data: Bytes, *headers: str) -> None:
         """The answer. One that comes first goes as plain JSON: an SSE event of more than 1 MiB is
         refused by the Python SDK 2.x."""
         if not self.is_streaming:
@@ -2588,7 +2588,7 @@ class Client:
         if id is None:
             self.answer(502, message)
         else:
-            self.conclude(dumps(message))
+            self.finish(dumps(message))
 
     def close(self) -> None:
         self.wire.allow(STALL_SECONDS)  # to read what was written
@@ -3273,7 +3273,7 @@ async def run_proxy(options: argparse.Namespace) -> int:
         either: set[asyncio.Future[Any]] = {fresh, stopped}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if stopped.done():
-            return stopped.result()
+            return conclude(repository.audit, options, stopped.result())
         fresh.result()
     mcp, git = Mcp(repository), Git(repository)
     clients: set[Wire] = set()
@@ -3296,19 +3296,24 @@ async def run_proxy(options: argparse.Namespace) -> int:
         server.close()
         for wire in [*clients, *(wire for one in upstreams for wire in one.wires)]:
             wire.abort()
+    return conclude(repository.audit, options, status)
+
+
+def conclude(audit: Audit, options: argparse.Namespace, status: int) -> int:
+    """Say what was done to whoever has closed stdin."""
     if options.exit_with_stdin and status == 0:
         with contextlib.suppress(OSError):
-            print(repository.audit.receipt.written(), end="", flush=True)
+            os.write(1, audit.receipt.written().encode())
     return status
 
 
 def announce(port: int, gate: Gate, readonly: bool) -> None:
     if not gate.secret:
         log("no secret is set: every process and VM that can reach the port can use the token")
+    mode = "read-only" if readonly else "read-write"
     try:
-        print(f"{port}\n{'read-only' if readonly else 'read-write'}", flush=True)
+        os.write(1, f"{port}\n{mode}\n".encode())  # print would try again at Python's end
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again at its end
         raise ProxyError(f"cannot write to stdout: {error.strerror}", status=1) from None
 
 
