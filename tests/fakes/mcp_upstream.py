@@ -18,7 +18,6 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
@@ -166,8 +165,7 @@ class Upstream:
         self.found = "always"  # by a search; "as a fork": only with fork:true; "never"
         self.handlers: dict[str, Handler] = {}
         self.seen: list[Exchange] = []
-        self.sessions: dict[str, queue.Queue[Message]] = {}  # id -> answers of the client
-        self.streams: dict[str, Exchange] = {}  # of GET, by session
+        self.sessions: set[str] = set()
         self.open: set[socket.socket] = set()
         self.accepted = 0
         self.changed = threading.Condition()
@@ -313,7 +311,7 @@ class Upstream:
         if self.stateful and x.session and x.session not in self.sessions:
             return x.fail(404, -32001, "session not found")
         if x.method != "POST":
-            return self.get(x) if x.method == "GET" else self.delete(x)
+            return self.delete(x)
         if x.modern and self.mismatch(x):
             return x.fail(400, -32020, f"header mismatch: {self.mismatch(x)}")
         return self.post(x)
@@ -324,8 +322,6 @@ class Upstream:
     def post(self, x: Exchange) -> None:
         method = x.message.get("method")
         if method is None:  # an answer to a question of ours
-            if x.session in self.sessions:
-                self.sessions[x.session].put(x.message)
             return x.body_of(202, b"")
         if "id" not in x.message:
             return x.body_of(202, b"")
@@ -353,7 +349,7 @@ class Upstream:
         headers = []
         if self.stateful:
             session = f"session-{len(self.sessions) + 1}"
-            self.sessions[session] = queue.Queue()
+            self.sessions.add(session)
             headers = [f"Mcp-Session-Id: {session}"]
         x.answer(x.result(result), *headers)
 
@@ -380,21 +376,10 @@ class Upstream:
         differs = (k for k, value in expected.items() if decoded(x.headers.get(k, "")) != value)
         return next(differs, "")
 
-    def get(self, x: Exchange) -> None:
-        """The stream of a session, or 405 where there are none."""
-        if not (self.stateful and x.session):
-            return x.body_of(405, b"", "Allow: POST")
-        x.stream()
-        x.send(chunk(b": here\n\n"))
-        with self.changed:
-            self.streams[x.session] = x
-            self.changed.notify_all()
-        return x.hang()
-
     def delete(self, x: Exchange) -> None:
         if not (self.stateful and x.session):
             return x.body_of(405, b"", "Allow: POST")
-        del self.sessions[x.session]
+        self.sessions.discard(x.session)
         return x.body_of(204, b"")
 
 
@@ -459,19 +444,6 @@ class Gate:
         self.steps.get(timeout=PATIENCE)
         x.event(x.text("done"))
         x.end()
-
-
-def ask(question: Mapping[str, Any]) -> Handler:
-    """Ask the client on the stream of its call; the answer is what the call returns."""
-
-    def handler(x: Exchange) -> None:
-        x.stream()
-        x.event(question)
-        given = x.upstream.sessions[x.session].get(timeout=PATIENCE)
-        x.event(x.text(json.dumps(given)))
-        x.end()
-
-    return handler
 
 
 def hang(x: Exchange) -> None:
