@@ -318,10 +318,10 @@ class GitTest(unittest.TestCase):
         """The limit is for a client that sends nothing; not while GitHub works on what it sent."""
         script = self.home / "quick.py"
         script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport github_mcp_proxy as p\n"
-                          "p.STALL_SECONDS = 1\nsys.exit(p.main())\n")  # fmt: skip
+                          "p.STALL_SECONDS = 0.3\nsys.exit(p.main())\n")  # fmt: skip
         quick = self.start(script=script)
         self.commit(self.clone(), "new", os.urandom(100_000).hex())
-        self.server.delay = 1.8
+        self.server.delay = 1.6
         done = self.push("origin", "HEAD:slow")
         self.assertEqual(done.returncode, 0, done.stderr)
         client = Client(quick.port)
@@ -488,6 +488,23 @@ class GitTest(unittest.TestCase):
         self.assertIn("token", self.git("ls-remote", self.url, check=False).stderr)
         self.start("--git", "http://127.0.0.1:9")
         self.assertIn("cannot be reached", self.git("ls-remote", self.url, check=False).stderr)
+
+    def test_the_receipt_has_what_became_of_a_push(self) -> None:
+        running = self.start("--exit-with-stdin")
+        self.commit(self.clone(), "new", "z")
+        self.push("origin", "HEAD:fix")
+        self.push("origin", "HEAD:main")
+        assert running.process.stdin and running.process.stdout
+        running.process.stdin.close()
+        counts, *lines = map(json.loads, running.process.stdout)
+        self.assertEqual((counts["writes"], counts["refused"]), (1, 1))
+        self.assertGreaterEqual(counts["reads"], 2)
+        told = [(line["verdict"], line["what"]) for line in lines]
+        self.assertEqual(
+            told,
+            [("done", "git push ref=refs/heads/fix"), ("refused", "git push ref=refs/heads/main")],
+        )
+        self.assertIn("main is the default branch", lines[1]["reason"])
 
     def test_a_probe_of_git_is_judged_and_not_passed_on(self) -> None:
         probe = "the-probe-of-this-run-0123456789"

@@ -322,7 +322,7 @@ class LiveTest(unittest.TestCase):
         cls.upstream = fake.Upstream()
         cls.upstream.__enter__()
         cls.audit = Path(cls.folder.name, "audit.jsonl")
-        cls.proxy = Proxy(cls.upstream.url, "--audit", str(cls.audit), "--timeout", "2")
+        cls.proxy = Proxy(cls.upstream.url, "--audit", str(cls.audit), "--timeout", "0.5")
 
     audit: Path
 
@@ -1110,22 +1110,22 @@ class FaultTest(OwnProxyTest):
             x.hang()
 
         running = self.start()
-        for _ in range(5):
+        for _ in range(3):
             self.upstream.on("README.md", fake.big(10_000_000, sse=False))
             client = self.connect(running)
             client.send(call())
-            time.sleep(0.2)
+            time.sleep(0.1)
             self.assertEqual(len(text_of(json.loads(client.read()[2]))), 10_000_000)
             self.upstream.on("README.md", burst)
             client = self.connect(running)
             client.send(call())
-            time.sleep(0.2)
+            time.sleep(0.1)
             client.read_head()
             for number in range(100):
                 self.assertIn(f'"progress":{number}}}'.encode(), client.chunk()[:200])
 
     def test_large_requests_that_are_never_finished(self) -> None:
-        running = self.start(setup="p.REQUEST_SECONDS = 2")
+        running = self.start(setup="p.REQUEST_SECONDS = 1")
         size = 5 * 1024 * 1024
         clients = [self.connect(running) for _ in range(12)]
         for client in clients:
@@ -1206,7 +1206,7 @@ class LimitsTest(unittest.TestCase):
             script.write_text(
                 f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
                 "import github_mcp_proxy as p\n"
-                "p.REQUEST_SECONDS, p.IDLE_SECONDS = 1, 2\n"
+                "p.REQUEST_SECONDS, p.IDLE_SECONDS = 0.3, 0.6\n"
                 "sys.exit(p.main())\n"
             )
             running = Proxy(upstream.url, script=script)
