@@ -169,6 +169,12 @@ class Forward(NamedTuple):
     write: bool = False
     check: str = ""  # how the answer is checked: Tool.check
 
+    def without_arguments(self) -> Forward:
+        """What is needed of a request once it is sent: to know its answer."""
+        kept = {key: value for key, value in self.message.items() if key != "params"}
+        meta = (self.message.get("params") or {}).get("_meta")
+        return self._replace(message={**kept, "params": {"_meta": meta}} if meta else kept)
+
 
 class Refuse(NamedTuple):
     """Why a message does not pass, and how its sender is told."""
@@ -274,6 +280,55 @@ def dumps(value: Json) -> bytes:
 
 def as_object(value: Json) -> Object:
     return value if isinstance(value, dict) else {}
+
+
+# --- pure: secrets in text ---
+
+# What GitHub's tokens look like, and the parameters of URLs that carry their own permission, from
+# the first one on (6 ends \u0026). Strangers write what is searched here: each of the patterns
+# takes time in proportion to the text, so none looks back, and none ends in what may not follow.
+TOKENS = re.compile(rb"g(?:h[pousr]_|hs-|ithub_pat_)[A-Za-z0-9._-]{30,}")
+URL = re.compile(rb"://(?:[^\s\"\\<>']|\\+u0026)+")
+SIGNED = re.compile(
+    rb"([?&6])(?:token|sig|signature|jwt|x-amz-[a-z-]{1,40})=[A-Za-z0-9%._~+/=-]{20}[^)]*",
+    re.IGNORECASE,
+)
+# Files are read, changed and written back: what only looks like a secret has to stay as it is.
+IN_A_WORD = re.compile(rb"[A-Za-z0-9](?<!\\[nrtbf])(?<!\\u[0-9a-fA-F]{4})$")
+
+
+def blank(size: int) -> bytes:
+    return b"[redacted]".ljust(size, b"*")
+
+
+def redact(data: Bytes, *tokens: bytes) -> Bytes:
+    """`data`, as long as it was, without the tokens given, what looks like one, and signed URLs."""
+
+    def token_like(match: re.Match[bytes]) -> bytes:
+        before = match.string[max(0, match.start() - 6) : match.start()]
+        return match[0] if IN_A_WORD.search(before) else blank(len(match[0]))
+
+    def unsigned(match: re.Match[bytes]) -> bytes:
+        return match[1] + blank(len(match[0]) - 1)
+
+    def address(match: re.Match[bytes]) -> bytes:
+        return SIGNED.sub(unsigned, match[0]) if b"=" in match[0] else match[0]
+
+    for token in tokens:
+        if len(token) >= 16 and token in data:
+            data = data.replace(token, blank(len(token)))
+    if TOKENS.search(data):
+        data = TOKENS.sub(token_like, data)
+    if b"=" in data:
+        data = URL.sub(address, data)
+    return data
+
+
+def quoted(value: Json) -> str:
+    """A value for an error text: JSON, printable, short, and without anything token-like."""
+    shown = json.dumps(value)[:1000]  # a token that begins in what is shown is whole enough
+    shown = redact(shown.encode("ascii")).decode("ascii")
+    return shown if len(shown) <= 80 else shown[:77] + "…"
 
 
 # --- pure: rules for single values ---
@@ -1111,24 +1166,6 @@ def checked_result(scope: Scope, check: str, result: Object) -> Object:
     return {**kept, "content": content}
 
 
-def checked_answer(bounds: Bounds, forward: Forward, message: Object) -> Object:
-    """The upstream's answer to `forward` as the VM gets it, the same object when nothing changes;
-    Refusal when it cannot be shown."""
-    result = message.get("result")
-    if not isinstance(result, dict):
-        return message
-    method = forward.message["method"]
-    if method == "tools/call":
-        shown = checked_result(bounds.scope, forward.check, result)
-    elif method == "tools/list":
-        shown = listed_tools(bounds.policy, result)
-    elif method in ("initialize", "server/discover"):
-        shown = introduction(bounds, result)
-    else:
-        shown = result
-    return message if shown is result else {**message, "result": shown}
-
-
 # --- pure: what git may do (gitprotocol-http, gitprotocol-pack) ---
 
 GIT = "/git/"
@@ -1139,6 +1176,7 @@ GIT_SERVICE = re.compile(
 NO_OBJECT = re.compile("0+").fullmatch
 OBJECT = re.compile("[0-9a-f]{40}|[0-9a-f]{64}").fullmatch
 PKT_SIZE = re.compile(b"[0-9a-f]{4}").fullmatch
+NO_PUSH = "this is not a push that can be checked (signed pushes are not)"
 
 
 class Command(NamedTuple):
@@ -1184,8 +1222,8 @@ def parse_push(data: bytes) -> Push | None:
     capabilities, at = "", 0
     while len(data) >= at + 4:
         digits = data[at : at + 4]
-        if not PKT_SIZE(digits) or digits in (b"0001", b"0002", b"0003", b"0004"):
-            break
+        small = digits in (b"0001", b"0002", b"0003", b"0004")
+        insist(PKT_SIZE(digits) and not small, NO_PUSH)
         size = int(digits, 16)
         if not size:
             return Push(data, tuple(commands), capabilities)
@@ -1194,18 +1232,13 @@ def parse_push(data: bytes) -> Push | None:
         line, nul, rest = data[at + 4 : at + size].partition(b"\0")
         capabilities = rest.decode("ascii", "replace") if nul else capabilities
         at += size
-        try:
-            words = line.decode().rstrip("\n").split(" ", 2)
-        except UnicodeDecodeError:
-            break
+        words = line.decode("utf-8", "replace").rstrip("\n").split(" ", 2)
         if words[0] == "shallow":
             continue
-        if len(words) != 3 or not OBJECT(words[0]) or not OBJECT(words[1]):
-            break
+        insist(len(words) == 3 and "\ufffd" not in words[2], NO_PUSH)
+        insist(OBJECT(words[0]) and OBJECT(words[1]), NO_PUSH)
         commands.append(Command(old=words[0], new=words[1], ref=words[2]))
-    else:
-        return None
-    raise Refusal("this is not a push that can be checked (signed pushes are not)")
+    return None
 
 
 def judge_push(bounds: Bounds, commands: Sequence[Command]) -> dict[str, str]:
@@ -1289,11 +1322,22 @@ def open_audit(path: str) -> int:
     return fd
 
 
+def append(fd: int, data: Bytes) -> bool:
+    """Whether a line could be written whole; of one that could not, nothing is left."""
+    written = os.write(fd, data)
+    if written < len(data):  # a disk that is full
+        os.ftruncate(fd, os.fstat(fd).st_size - written)
+    return written == len(data)
+
+
 class Token:
     """GitHub's token: given once, or asked of a command again and again. Never printed."""
 
-    def __init__(self, value: str, command: str = "") -> None:
+    def __init__(
+        self, value: str, command: str, parse: Callable[[bytes], tuple[str, float]]
+    ) -> None:
         self.value = value
+        self.parse = parse  # what the command prints: the token, and when it expires
         self.earlier = ""  # the one before: still to be redacted
         self.command = command
         self.expires = 0.0 if command else float("inf")  # seconds since the epoch
@@ -1320,9 +1364,8 @@ class Token:
         env = {**os.environ, "GITHUB_TOKEN_REFUSED": refused}
         status, output = await start(self.command, b"", TOKEN_SECONDS, cwd=None, env=env)
         if status != 0:
-            log(f"token command: exit status {status}")
             raise UpstreamError("the host's token command failed: its user has to look at it")
-        value, self.expires = parse_token_output(output)
+        value, self.expires = self.parse(output)
         if value != self.value:
             self.earlier, self.value = self.value, value
 
@@ -1337,8 +1380,9 @@ class Repository:
     """The one repository: what may be done with it, what is known of it, and what was done."""
 
     def __init__(
-        self, scope: Scope, policy: Policy, upstream: Upstream, git: Upstream | None, audit: Audit
-    ) -> None:
+        self, scope: Scope, policy: Policy, upstream: Upstream, git: Upstream | None, audit: Audit,
+        questions: Questions,
+    ) -> None:  # fmt: skip
         self.scope = scope
         self.policy = policy
         self.upstream = upstream
@@ -1350,7 +1394,7 @@ class Repository:
         self.moved = False
         self.asked_at = float("-inf")
         self.learning: asyncio.Future[None] | None = None
-        self.turn = Turn()
+        self.questions = questions
 
     def bounds(self) -> Bounds:
         self.writes = [when for when in self.writes if when > time.monotonic() - 3600]
@@ -1368,7 +1412,7 @@ class Repository:
         age = time.monotonic() - self.asked_at
         if self.learning is None or age > (KNOWN_SECONDS if self.defaults else RETRY_SECONDS):
             self.asked_at = time.monotonic()
-            self.learning = asyncio.ensure_future(learn(self))
+            self.learning = asyncio.ensure_future(self.questions.learn(self))
         if wait:
             await asyncio.shield(self.learning)
 
@@ -1376,33 +1420,31 @@ class Repository:
 # --- the story: a message of MCP ---
 
 UNRECORDED = "the proxy cannot write its audit file: the host's user has to look at it"
-POSTED = {"Accept": "application/json, text/event-stream", "Content-Type": "application/json"}
 
 
 class Mcp:
     """Reads a message, judges it, sends on what it has rebuilt, and checks the answer."""
 
-    def __init__(self, repository: Repository) -> None:
+    def __init__(self, repository: Repository, sessions: Sessions) -> None:
         self.repository = repository
-        self.scope, self.policy = repository.scope, repository.policy
         self.audit = repository.audit
         self.upstream = repository.upstream
-        self.sessions: dict[str, None] = {}  # that the upstream has begun, the oldest first
+        self.sessions = sessions
 
     async def serve(self, client: Client) -> None:
-        repository = self.repository
+        repository, audit, policy = self.repository, self.audit, self.repository.policy
         session = client.head.headers.get("mcp-session-id", "")
         async with self.upstream.places:
             data = await client.receive()
             if client.head.first[0] == "DELETE":
-                return await end_session(self, client, session)
+                return await self.sessions.end(client, session)
             message = parse_message(data)
             method = message["method"]
             if method == "initialize":
                 session = ""  # a stale one: this begins a new one
-            check_session(self, session)
-            headers = version_headers(client.head.headers, message)
-            verdict = decide(self.scope, self.policy, message, NOT_ASKED)
+            self.sessions.check(session)
+            headers = client.version_headers(message)
+            verdict = decide(repository.scope, policy, message, NOT_ASKED)
             if isinstance(verdict, Forward):
                 # Judged again, when it is known what may be written: of a message that passes
                 # the rebuilt one is small, and only that is held while others are asked.
@@ -1413,27 +1455,28 @@ class Mcp:
             del data
         if isinstance(verdict, Forward) and client.is_probe:
             verdict = Refuse("a probe is not passed on", UPSTREAM_FAILED, verdict.tool)
-        if isinstance(verdict, Forward) and verdict.write and self.policy.approve:
-            arguments = message["params"]["arguments"]
-            asked = {"tool": verdict.tool, "target": target_of(message), "arguments": arguments}
-            reason = await ask_user(repository, asked)
+        if isinstance(verdict, Forward) and verdict.write and policy.approve:
+            asked = {"tool": verdict.tool, "target": audit.about(message)}
+            asked["arguments"] = message["params"]["arguments"]
+            reason = await repository.questions.ask_user(repository, asked)
             verdict = Refuse(reason, tool=verdict.tool) if reason else repository.judge(message)
+        deed = None
         if isinstance(verdict, Forward):
-            deed = Deed(method, verdict.tool, target_of(verdict.message), verdict.write)
-            if not self.audit.passed(deed):
+            target = audit.about(verdict.message)
+            deed = audit.passed(method, verdict.tool, target, verdict.write)
+            if deed is None:
                 verdict = Refuse(UNRECORDED, UPSTREAM_FAILED, verdict.tool)
-        if isinstance(verdict, Refuse):
+        if isinstance(verdict, Refuse) or deed is None:
+            assert isinstance(verdict, Refuse)
             if not client.is_probe:
-                self.audit.refused(method, verdict.tool, verdict.reason, target_of(message))
-            return client.answer(*refusal_message(message, verdict))
+                audit.refused(method, verdict.tool, verdict.reason, audit.about(message))
+            return client.refuse_message(message, verdict)
         if verdict.write:
             repository.wrote(1)
-        headers = mirrored_headers(verdict.message) or headers
-        headers.update({**POSTED, "Mcp-Session-Id": session})
-        body = dumps(verdict.message)
-        sending = self.upstream.send("POST", "", headers, body, again=not verdict.write)
-        forward = without_arguments(verdict)
-        del message, verdict, body  # megabytes, maybe, that the connection has now
+        headers = {**headers, "Mcp-Session-Id": session}
+        sending = self.upstream.post(verdict, headers)
+        forward = verdict.without_arguments()
+        del message, verdict  # megabytes, maybe, that the connection has now
         try:
             exchange = await sending
             try:
@@ -1442,51 +1485,45 @@ class Mcp:
                 exchange.release()
         except UpstreamError as error:
             lost = deed.write and isinstance(error, AnswerLost)
-            self.audit.became(deed, "unknown" if lost else "failed", str(error))
+            audit.became(deed, "unknown" if lost else "failed", str(error))
             client.fail(forward, f"GitHub's MCP server cannot be used: {error}")
 
     async def relay(
         self, client: Client, exchange: Exchange, forward: Forward, deed: Deed, sent: Object
     ) -> None:
         """Give the upstream's answer to the client, checked; what comes before it as it comes."""
-        redacted = self.upstream.token.hide
+        hide = self.upstream.token.hide
         exchange.check_status()
-        headers = begin_session(self, forward, exchange)
+        headers = self.sessions.begin(forward, exchange)
         if exchange.status >= 300:
             self.audit.became(deed, "failed", f"HTTP {exchange.status}")
-            said = redacted(await exchange.body.whole())
-            return client.answer(exchange.status, relayed_error(said, forward))
+            said = hide(await exchange.body.whole())
+            return client.answer_error(exchange.status, forward, said)
         if exchange.status != 200 or "id" not in forward.message:
             return client.answer_bytes(202 if exchange.status == 200 else exchange.status, b"")
-        while data := await exchange.next_message(client):
-            message = parse_answer(data)
-            kind = kind_of(message, forward)
+        kind = ""
+        while kind != "answer":
+            kind, message, data = await exchange.next_message(forward, client)
             if kind == "question":
-                await decline(self.upstream, message, sent)
+                await exchange.decline(message, sent)
             elif kind == "note":
-                client.event(redacted(data), *headers)
+                client.event(hide(data), *headers)
             elif kind == "answer":
-                exchange.is_answered = True
-                shown = self.shown(forward, deed, message)
-                data = data if shown is message else dumps(shown)
-                client.finish(redacted(data), *headers)
+                shown = self.shown(client, forward, deed, message)
+                client.finish(hide(data if shown is message else dumps(shown)), *headers)
             await client.drain()
-            if kind == "answer":
-                return None
-        raise AnswerLost("it ended without an answer to the request")
+        return None
 
-    def shown(self, forward: Forward, deed: Deed, message: Object) -> Object:
+    def shown(self, client: Client, forward: Forward, deed: Deed, message: Object) -> Object:
         """What the VM gets of the upstream's answer; whatever is wrong with it is not shown."""
         if forward.write:
-            verdict, url = outcome(message)
-            reason = "" if verdict == "done" else "GitHub's server answered with an error"
-            self.audit.became(deed, verdict, reason, url)
+            self.audit.answered(deed, message)
         try:
-            return checked_answer(self.repository.bounds(), forward, message)
+            return client.shown(self.repository.bounds(), forward, message)
         except Exception as error:
             reason = str(error) if isinstance(error, Refusal) else "the answer is malformed"
         self.audit.became(deed, "withheld", reason)
-        return refusal_message(forward.message, Refuse(reason, UPSTREAM_FAILED, forward.tool))[1]
+        return client.refusal(forward.message, Refuse(reason, UPSTREAM_FAILED, forward.tool))
 
 
 # --- the story: a request of git ---
@@ -1503,9 +1540,10 @@ class Git:
         method, target, _ = client.head.first
         repository = self.repository
         service, push = "", Push()
-        deeds: list[Deed] = []
+        deeds: list[Deed | None] = []
         try:
             insist(repository.git, "git is not served here (--git)")
+            assert repository.git
             await repository.know(wait=False)
             service = git_service(repository.bounds(), method, target)
             lengths = client.head.headers.keys() & {"content-length", "transfer-encoding"}
@@ -1516,22 +1554,23 @@ class Git:
                 if refused:
                     while await client.body.take():
                         pass  # git reads no answer before it has sent all
-                    report = push_report(push, refused)
-                    return client.answer_bytes(200, report, kind=f"application/x-{service}-result")
+                    return client.refuse_push(push, refused)
             insist(not client.is_probe, "a probe is not passed on")
-            deeds = [Deed("git", service, {"ref": c.ref}, write=True) for c in push.commands]
-            for deed in deeds or [Deed("git", service, {})]:
-                insist(self.repository.audit.passed(deed), UNRECORDED)
-            repository.wrote(len(deeds))
-            await relay_git(repository, client, service, push, deeds)
+            audit, targets = repository.audit, [{"ref": c.ref} for c in push.commands]
+            deeds = [
+                audit.passed("git", service, target, bool(targets)) for target in targets or [{}]
+            ]
+            insist(all(deeds), UNRECORDED)
+            repository.wrote(len(targets))
+            await repository.git.relay(client, repository, service, push, deeds)
         except Refusal as refusal:
             if not client.is_probe:
                 self.repository.audit.refused("git", service, str(refusal), {"path": target[:200]})
             client.answer_bytes(403, f"refused: {refusal}\n".encode(), kind="text/plain")
         except UpstreamError as error:
-            lost = bool(deeds) and isinstance(error, AnswerLost)
-            for deed in deeds or [Deed("git", service, {"path": target[:200]})]:
-                self.repository.audit.became(deed, "unknown" if lost else "failed", str(error))
+            lost = bool(push.commands) and isinstance(error, AnswerLost)
+            for deed in filter(None, deeds):
+                repository.audit.became(deed, "unknown" if lost else "failed", str(error))
             client.answer_bytes(502, f"GitHub: {error}\n".encode(), kind="text/plain")
 
     async def read_push(self, client: Client) -> Push:
@@ -1559,7 +1598,7 @@ class Git:
         if not refused and repository.policy.approve and not client.is_probe:
             moves = [command._asdict() for command in push.commands]
             asked = {"tool": "git push", "target": {"ref": refs}, "refs": moves}
-            reason = await ask_user(repository, asked)
+            reason = await repository.questions.ask_user(repository, asked)
             refused = judge_push(repository.bounds(), push.commands)
             if reason:
                 refused = {command.ref: reason for command in push.commands}
@@ -1571,15 +1610,14 @@ class Git:
         return refused
 
 
-async def serve_client(mcp: Mcp, git: Git, gate: Gate, wire: Wire) -> None:
+async def serve_client(mcp: Mcp, git: Git, gate: Gate, client: Client) -> None:
     """The requests of one connection, one after the other, each checked anew."""
-    client = Client(wire)
     try:
         while not client.is_last:
             try:
                 await client.next_request()
-                client.is_probe = is_probe(client.head, gate)
-                check_request(client.head, gate)
+                client.is_probe = gate.is_probe(client.head)
+                gate.check(client.head)
                 client.invite()
                 story = git if client.head.first[1].startswith(GIT) else mcp
                 await story.serve(client)
@@ -1591,8 +1629,8 @@ async def serve_client(mcp: Mcp, git: Git, gate: Gate, wire: Wire) -> None:
     except UpstreamError:
         pass  # it is the client that has gone
     except Exception as error:
-        log(f"a fault of the proxy: {type(error).__name__}")  # no text: it may hold a value
-        wire.abort()
+        mcp.audit.fault(error)
+        client.wire.abort()
     client.close()
 
 
@@ -1617,6 +1655,7 @@ SINGLE = frozenset(
 )
 REASONS = {200: "OK", 202: "Accepted", 204: "No Content", 400: "Bad Request", 403: "Forbidden",
            404: "Not Found", 405: "Method Not Allowed", 413: "Content Too Large"}  # fmt: skip
+POSTED = {"Accept": "application/json, text/event-stream", "Content-Type": "application/json"}
 JSON_TYPE = "application/json"
 EVENT_STREAM = "text/event-stream"
 STREAM_HEADERS = (
@@ -1769,14 +1808,6 @@ def is_modern(message: Object) -> bool:
     return MODERN in as_object(as_object(message.get("params")).get("_meta"))
 
 
-def without_arguments(forward: Forward) -> Forward:
-    """What is needed of a request once it is sent: to know its answer."""
-    kept = {key: value for key, value in forward.message.items() if key != "params"}
-    if is_modern(forward.message):
-        kept["params"] = {"_meta": forward.message["params"]["_meta"]}
-    return forward._replace(message=kept)
-
-
 # --- pure: who may ask ---
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "host.lima.internal")
@@ -1792,6 +1823,10 @@ class Head(NamedTuple):
     headers: Mapping[str, str]  # names in lower case
 
 
+def host_name(authority: str) -> str:
+    return PORT.sub("", authority).lower()
+
+
 class Gate(NamedTuple):
     """Who may ask: the names that the proxy is called by, and what Authorization: Bearer has."""
 
@@ -1799,44 +1834,38 @@ class Gate(NamedTuple):
     secret: bytes  # b"": nothing is asked for
     probe: bytes  # whose requests are judged like others, never passed on, and not recorded
 
+    def is_probe(self, head: Head) -> bool:
+        """A probe's wrong secret is the right one and something more."""
+        given = head.headers.get("authorization", "").encode("latin-1")
+        return bool(self.probe) and given.startswith(b"Bearer " + self.probe)
 
-def host_name(authority: str) -> str:
-    return PORT.sub("", authority).lower()
-
-
-def is_probe(head: Head, gate: Gate) -> bool:
-    """A probe's wrong secret is the right one and something more."""
-    given = head.headers.get("authorization", "").encode("latin-1")
-    return bool(gate.probe) and given.startswith(b"Bearer " + gate.probe)
-
-
-def check_request(head: Head, gate: Gate) -> None:
-    """ProtocolError when a request is not for this endpoint, or not from who may use it."""
-    method, target, version = head.first
-    headers = head.headers
-    if version != "HTTP/1.1":
-        raise ProtocolError("HTTP/1.1 is spoken here", 505)
-    if host_name(headers.get("host", "")) not in gate.hosts:
-        raise ProtocolError("Host is not a name of this proxy", 403)
-    if "origin" in headers:
-        scheme, _, authority = headers["origin"].partition("://")
-        if scheme not in ("http", "https") or host_name(authority) not in gate.hosts:
-            raise ProtocolError("requests from other origins are refused", 403)
-    is_git = target.startswith(GIT)
-    if target not in PATHS and not is_git:
-        raise ProtocolError("the endpoint is /mcp", 404)
-    # Bytes of any value: compare_digest takes no non-ASCII str.
-    given = headers.get("authorization", "").encode("latin-1")
-    known = [b"Bearer " + secret for secret in (gate.secret, gate.probe) if secret]
-    if gate.secret and not any(hmac.compare_digest(given, secret) for secret in known):
-        raise ProtocolError("the proxy's secret is missing or wrong (Authorization)", 403)
-    if method not in (("GET", "POST") if is_git else ("POST", "DELETE")):
-        raise ProtocolError(f"the method {quoted(method)} is not served", 405)
-    content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if method == "POST" and not is_git and content_type != "application/json":
-        raise ProtocolError("Content-Type must be application/json", 415)
-    if not VISIBLE(headers.get("mcp-session-id", "")):
-        raise ProtocolError("Mcp-Session-Id is malformed")
+    def check(self, head: Head) -> None:
+        """ProtocolError when a request is not for this endpoint, or not from who may use it."""
+        method, target, version = head.first
+        headers = head.headers
+        if version != "HTTP/1.1":
+            raise ProtocolError("HTTP/1.1 is spoken here", 505)
+        if host_name(headers.get("host", "")) not in self.hosts:
+            raise ProtocolError("Host is not a name of this proxy", 403)
+        if "origin" in headers:
+            scheme, _, authority = headers["origin"].partition("://")
+            if scheme not in ("http", "https") or host_name(authority) not in self.hosts:
+                raise ProtocolError("requests from other origins are refused", 403)
+        is_git = target.startswith(GIT)
+        if target not in PATHS and not is_git:
+            raise ProtocolError("the endpoint is /mcp", 404)
+        # Bytes of any value: compare_digest takes no non-ASCII str.
+        given = headers.get("authorization", "").encode("latin-1")
+        known = [b"Bearer " + secret for secret in (self.secret, self.probe) if secret]
+        if self.secret and not any(hmac.compare_digest(given, secret) for secret in known):
+            raise ProtocolError("the proxy's secret is missing or wrong (Authorization)", 403)
+        if method not in (("GET", "POST") if is_git else ("POST", "DELETE")):
+            raise ProtocolError(f"the method {quoted(method)} is not served", 405)
+        content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if method == "POST" and not is_git and content_type != "application/json":
+            raise ProtocolError("Content-Type must be application/json", 415)
+        if not VISIBLE(headers.get("mcp-session-id", "")):
+            raise ProtocolError("Mcp-Session-Id is malformed")
 
 
 # --- pure: mirrored headers (2026-07-28) ---
@@ -1862,7 +1891,7 @@ def decode_header(value: str) -> str:
         raise ProtocolError("a mirrored header is not base64", code=HEADER_MISMATCH) from error
 
 
-def version_headers(headers: Mapping[str, str], message: Object) -> Object:
+def version_headers_of(headers: Mapping[str, str], message: Object) -> Object:
     """The header that says an older request's version. A newer one's headers must say what its
     body says, or two readers see two messages."""
     if not is_modern(message):
@@ -1898,60 +1927,29 @@ def mirrored_headers(message: Object) -> Object:
     return made
 
 
-# --- pure: secrets in text ---
-
-# What GitHub's tokens look like, and the parameters of URLs that carry their own permission, from
-# the first one on (6 ends \u0026). Strangers write what is searched here: each of the patterns
-# takes time in proportion to the text, so none looks back, and none ends in what may not follow.
-TOKENS = re.compile(rb"g(?:h[pousr]_|hs-|ithub_pat_)[A-Za-z0-9._-]{30,}")
-URL = re.compile(rb"://(?:[^\s\"\\<>']|\\+u0026)+")
-SIGNED = re.compile(
-    rb"([?&6])(?:token|sig|signature|jwt|x-amz-[a-z-]{1,40})=[A-Za-z0-9%._~+/=-]{20}[^)]*",
-    re.IGNORECASE,
-)
-# Files are read, changed and written back: what only looks like a secret has to stay as it is.
-IN_A_WORD = re.compile(rb"[A-Za-z0-9](?<!\\[nrtbf])(?<!\\u[0-9a-fA-F]{4})$")
-
-
-def blank(size: int) -> bytes:
-    return b"[redacted]".ljust(size, b"*")
-
-
-def redact(data: Bytes, *tokens: bytes) -> Bytes:
-    """`data`, as long as it was, without the tokens given, what looks like one, and signed URLs."""
-
-    def token_like(match: re.Match[bytes]) -> bytes:
-        before = match.string[max(0, match.start() - 6) : match.start()]
-        return match[0] if IN_A_WORD.search(before) else blank(len(match[0]))
-
-    def unsigned(match: re.Match[bytes]) -> bytes:
-        return match[1] + blank(len(match[0]) - 1)
-
-    def address(match: re.Match[bytes]) -> bytes:
-        return SIGNED.sub(unsigned, match[0]) if b"=" in match[0] else match[0]
-
-    for token in tokens:
-        if len(token) >= 16 and token in data:
-            data = data.replace(token, blank(len(token)))
-    if TOKENS.search(data):
-        data = TOKENS.sub(token_like, data)
-    if b"=" in data:
-        data = URL.sub(address, data)
-    return data
-
-
-def quoted(value: Json) -> str:
-    """A value for an error text: JSON, printable, short, and without anything token-like."""
-    shown = json.dumps(value)[:1000]  # a token that begins in what is shown is whole enough
-    shown = redact(shown.encode("ascii")).decode("ascii")
-    return shown if len(shown) <= 80 else shown[:77] + "…"
-
-
 # --- pure: the list of tools, and what the agent is told ---
 
 
 # Before v0.32 the server matched JSON keys case-insensitively (CVE-2026-27896).
 OLDEST_SERVER = (0, 32)
+
+
+def checked_answer(bounds: Bounds, forward: Forward, message: Object) -> Object:
+    """The upstream's answer to `forward` as the VM gets it, the same object when nothing changes;
+    Refusal when it cannot be shown."""
+    result = message.get("result")
+    if not isinstance(result, dict):
+        return message
+    method = forward.message["method"]
+    if method == "tools/call":
+        shown = checked_result(bounds.scope, forward.check, result)
+    elif method == "tools/list":
+        shown = listed_tools(bounds.policy, result)
+    elif method in ("initialize", "server/discover"):
+        shown = introduction(bounds, result)
+    else:
+        shown = result
+    return message if shown is result else {**message, "result": shown}
 
 
 def listed_tools(policy: Policy, result: Object) -> Object:
@@ -2219,19 +2217,32 @@ class Audit:
         self.debug = debug
         self.receipt = Receipt()
 
-    def passed(self, deed: Deed) -> bool:
-        """Record that it is let pass; False when that cannot be: then it may not."""
-        if deed.method == "ping":
-            return True
-        if not self.write(deed.method, deed.tool, "forward", "", deed.target):
-            return False
-        if deed.write:
+    def about(self, message: Object) -> Object:
+        """What a call is about: numbers, names and paths; never text."""
+        return target_of(message)
+
+    def passed(self, method: str, tool: str, target: Object, write: bool = False) -> Deed | None:
+        """Record that it is let pass; None when that cannot be: then it may not."""
+        deed = Deed(method, tool, target, write)
+        if method == "ping":
+            return deed
+        if not self.write(method, tool, "forward", "", target):
+            return None
+        if write:
             self.receipt.writes += 1
-            what = summary(deed.method, deed.tool, deed.target)
-            deed.line = self.receipt.add("unknown", what)
-        elif deed.method in ("tools/call", "git"):
+            deed.line = self.receipt.add("unknown", summary(method, tool, target))
+        elif method in ("tools/call", "git"):
             self.receipt.reads += 1
-        return True
+        return deed
+
+    def answered(self, deed: Deed, message: Object) -> None:
+        """Record what the answer to a write says of it."""
+        verdict, url = outcome(message)
+        reason = "" if verdict == "done" else "GitHub's server answered with an error"
+        self.became(deed, verdict, reason, url)
+
+    def fault(self, error: Exception) -> None:
+        log(f"a fault of the proxy: {type(error).__name__}")  # no text: it may hold a value
 
     def became(self, deed: Deed, verdict: str, reason: str, url: str = "") -> None:
         """Record what became of it: done, failed, unknown, or its answer withheld."""
@@ -2266,10 +2277,7 @@ class Audit:
         }
         data = redact(dumps(line)) + b"\n"
         try:
-            written = os.write(self.fd, data)
-            if written < len(data):  # a disk that is full: half a line is none
-                os.ftruncate(self.fd, os.fstat(self.fd).st_size - written)
-            return written == len(data)
+            return append(self.fd, data)
         except OSError as error:
             log(f"cannot write the audit file: {error.strerror}")
             return False
@@ -2552,6 +2560,27 @@ class Client:
         allowed = ("Allow: POST, DELETE",) if error.status == 405 else ()
         self.answer(error.status, error_message(None, error.code, str(error)), *allowed)
 
+    def version_headers(self, message: Object) -> Object:
+        return version_headers_of(self.head.headers, message)
+
+    def refuse_message(self, message: Object, refuse: Refuse) -> None:
+        self.answer(*refusal_message(message, refuse))
+
+    def refusal(self, message: Object, refuse: Refuse) -> Object:
+        return refusal_message(message, refuse)[1]
+
+    def refuse_push(self, push: Push, refused: Mapping[str, str]) -> None:
+        kind = "application/x-git-receive-pack-result"
+        self.answer_bytes(200, push_report(push, refused), kind=kind)
+
+    def answer_error(self, status: int, forward: Forward, said: Bytes) -> None:
+        """The upstream's own error."""
+        self.answer(status, relayed_error(said, forward))
+
+    def shown(self, bounds: Bounds, forward: Forward, message: Object) -> Object:
+        """The answer as the VM gets it; Refusal when it cannot be shown."""
+        return checked_answer(bounds, forward, message)
+
     def start_stream(self, kind: str, *headers: str) -> None:
         self.is_streaming = True
         self.wire.write(self.begin(200, kind, *STREAM_HEADERS, *headers))
@@ -2596,7 +2625,7 @@ class Client:
 
 
 async def relay_git(
-    repository: Repository, client: Client, service: str, push: Push, deeds: Sequence[Deed]
+    repository: Repository, client: Client, service: str, push: Push, deeds: Sequence[Deed | None]
 ) -> None:
     """Pass a request on, and its answer; of neither more than a little is held."""
     assert repository.git
@@ -2627,8 +2656,8 @@ async def relay_git(
             client.chunk(data)
             await client.drain()
         became = pushed_refs(report, push)
-        for deed in deeds:
-            why = became.get(deed.target["ref"])
+        for deed in filter(None, deeds):
+            why = became.get(deed.target.get("ref", ""))
             if why is not None:
                 repository.audit.became(deed, "failed" if why else "done", why)
         client.end_stream()
@@ -2696,7 +2725,29 @@ class Exchange:
         if self.status >= 500:
             raise AnswerLost(f"it answered HTTP {self.status}")
 
-    async def next_message(self, client: Client | None = None) -> bytes:
+    async def next_message(
+        self, forward: Forward, client: Client | None = None
+    ) -> tuple[str, Json, bytes]:
+        """(what it is, the message, its bytes) of the next one of an answer.
+
+        It is an "answer", a "question" or a "note", or "" for what does not pass.
+        """
+        data = await self.next_data(client)
+        if not data:
+            raise AnswerLost("it ended without an answer to the request")
+        message = parse_answer(data)
+        kind = kind_of(message, forward)
+        self.is_answered = kind == "answer"
+        return kind, message, data
+
+    async def decline(self, question: Object, sent: Mapping[str, str]) -> None:
+        """What the upstream asks its client (to fill a form, to sample) is not passed."""
+        error = {"code": INVALID_REQUEST, "message": "declined by the proxy"}
+        said: Object = {"result": {}} if question["method"] == "ping" else {"error": error}
+        made = dumps({"jsonrpc": "2.0", "id": question["id"], **said})
+        (await self.upstream.send("POST", "", {**POSTED, **sent}, made, again=True)).release()
+
+    async def next_data(self, client: Client | None) -> bytes:
         """The next message of an answer, be it JSON or a stream of events; b"" after the last.
 
         Where it is large, a place is held until the next one is asked for, or this is released.
@@ -2795,6 +2846,19 @@ class Upstream:
         wire.patience = self.timeout
         return wire
 
+    async def relay(
+        self, client: Client, repository: Repository, service: str, push: Push,
+        deeds: Sequence[Deed | None],
+    ) -> None:  # fmt: skip
+        """Pass a request of git's on, and its answer."""
+        await relay_git(repository, client, service, push, deeds)
+
+    def post(self, forward: Forward, headers: Mapping[str, str]) -> Awaitable[Exchange]:
+        """Send a message: what is returned holds it, and nobody else need."""
+        body = dumps(forward.message)
+        sent = {**POSTED, **headers, **mirrored_headers(forward.message)}
+        return self.send("POST", "", sent, body, again=not forward.write)
+
     async def send(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes = b"", *,
         again: bool = False, upload: Callable[[Exchange], Awaitable[None]] | None = None,
@@ -2848,48 +2912,47 @@ def basic(token: str) -> str:
     return "Basic " + base64.b64encode(f"x-access-token:{token}".encode()).decode()
 
 
-def check_session(mcp: Mcp, session: str) -> None:
-    if session and session not in mcp.sessions:
-        raise ProtocolError("the session is not known here: initialize anew", 404, SESSION_GONE)
+class Sessions:
+    """Those that the upstream has begun, the oldest first."""
 
+    def __init__(self, upstream: Upstream, audit: Audit) -> None:
+        self.upstream = upstream
+        self.audit = audit
+        self.known: dict[str, None] = {}
 
-def begin_session(mcp: Mcp, forward: Forward, exchange: Exchange) -> tuple[str, ...]:
-    """The header for a session that the upstream has begun; the session is remembered."""
-    session = exchange.head.headers.get("mcp-session-id", "")
-    if not session or not VISIBLE(session) or forward.message["method"] != "initialize":
-        return ()
-    mcp.sessions[session] = None
-    if len(mcp.sessions) > MAX_SESSIONS:
-        del mcp.sessions[next(iter(mcp.sessions))]
-    return (f"Mcp-Session-Id: {session}",)
+    def check(self, session: str) -> None:
+        if session and session not in self.known:
+            reason = "the session is not known here: initialize anew"
+            raise ProtocolError(reason, 404, SESSION_GONE)
 
+    def begin(self, forward: Forward, exchange: Exchange) -> tuple[str, ...]:
+        """The header for a session that the upstream has begun; the session is remembered."""
+        session = exchange.head.headers.get("mcp-session-id", "")
+        if not session or not VISIBLE(session) or forward.message["method"] != "initialize":
+            return ()
+        self.known[session] = None
+        if len(self.known) > MAX_SESSIONS:
+            del self.known[next(iter(self.known))]
+        return (f"Mcp-Session-Id: {session}",)
 
-async def end_session(mcp: Mcp, client: Client, session: str) -> None:
-    """Tell the upstream that a session is over."""
-    check_session(mcp, session)
-    deed = Deed("DELETE", "", {})
-    if client.is_probe or not mcp.audit.passed(deed):
-        raise ProtocolError(UNRECORDED, 503, UPSTREAM_FAILED)
-    message: Object = {"method": "DELETE"}
-    headers = {"Mcp-Session-Id": session, **version_headers(client.head.headers, message)}
-    try:
-        exchange = await mcp.upstream.send("DELETE", "", headers, again=True)
-        exchange.release()
-        exchange.check_status()
-    except UpstreamError as error:
-        mcp.audit.became(deed, "failed", str(error))
-        return client.fail(Forward(message), f"GitHub's MCP server cannot be used: {error}")
-    mcp.sessions.pop(session, None)
-    allowed = ("Allow: POST",) if exchange.status == 405 else ()
-    return client.answer_bytes(exchange.status, b"", *allowed)
-
-
-async def decline(upstream: Upstream, question: Object, sent: Object) -> None:
-    """What the upstream asks its client (to fill a form, to sample, for roots) is not passed."""
-    error = {"code": INVALID_REQUEST, "message": "declined by the proxy"}
-    said: Object = {"result": {}} if question["method"] == "ping" else {"error": error}
-    made = dumps({"jsonrpc": "2.0", "id": question["id"], **said})
-    (await upstream.send("POST", "", sent, made, again=True)).release()
+    async def end(self, client: Client, session: str) -> None:
+        """Tell the upstream that a session is over."""
+        self.check(session)
+        deed = None if client.is_probe else self.audit.passed("DELETE", "", {})
+        if deed is None:
+            raise ProtocolError(UNRECORDED, 503, UPSTREAM_FAILED)
+        message: Object = {"method": "DELETE"}
+        headers = {"Mcp-Session-Id": session, **client.version_headers(message)}
+        try:
+            exchange = await self.upstream.send("DELETE", "", headers, again=True)
+            exchange.release()
+            exchange.check_status()
+        except UpstreamError as error:
+            self.audit.became(deed, "failed", str(error))
+            return client.fail(Forward(message), f"GitHub's MCP server cannot be used: {error}")
+        self.known.pop(session, None)
+        allowed = ("Allow: POST",) if exchange.status == 405 else ()
+        return client.answer_bytes(exchange.status, b"", *allowed)
 
 
 TOKEN_TEXT = re.compile("[!-~]{1,4096}").fullmatch
@@ -2935,11 +2998,24 @@ class Turn(asyncio.Lock):
     waiting = 0  # those who have the turn, or wait for it
 
 
-async def ask_user(repository: Repository, question: Object) -> str:
+class Questions:
+    """What is asked of others before something is let pass."""
+
+    def __init__(self) -> None:
+        self.turn = Turn()
+
+    async def ask_user(self, repository: Repository, question: Object) -> str:
+        return await asked_user(repository, question)
+
+    async def learn(self, repository: Repository) -> None:
+        await learnt(repository)
+
+
+async def asked_user(repository: Repository, question: Object) -> str:
     """Why the host's user does not allow a write; "" when they do."""
     env = {key: value for key, value in os.environ.items() if not SECRET_NAME.search(key)}
     asked = dumps({"repository": str(repository.scope), **question})
-    turn = repository.turn
+    turn = repository.questions.turn
     if turn.waiting >= MAX_PLACES:
         return "too many writes wait for the host's user: write one after the other"
     turn.waiting += 1
@@ -2958,7 +3034,7 @@ async def ask_user(repository: Repository, question: Object) -> str:
     return said.strip()[:300] or "the host's user did not allow it"
 
 
-async def learn(repository: Repository) -> None:
+async def learnt(repository: Repository) -> None:
     """Ask GitHub's search, which does not find every repository and may be behind, and git.
 
     The default branch is what either says.
@@ -3004,13 +3080,11 @@ async def own_request(
     exchange = await upstream.send("POST", "", {**POSTED, **headers}, dumps(message), again=True)
     try:
         exchange.check_status()
-        while data := await exchange.next_message():
-            found = parse_answer(data)
-            if kind_of(found, Forward(message)) == "answer":
-                exchange.is_answered = True
+        while True:
+            kind, found, _ = await exchange.next_message(Forward(message))
+            if kind == "answer":
                 session = exchange.head.headers.get("mcp-session-id", "")
                 return found["result"], session if VISIBLE(session) else ""
-        raise AnswerLost("it ended without an answer to the request")
     finally:
         exchange.release()
 
@@ -3148,7 +3222,7 @@ def env_token(command: str) -> Token:
     value = os.environ.pop("GITHUB_MCP_TOKEN", "").strip()  # out of the children's environment
     if not value and not command:
         raise ProxyError("GITHUB_MCP_TOKEN is not set", "or give --token-command")
-    return Token("" if command else check_token(value), command)
+    return Token("" if command else check_token(value), command, parse_token_output)
 
 
 def env_secret(name: str) -> bytes:
@@ -3244,7 +3318,7 @@ def build_repository(options: argparse.Namespace) -> Repository:
     except OSError as error:
         reason = f"cannot write the audit file {options.audit}: {error.strerror}"
         raise ProxyError(reason) from None
-    return Repository(scope, policy, upstream, git, audit)
+    return Repository(scope, policy, upstream, git, audit, Questions())
 
 
 async def run_proxy(options: argparse.Namespace) -> int:
@@ -3275,13 +3349,16 @@ async def run_proxy(options: argparse.Namespace) -> int:
         if stopped.done():
             return conclude(repository.audit, options, stopped.result())
         fresh.result()
-    mcp, git = Mcp(repository), Git(repository)
+    mcp = Mcp(repository, Sessions(repository.upstream, repository.audit))
+    git = Git(repository)
     clients: set[Wire] = set()
     address, port = options.listen
     gate.hosts.add(f"[{address}]" if ":" in address else address)
     try:
         server = await listen(
-            address, port, lambda: Wire(clients, lambda wire: serve_client(mcp, git, gate, wire))
+            address,
+            port,
+            lambda: Wire(clients, lambda wire: serve_client(mcp, git, gate, Client(wire))),
         )
     except OSError as error:
         raise ProxyError(f"cannot listen on {address}:{port}: {error.strerror}", status=1) from None

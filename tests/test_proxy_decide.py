@@ -1025,7 +1025,7 @@ class AnswerTest(unittest.TestCase):
             verdict = proxy.decide(SCOPE, POLICY, message)
             assert isinstance(verdict, Forward)
             self.assertEqual(verdict.check, check, message)
-            self.assertEqual(proxy.without_arguments(verdict).check, check)
+            self.assertEqual(verdict.without_arguments().check, check)
         labels = call("issue_read", method="get_labels", issue_number=1)
         self.assertIsInstance(proxy.decide(SCOPE, POLICY, labels), Refuse)
 
@@ -1449,7 +1449,7 @@ class MirrorTest(unittest.TestCase):
             (self.headers(owner="=?base64?Z29vZA==?="), self.message(owner="good")),
             (self.headers(), self.message(owner="good")),
         ):
-            self.assertEqual(proxy.version_headers(headers, message), {})
+            self.assertEqual(proxy.version_headers_of(headers, message), {})
 
     def test_headers_that_differ(self) -> None:
         for headers, message in (
@@ -1462,7 +1462,7 @@ class MirrorTest(unittest.TestCase):
             (self.headers(owner="=?base64?!!?="), self.message(owner="good")),
         ):
             with self.subTest(headers), self.assertRaises(proxy.ProtocolError) as caught:
-                proxy.version_headers(headers, message)
+                proxy.version_headers_of(headers, message)
             self.assertEqual(caught.exception.code, -32020)
 
     def test_headers_are_made_from_what_is_sent(self) -> None:

@@ -22,7 +22,7 @@ def checked_answer(bounds: Any, forward: Any, message: proxy.Object) -> proxy.Ob
     return message
 
 
-def version_headers(headers: Mapping[str, str], message: proxy.Object) -> dict[str, str]:
+def version_headers_of(headers: Mapping[str, str], message: proxy.Object) -> dict[str, str]:
     names = [name for name in headers if name.startswith("mcp-") and name != "mcp-session-id"]
     return {name: headers[name] for name in names}
 
@@ -36,7 +36,7 @@ def kind_of(message: Any, forward: Any) -> str:
 vars(proxy).update(
     decide=decide,
     checked_answer=checked_answer,
-    version_headers=version_headers,
+    version_headers_of=version_headers_of,
     mirrored_headers=lambda message: {},
     kind_of=kind_of,
 )
