@@ -282,59 +282,12 @@ def as_object(value: Json) -> Object:
     return value if isinstance(value, dict) else {}
 
 
-# --- pure: secrets in text ---
-
-# What GitHub's tokens look like, and the parameters of URLs that carry their own permission, from
-# the first one on (6 ends \u0026). Strangers write what is searched here: each of the patterns
-# takes time in proportion to the text, so none looks back, and none ends in what may not follow.
-TOKENS = re.compile(rb"g(?:h[pousr]_|hs-|ithub_pat_)[A-Za-z0-9._-]{30,}")
-URL = re.compile(rb"://(?:[^\s\"\\<>']|\\+u0026)+")
-SIGNED = re.compile(
-    rb"([?&6])(?:token|sig|signature|jwt|x-amz-[a-z-]{1,40})=[A-Za-z0-9%._~+/=-]{20}[^)]*",
-    re.IGNORECASE,
-)
-# Files are read, changed and written back: what only looks like a secret has to stay as it is.
-IN_A_WORD = re.compile(rb"[A-Za-z0-9](?<!\\[nrtbf])(?<!\\u[0-9a-fA-F]{4})$")
-
-
-def blank(size: int) -> bytes:
-    return b"[redacted]".ljust(size, b"*")
-
-
-def redact(data: Bytes, *tokens: bytes) -> Bytes:
-    """`data`, as long as it was, without the tokens given, what looks like one, and signed URLs."""
-
-    def token_like(match: re.Match[bytes]) -> bytes:
-        before = match.string[max(0, match.start() - 6) : match.start()]
-        return match[0] if IN_A_WORD.search(before) else blank(len(match[0]))
-
-    def unsigned(match: re.Match[bytes]) -> bytes:
-        return match[1] + blank(len(match[0]) - 1)
-
-    def address(match: re.Match[bytes]) -> bytes:
-        return SIGNED.sub(unsigned, match[0]) if b"=" in match[0] else match[0]
-
-    for token in tokens:
-        if len(token) >= 16 and token in data:
-            data = data.replace(token, blank(len(token)))
-    if TOKENS.search(data):
-        data = TOKENS.sub(token_like, data)
-    if b"=" in data:
-        data = URL.sub(address, data)
-    return data
-
-
-def quoted(value: Json) -> str:
-    """A value for an error text: JSON, printable, short, and without anything token-like."""
-    shown = json.dumps(value)[:1000]  # a token that begins in what is shown is whole enough
-    shown = redact(shown.encode("ascii")).decode("ascii")
-    return shown if len(shown) <= 80 else shown[:77] + "…"
-
-
 # --- pure: rules for single values ---
 
 # Controls, formats (zero width, direction), surrogates, private, unassigned, line ends.
 UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+# What GitHub's tokens look like.
+TOKEN_LIKE = re.compile(r"g(?:h[pousr]_|hs-|ithub_pat_)[A-Za-z0-9._-]{30,}")
 DIGITS = re.compile("[0-9]{1,16}", re.ASCII).fullmatch
 GLOB_PARTS = re.compile(r"(\*\*/?|\*|\?)")
 # What git check-ref-format forbids, and what would be more than a path segment in a URL:
@@ -349,6 +302,12 @@ OTHER_BRANCH = "write to a branch other than the default one and open a pull req
 FILE_FORBIDDEN = re.compile(r"[\\?#%]|\.\.;")
 FILE = "a path inside the repository, without . and .. segments, controls, \\ ? # %"
 HEAD_FILTER = r"([A-Za-z0-9_-]{1,39}:)?(?!.*\.\.)[\w./+@-]{1,255}"
+
+
+def quoted(value: Json) -> str:
+    """A value for an error text: JSON, printable, short, and without anything token-like."""
+    shown = TOKEN_LIKE.sub("[redacted]", json.dumps(value)[:1000])
+    return shown if len(shown) <= 80 else shown[:77] + "…"
 
 
 class Rule(NamedTuple):
@@ -1369,9 +1328,6 @@ class Token:
         if value != self.value:
             self.earlier, self.value = self.value, value
 
-    def hide(self, data: bytes) -> Bytes:
-        return redact(data, self.value.encode(), self.earlier.encode())
-
 
 # --- the story: what both kinds of request share ---
 
@@ -1492,7 +1448,7 @@ class Mcp:
         self, client: Client, exchange: Exchange, forward: Forward, deed: Deed, sent: Object
     ) -> None:
         """Give the upstream's answer to the client, checked; what comes before it as it comes."""
-        hide = self.upstream.token.hide
+        hide = self.upstream.hide
         exchange.check_status()
         headers = self.sessions.begin(forward, exchange)
         if exchange.status >= 300:
@@ -1925,6 +1881,48 @@ def mirrored_headers(message: Object) -> Object:
         if key in arguments:
             made[f"Mcp-Param-{key}"] = arguments[key]
     return made
+
+
+# --- pure: secrets in text ---
+
+# What GitHub's tokens look like, and the parameters of URLs that carry their own permission, from
+# the first one on (6 ends \u0026). Strangers write what is searched here: each of the patterns
+# takes time in proportion to the text, so none looks back, and none ends in what may not follow.
+TOKENS = re.compile(TOKEN_LIKE.pattern.encode())
+URL = re.compile(rb"://(?:[^\s\"\\<>']|\\+u0026)+")
+SIGNED = re.compile(
+    rb"([?&6])(?:token|sig|signature|jwt|x-amz-[a-z-]{1,40})=[A-Za-z0-9%._~+/=-]{20}[^)]*",
+    re.IGNORECASE,
+)
+# Files are read, changed and written back: what only looks like a secret has to stay as it is.
+IN_A_WORD = re.compile(rb"[A-Za-z0-9](?<!\\[nrtbf])(?<!\\u[0-9a-fA-F]{4})$")
+
+
+def blank(size: int) -> bytes:
+    return b"[redacted]".ljust(size, b"*")
+
+
+def redact(data: Bytes, *tokens: bytes) -> Bytes:
+    """`data`, as long as it was, without the tokens given, what looks like one, and signed URLs."""
+
+    def token_like(match: re.Match[bytes]) -> bytes:
+        before = match.string[max(0, match.start() - 6) : match.start()]
+        return match[0] if IN_A_WORD.search(before) else blank(len(match[0]))
+
+    def unsigned(match: re.Match[bytes]) -> bytes:
+        return match[1] + blank(len(match[0]) - 1)
+
+    def address(match: re.Match[bytes]) -> bytes:
+        return SIGNED.sub(unsigned, match[0]) if b"=" in match[0] else match[0]
+
+    for token in tokens:
+        if len(token) >= 16 and token in data:
+            data = data.replace(token, blank(len(token)))
+    if TOKENS.search(data):
+        data = TOKENS.sub(token_like, data)
+    if b"=" in data:
+        data = URL.sub(address, data)
+    return data
 
 
 # --- pure: the list of tools, and what the agent is told ---
@@ -2845,6 +2843,10 @@ class Upstream:
             raise UpstreamError(reason) from None
         wire.patience = self.timeout
         return wire
+
+    def hide(self, data: bytes) -> Bytes:
+        """What came, without tokens and signed URLs."""
+        return redact(data, self.token.value.encode(), self.token.earlier.encode())
 
     async def relay(
         self, client: Client, repository: Repository, service: str, push: Push,
