@@ -2622,47 +2622,6 @@ class Client:
         self.wire.transport.close()
 
 
-async def relay_git(
-    repository: Repository, client: Client, service: str, push: Push, deeds: Sequence[Deed | None]
-) -> None:
-    """Pass a request on, and its answer; of neither more than a little is held."""
-    assert repository.git
-    path = f"/{repository.scope}.git/"
-    path += f"info/refs?service={service}" if client.head.first[0] == "GET" else service
-    method, headers = client.head.first[0], git_headers(client.head, service)
-
-    async def upload(exchange: Exchange) -> None:
-        await pass_on(push.begun, client.body, exchange.wire, bool(headers["Transfer-Encoding"]))
-
-    exchange = await repository.git.send(
-        method, path, headers, upload=upload if method == "POST" else None
-    )
-    try:
-        exchange.check_status()
-        if exchange.status != 200:
-            hint = ", is it there?" if exchange.status == 404 else ""
-            raise UpstreamError(f"HTTP {exchange.status}{hint}")
-        kind = exchange.head.headers.get("content-type", "").partition(";")[0]
-        if not kind.startswith(f"application/x-{service}-"):
-            raise UpstreamError("its answer is not git's")
-        client.start_stream(kind)
-        exchange.body.limit = MAX_PACK
-        report = bytearray()  # the beginning of what became of a push
-        while data := await exchange.body.take():
-            if len(report) < MAX_REPORT:
-                report += data
-            client.chunk(data)
-            await client.drain()
-        became = pushed_refs(report, push)
-        for deed in filter(None, deeds):
-            why = became.get(deed.target.get("ref", ""))
-            if why is not None:
-                repository.audit.became(deed, "failed" if why else "done", why)
-        client.end_stream()
-    finally:
-        exchange.release()
-
-
 async def pass_on(begun: bytes, body: Body, wire: Wire, chunked: bool) -> None:
     """Send a request's body on, until it ends or the upstream has answered."""
     data = begun or await body.take()
@@ -2852,8 +2811,44 @@ class Upstream:
         self, client: Client, repository: Repository, service: str, push: Push,
         deeds: Sequence[Deed | None],
     ) -> None:  # fmt: skip
-        """Pass a request of git's on, and its answer."""
-        await relay_git(repository, client, service, push, deeds)
+        """Pass a request on, and its answer; of neither more than a little is held."""
+        path = f"/{repository.scope}.git/"
+        path += f"info/refs?service={service}" if client.head.first[0] == "GET" else service
+        method, headers = client.head.first[0], git_headers(client.head, service)
+
+        async def upload(exchange: Exchange) -> None:
+            await pass_on(
+                push.begun, client.body, exchange.wire, bool(headers["Transfer-Encoding"])
+            )
+
+        is_get = method == "GET"
+        exchange = await self.send(
+            method, path, headers, again=is_get, upload=None if is_get else upload
+        )
+        try:
+            exchange.check_status()
+            if exchange.status != 200:
+                hint = ", is it there?" if exchange.status == 404 else ""
+                raise UpstreamError(f"HTTP {exchange.status}{hint}")
+            kind = exchange.head.headers.get("content-type", "").partition(";")[0]
+            if not kind.startswith(f"application/x-{service}-"):
+                raise UpstreamError("its answer is not git's")
+            client.start_stream(kind)
+            exchange.body.limit = MAX_PACK
+            report = bytearray()  # the beginning of what became of a push
+            while data := await exchange.body.take():
+                if len(report) < MAX_REPORT:
+                    report += data
+                client.chunk(data)
+                await client.drain()
+            became = pushed_refs(report, push)
+            for deed in filter(None, deeds):
+                why = became.get(deed.target.get("ref", ""))
+                if why is not None:
+                    repository.audit.became(deed, "failed" if why else "done", why)
+            client.end_stream()
+        finally:
+            exchange.release()
 
     def post(self, forward: Forward, headers: Mapping[str, str]) -> Awaitable[Exchange]:
         """Send a message: what is returned holds it, and nobody else need."""
@@ -3007,55 +3002,47 @@ class Questions:
         self.turn = Turn()
 
     async def ask_user(self, repository: Repository, question: Object) -> str:
-        return await asked_user(repository, question)
+        """Why the host's user does not allow a write; "" when they do."""
+        env = {key: value for key, value in os.environ.items() if not SECRET_NAME.search(key)}
+        asked = dumps({"repository": str(repository.scope), **question})
+        turn = self.turn
+        if turn.waiting >= MAX_PLACES:
+            return "too many writes wait for the host's user: write one after the other"
+        turn.waiting += 1
+        try:
+            async with turn:
+                status, output = await start(
+                    repository.policy.approve, asked, APPROVE_SECONDS, cwd="/", env=env
+                )
+        finally:
+            turn.waiting -= 1
+        if status == 0:
+            return ""
+        if status is None:
+            return f"the host's user did not allow it within {APPROVE_SECONDS} s"
+        said = "".join(c if c.isprintable() else " " for c in output.decode(errors="replace"))
+        return said.strip()[:300] or "the host's user did not allow it"
 
     async def learn(self, repository: Repository) -> None:
-        await learnt(repository)
+        """Ask GitHub's search, which does not find every repository and may be behind, and git.
 
-
-async def asked_user(repository: Repository, question: Object) -> str:
-    """Why the host's user does not allow a write; "" when they do."""
-    env = {key: value for key, value in os.environ.items() if not SECRET_NAME.search(key)}
-    asked = dumps({"repository": str(repository.scope), **question})
-    turn = repository.questions.turn
-    if turn.waiting >= MAX_PLACES:
-        return "too many writes wait for the host's user: write one after the other"
-    turn.waiting += 1
-    try:
-        async with turn:
-            status, output = await start(
-                repository.policy.approve, asked, APPROVE_SECONDS, cwd="/", env=env
-            )
-    finally:
-        turn.waiting -= 1
-    if status == 0:
-        return ""
-    if status is None:
-        return f"the host's user did not allow it within {APPROVE_SECONDS} s"
-    said = "".join(c if c.isprintable() else " " for c in output.decode(errors="replace"))
-    return said.strip()[:300] or "the host's user did not allow it"
-
-
-async def learnt(repository: Repository) -> None:
-    """Ask GitHub's search, which does not find every repository and may be behind, and git.
-
-    The default branch is what either says.
-    """
-    names = set()
-    for ask in (ask_search, ask_git):
-        try:
-            found, default_branch = await ask(repository)
-        except UpstreamError as error:
-            log(f"{repository.upstream.address.name}: {error}")
-            continue
-        except Exception:  # whatever the upstream made of its answer: then it is not known
-            continue
-        if found:
-            repository.moved = bool(repository.id and repository.id != found)
-            repository.id = repository.id or found
-        if default_branch and is_plain(default_branch, 255):
-            names.add(default_branch)
-    repository.defaults = frozenset(names) or repository.defaults
+        The default branch is what either says.
+        """
+        names = set()
+        for ask in (ask_search, ask_git):
+            try:
+                found, default_branch = await ask(repository)
+            except UpstreamError as error:
+                log(f"{repository.upstream.address.name}: {error}")
+                continue
+            except Exception:  # whatever the upstream made of its answer: then it is not known
+                continue
+            if found:
+                repository.moved = bool(repository.id and repository.id != found)
+                repository.id = repository.id or found
+            if default_branch and is_plain(default_branch, 255):
+                names.add(default_branch)
+        repository.defaults = frozenset(names) or repository.defaults
 
 
 async def ask_search(repository: Repository) -> tuple[int, str]:

@@ -506,6 +506,13 @@ class GitTest(unittest.TestCase):
         )
         self.assertIn("main is the default branch", lines[1]["reason"])
 
+    def test_a_connection_that_github_has_closed_meanwhile(self) -> None:
+        """What was kept open for the next request may be gone by then: that is asked anew."""
+        for _ in range(3):
+            self.git("ls-remote", self.url)
+            self.server.drop_connections()
+        self.clone()
+
     def test_a_probe_of_git_is_judged_and_not_passed_on(self) -> None:
         probe = "the-probe-of-this-run-0123456789"
         running = self.start("--exit-with-stdin", GITHUB_MCP_PROBE_SECRET=probe)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
+import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from http.server import ThreadingHTTPServer
+from typing import Any
 from typing import NamedTuple
 
 
@@ -29,6 +32,7 @@ class GitServer(ThreadingHTTPServer):
         self.url = f"http://localhost:{self.server_port}"
         self.root = root
         self.right_token = token
+        self.open: list[socket.socket] = []
         self.reset()
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -39,6 +43,16 @@ class GitServer(ThreadingHTTPServer):
         self.cut = False  # the connection, in place of an answer to a push
         self.redirect = ""  # where every request is sent instead
         self.delay = 0.0  # seconds from a request to its answer
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.open.append(request)
+        super().process_request(request, client_address)
+
+    def drop_connections(self) -> None:
+        """Close what is open, as a server does after a while."""
+        while self.open:
+            with contextlib.suppress(OSError):
+                self.open.pop().shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, *_: object) -> None:
         """A client that has gone is no error here."""
