@@ -463,7 +463,7 @@ def guest_git_config(github: GitHub) -> str:
 # What must be refused is seen to be refused, from inside the guest, before the agent starts.
 PROBE = r"""
 cd ~/.agent-vm
-printf 'Authorization: Bearer not-the-secret-of-this-proxy-0000000' > wrong-header
+sed 's/$/-not/' probe-header > wrong-header
 call() {  # TOOL ARGUMENTS-AS-JSON
   echo '{"jsonrpc": "2.0", "id": 1, "method": "tools/call",' \
     '"params": {"name": "'"$1"'", "arguments": '"$2"'}}'
@@ -502,7 +502,7 @@ def github_probe(github: GitHub) -> str:
         "is_readonly": "yes" if github.readonly else "",
     }
     header = pipe("cat > ~/.agent-vm/probe-header", f"Authorization: Bearer {github.probe_secret}")
-    return f"{exports(facts)}{header}\n{PROBE}"
+    return f"umask 077\n{exports(facts)}{header}\n{PROBE}"
 
 
 def receipt_lines(receipt: Sequence[Mapping[str, Any]]) -> list[str]:

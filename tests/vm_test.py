@@ -264,7 +264,8 @@ class VMTest(unittest.TestCase):
         project = self.project()
         process = self.start("shell", "--", "bash", "-c", "touch up; sleep 600", cwd=project)
         name = self.started_clone(process)
-        wait_for((project / "up").exists, 900, "the agent runs")
+        wait_for(lambda: (project / "up").exists() or process.poll() is not None, 900, "the agent")
+        self.assertTrue((project / "up").exists())
         live = self.agent_vm("gc")
         self.assertEqual((live.stdout, self.clones()), ("", [name]))
         process.kill()
@@ -280,7 +281,8 @@ class VMTest(unittest.TestCase):
         script = "dd if=/dev/zero of=zeros bs=1M count=32 status=none; touch up; sleep 600"
         with self.start("shell", "--", "bash", "-c", script, cwd=project) as process:
             self.started_clone(process)
-            wait_for((project / "up").exists, 900, "the agent runs")
+            wait_for(lambda: (project / "up").exists() or process.poll() is not None, 900, "the agent")
+        self.assertTrue((project / "up").exists())
             process.terminate()
             process.communicate()
         self.assertEqual(process.returncode, 143)
@@ -353,7 +355,7 @@ class VMTest(unittest.TestCase):
         self.assertEqual((process.returncode, found.stdout), (0, ""), err)
         for words in (
             "cloned by https", "cloned by ssh", "fetched", "pushed", "main is refused",
-            "remote: refused: refs/heads/main: must be a branch other than the default one",
+            "remote: refused: refs/heads/main: main is the default branch",
             "tags are refused", "no evil/secret.git", "no good/r.wiki.git", "no submodule",
             "no good/r.git/../../evil/secret.git", "only good/r is served here", "Connected",
         ):  # fmt: skip
