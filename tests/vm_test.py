@@ -192,6 +192,13 @@ class VMTest(unittest.TestCase):
             wait_for(lambda: bool(self.clones()) or process.poll() is not None, 60, "a clone")
         return self.clones()[0]
 
+    def wait_until_up(self, process: subprocess.Popen[str], project: Path) -> None:
+        """Until the agent has made a file `up`; a run that ended before it shows why."""
+        up = project / "up"
+        wait_for(lambda: up.exists() or process.poll() is not None, 900, "the agent runs")
+        if not up.exists():
+            raise AssertionError(process.communicate()[1])
+
     def test_a_whole_turn_of_claude_code_and_then_continue_it(self) -> None:
         project = self.project(AWKWARD)
         log = self.root / "model.log"
@@ -264,8 +271,7 @@ class VMTest(unittest.TestCase):
         project = self.project()
         process = self.start("shell", "--", "bash", "-c", "touch up; sleep 600", cwd=project)
         name = self.started_clone(process)
-        wait_for(lambda: (project / "up").exists() or process.poll() is not None, 900, "the agent")
-        self.assertTrue((project / "up").exists())
+        self.wait_until_up(process, project)
         live = self.agent_vm("gc")
         self.assertEqual((live.stdout, self.clones()), ("", [name]))
         process.kill()
@@ -281,8 +287,7 @@ class VMTest(unittest.TestCase):
         script = "dd if=/dev/zero of=zeros bs=1M count=32 status=none; touch up; sleep 600"
         with self.start("shell", "--", "bash", "-c", script, cwd=project) as process:
             self.started_clone(process)
-            wait_for(lambda: (project / "up").exists() or process.poll() is not None, 900, "the agent")
-        self.assertTrue((project / "up").exists())
+            self.wait_until_up(process, project)
             process.terminate()
             process.communicate()
         self.assertEqual(process.returncode, 143)
