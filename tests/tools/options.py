@@ -46,12 +46,13 @@ def rows(parser: argparse.ArgumentParser) -> Iterator[str]:
         if action.dest in ("help", "version") or isinstance(action, argparse._SubParsersAction):
             continue
         flags = [flag for flag in action.option_strings if not flag.startswith("--no-")]
-        name = ", ".join(flags) or action.metavar or action.dest
+        value = str(action.metavar or action.dest.upper())
+        name = ", ".join(flags) or value
         if action.choices:
             name = name if flags else "|".join(map(str, action.choices))
         takes_value = action.nargs != 0 and not isinstance(action, argparse.BooleanOptionalAction)
         if flags and takes_value:
-            name += f" {action.metavar or action.dest.upper()}"
+            name += f" {value}"
         if isinstance(action, argparse.BooleanOptionalAction):
             name += f", --no-{flags[0][2:]}"
         explained = (action.help or "").replace("%(default)s", str(action.default))
