@@ -65,9 +65,7 @@ SOCKET_NAME = "/ssh.sock.1234567890123456"
 CONFINED_MOUNT_TYPE = {"qemu": "9p", "vz": "virtiofs", "krunkit": "virtiofs"}
 
 # Of these the guest has its own, and of some the host's would hold its processes.
-SYSTEM_DIRS = (
-    "/bin /boot /dev /etc /home /lib /lib64 /opt /proc /root /run /sbin /sys /tmp /usr /var".split()
-)
+SYSTEM_DIRS = "/bin /dev /etc /home /lib /opt /proc /root /run /sbin /sys /tmp /usr /var".split()
 
 # What reading JSON of another form raises; RecursionError when it is nested very deep.
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
@@ -189,7 +187,7 @@ class Plan(NamedTuple):
     variables: Mapping[str, str] = {}
     credential: Credential | None = None
     hooks: Sequence[Path] = ()
-    git_identity: Mapping[str, str] = {}
+    git_settings: Mapping[str, str] = {}  # of the guest's user
     zone: str = ""  # like Europe/Berlin
     github: GitHub | None = None
     briefing: str = ""  # what the agent should know before it tries
@@ -418,19 +416,20 @@ def pipe(command: str, contents: str) -> str:
     return f"base64 -d <<'END' | {command}\n{base64.b64encode(data).decode()}\nEND"
 
 
-def claude_config(
-    project: str, credential: Credential | None, github: GitHub | None = None
-) -> dict[str, Any]:
+def claude_config(plan: Plan, github: GitHub | None = None) -> dict[str, Any]:
     """What ~/.claude.json must say so that no wizard or dialog appears (Claude Code 2.1).
 
     Trust in "/" covers what else is mounted, but not a directory with an entry of its own.
     """
+    credential = plan.credential
     trusted = {"hasTrustDialogAccepted": True}
     config: dict[str, Any] = {
         "hasCompletedOnboarding": True,
         "projects": {
             "/": trusted,
-            project: {**trusted, "hasClaudeMdExternalIncludesApproved": True},
+            # In a linked worktree the main checkout counts, where the repository lies.
+            **{os.path.dirname(mount.target): trusted for mount in plan.mounts},
+            plan.project: {**trusted, "hasClaudeMdExternalIncludesApproved": True},
         },
     }
     if credential and credential.name == "ANTHROPIC_API_KEY":
@@ -549,13 +548,13 @@ def prepare_script(plan: Plan, mounts: Sequence[Mount], github: GitHub | None = 
     """The script that makes a booted clone a place to work; it travels on stdin, never in argv."""
     credential = plan.credential
     zone_file = shlex.quote(f"/usr/share/zoneinfo/{plan.zone}")
-    config = claude_config(plan.project, credential, github)
+    config = claude_config(plan, github)
     parts = ["set -eu -o pipefail\nmkdir -p ~/.agent-vm ~/.claude/projects"]
     parts += [mount_line(mount, index) for index, mount in enumerate(mounts)]
     parts.append("umask 077")  # from here on: not for the folders on the way to a mount
     parts += [
         f"git config --global {key} {shlex.quote(value)}"
-        for key, value in plan.git_identity.items()
+        for key, value in plan.git_settings.items()
     ]
     if plan.zone:
         parts.append(f"[ ! -e {zone_file} ] || sudo ln -sf {zone_file} /etc/localtime")
@@ -1215,9 +1214,11 @@ def run_hook(guest: Guest, path: Path, mounted: bool, workdir: str = ".") -> Non
     steps += [
         f"cd {shlex.quote(workdir)}",
         "if [ -e ~/.agent-vm/env ]; then . ~/.agent-vm/env; fi",
-        f"exec bash -l {script} < /dev/null",
+        # To a file: what the hook leaves in the background would hold ssh's pipe open.
+        f"bash -l {script} < /dev/null > ~/.agent-vm/hook.log 2>&1",
     ]
-    finished = guest.run(" && ".join(steps), contents, timeout=3600)
+    command = f"{' && '.join(steps)}; status=$?; tail -n 99 ~/.agent-vm/hook.log; exit $status"
+    finished = guest.run(command, contents, timeout=3600)
     if log.verbose:
         sys.stderr.write(finished.out)
     if finished.status:
@@ -1518,7 +1519,7 @@ def config_values(path: Path) -> dict[str, str]:
 
 # --- opening: this host, its base instances, its garbage ---
 
-MIN_LIMA = (2, 0)  # `limactl clone --set`, and protect, as used here
+MIN_LIMA = (2, 2)  # before it, `limactl list` fails while another clone is made or deleted
 GIB = 1 << 30
 CLONE_SECONDS = 120  # until `limactl clone` has made a folder, on any host
 
@@ -1592,7 +1593,6 @@ def confirm(question: str, yes: bool = False) -> bool:
 
 
 def base_name(settings: Settings) -> str:
-    """What the user calls a base instance; its instances have a suffix each."""
     suffix = settings.get("name")
     return f"{BASE}-{suffix}" if suffix else BASE
 
@@ -1680,6 +1680,8 @@ PASSED_ENV = re.compile(
     "|ANTHROPIC_BASE_URL|ANTHROPIC_MODEL|ANTHROPIC_SMALL_FAST_MODEL"
 )
 PROJECT_HOOK = ".claude-vm.runtime.sh"
+# Inodes differ on the two sides of a mount: git would hash every file anew at each crossing.
+GIT_SETTINGS = {"core.checkStat": "minimal", "core.trustctime": "false"}
 
 
 def find_credential(host: Host) -> Credential | None:
@@ -2152,7 +2154,7 @@ def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int
         variables=variables,
         credential=credential,
         hooks=hooks,
-        git_identity={key: value for key, value in identity.items() if value},
+        git_settings={**GIT_SETTINGS, **{key: value for key, value in identity.items() if value}},
         zone=zone if re.fullmatch(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*", zone) else "",
         github=github,
         briefing=GITHUB_BRIEFING.format(repo=github.repo) if github else "",
@@ -2286,9 +2288,12 @@ def cmd_auth(args: argparse.Namespace) -> int:
     if args.action == "set":
         if os.isatty(0):
             import getpass
+            import select
 
             with contextlib.suppress(EOFError):
                 given = getpass.getpass("token of `claude setup-token`, or API key (not shown): ")
+                while select.select([0], [], [], 0.2)[0]:
+                    given += "\n" + getpass.getpass("")
         else:
             given = sys.stdin.read(10_000)
         name, value = recognised_credential(given)
@@ -2307,7 +2312,11 @@ def cmd_auth(args: argparse.Namespace) -> int:
 
 def recognised_credential(words: str) -> tuple[str, str]:
     """The (variable, credential) in what `claude setup-token` prints, an export line, or a key."""
-    found = set(re.findall(r"(sk-ant-(?:oat|api))([\w-]{16,})", words, re.ASCII))
+    joined = ""
+    for line in words.splitlines():  # a terminal wraps what is longer than it is wide
+        goes_on = re.fullmatch(r"\s*[\w-]{8,}\s*", line, re.ASCII) and "sk-ant" not in line
+        joined += line.strip() if goes_on else f"\n{line.strip()}"
+    found = set(re.findall(r"(sk-ant-(?:oat|api))([\w-]{16,})", joined, re.ASCII))
     if len(found) != 1:
         hint = "run `claude setup-token` on any machine and paste the token that it prints"
         problem = "stdin holds neither an OAuth token (sk-ant-oat…) nor an API key (sk-ant-api…)"
@@ -2357,9 +2366,7 @@ def looks(host: Host, settings: Settings) -> dict[str, Callable[[], str]]:
         return f"{checked_lima_version(host.lima)} ({host.lima.binary})"
 
     def base_instance() -> str:
-        base = usable_base(host, base_name(settings))
-        days = (time.time() - changed(base.dir / "lima-version")) / 86400
-        return f"{base.name}, {days:.0f} days old; setup builds it anew"
+        return usable_base(host, base_name(settings)).name
 
     def leftovers() -> str:
         leases = {lease.name for lease in host.leases.all()}
@@ -2370,18 +2377,11 @@ def looks(host: Host, settings: Settings) -> dict[str, Callable[[], str]]:
             raise AgentVMError(f"{lease.name}: its run is gone", "agent-vm gc")
         return "none"
 
-    def credential() -> str:
-        found = find_credential(host)
-        if not found:
-            raise AgentVMError("none on this host", "claude setup-token, then agent-vm auth set")
-        return f"{found.name} from {found.origin}; it enters the guest"
-
     return {
         "host": ready_host,
         "lima": lima,
         "base instance": base_instance,
         "leftovers": leftovers,
-        "credential": credential,
     }
 
 
@@ -2606,7 +2606,7 @@ EMBEDDED: dict[str, str] = {
 # the host is mounted here; a clone mounts the project. Values come from `param`: limactl start
 # --set '.param.minimal = "true"' ...
 
-minimumLimaVersion: 2.0.0
+minimumLimaVersion: 2.2.0
 
 base: template:_images/debian-13
 

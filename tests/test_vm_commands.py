@@ -11,7 +11,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 import unittest
 from collections.abc import Sequence
 from pathlib import Path
@@ -180,6 +179,15 @@ class AuthTest(WorldTest):
         self.assertNotIn(TOKEN, terminal.seen)
         self.assertIn(TOKEN, self.credential().read_text())
 
+    def test_a_token_that_the_terminal_has_wrapped_is_stored_whole(self) -> None:
+        long = "sk-ant-oat01-" + "x1_-" * 24
+        terminal = self.box.terminal("auth", "set")
+        terminal.expect("not shown")
+        terminal.type(f"{long[:79]}\n{long[79:]}\n")
+        self.assertEqual(terminal.wait(), 0, terminal.seen)
+        self.assertEqual(self.credential().read_text(), f"CLAUDE_CODE_OAUTH_TOKEN={long}\n")
+        self.assertNotIn(long[79:], terminal.seen)
+
     def test_ctrl_c_at_the_question(self) -> None:
         terminal = self.box.terminal("auth", "set")
         terminal.expect("not shown")
@@ -270,11 +278,6 @@ class DoctorTest(WorldTest):
         (self.box.lima / BASE / "ha.pid").touch()
         self.assert_found("base instance", "fail", f"agent-vm stop {BASE}")
 
-    def test_a_base_instance_that_is_old(self) -> None:
-        month = time.time() - 40 * 86400
-        os.utime(self.box.lima / BASE / "lima-version", (month, month))
-        self.assert_found("base instance", "ok", "40 days", "setup")
-
     def test_leftovers(self) -> None:
         self.box.make_instance(CLONE)
         self.box.make_lease(CLONE)
@@ -294,10 +297,6 @@ class DoctorTest(WorldTest):
         self.assert_found("base instance", "fail", "limactl list", FAKE_LIMA_GARBAGE="list")
         (self.box.bin / "limactl").unlink()
         self.assert_found("lima", "fail", "not installed", "agent-vm setup")
-
-    def test_a_credential_that_others_can_read(self) -> None:
-        self.box.write(self.box.config / "credential", f"ANTHROPIC_API_KEY={TOKEN}\n", 0o644)
-        self.assert_found("credential", "warn", "read by others", "chmod 600")
 
     @unittest.skipUnless(platform.system() == "Linux", "QEMU is needed on Linux")
     def test_qemu_missing(self) -> None:

@@ -386,20 +386,28 @@ class LeaseTest(TableTest):
 
 
 class GuestTest(TableTest):
+    def plan(self, **fields: Any) -> Plan:
+        mounts = [mount("/p q", "/p q", True), mount("/main/.git", "/main/.git", True)]
+        return Plan(project="/p q", argv=["claude"], mounts=mounts, **fields)
+
     def prepare(self, **fields: Any) -> str:
-        mounts = [mount("/p q", "/p q", True)]
-        plan = Plan(project="/p q", argv=["claude"], mounts=mounts, **fields)
-        return agent_vm.prepare_script(plan, mounts)
+        plan = self.plan(**fields)
+        return agent_vm.prepare_script(plan, plan.mounts)
+
+    def test_the_main_checkout_of_a_worktree_is_trusted(self) -> None:
+        projects = agent_vm.claude_config(self.plan())["projects"]
+        for folder in ("/p q", "/main", "/"):
+            self.assertIs(projects[folder]["hasTrustDialogAccepted"], True, folder)
 
     def test_claude_asks_nothing(self) -> None:
-        config = agent_vm.claude_config("/p", None)
+        config = agent_vm.claude_config(self.plan())
         self.assertIs(config["hasCompletedOnboarding"], True)
         self.assertIs(config["projects"]["/"]["hasTrustDialogAccepted"], True)
         self.assertNotIn("customApiKeyResponses", config)
 
     def test_an_api_key_is_approved_by_its_end(self) -> None:
         key = Credential("ANTHROPIC_API_KEY", "sk-ant-api03-" + "x" * 30 + "y" * 20, "test")
-        config = agent_vm.claude_config("/p", key)
+        config = agent_vm.claude_config(self.plan(credential=key))
         self.assertEqual(config["customApiKeyResponses"]["approved"], ["y" * 20])
 
     def test_a_credential_does_not_show_itself(self) -> None:
@@ -407,7 +415,7 @@ class GuestTest(TableTest):
 
     def test_the_prepare_script_is_bash(self) -> None:
         awkward = {"user.name": "O'Neil; $(id)\n", "user.email": "a@b"}
-        script = self.prepare(git_identity=awkward, zone="UTC", variables={"A": "'\n"})
+        script = self.prepare(git_settings=awkward, zone="UTC", variables={"A": "'\n"})
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
     def test_variables_and_secrets_are_written_byte_for_byte(self) -> None:
@@ -502,9 +510,18 @@ class SettingTest(TableTest):
             (f"export CLAUDE_CODE_OAUTH_TOKEN={token}\n", oauth),
             (f"Your token:\n\n  {token}\n\nStore it. {token}\n", oauth),
             (f'"{key}"', ("ANTHROPIC_API_KEY", key)),
+            (f"{token[:20]}\n{token[20:32]}\r\n  {token[32:]}\n", oauth),  # wrapped by a terminal
+            (f"{token}\nStore it\n", oauth),
         ]
         self.check(agent_vm.recognised_credential, rows)
-        bad = ["", "password", "sk-ant-oat01-", f"{token} {key}", "sk-ant-xyz01-" + "x" * 30]
+        bad = [
+            "",
+            "password",
+            "sk-ant-oat01-",
+            f"{token} {key}",
+            f"{token}\n{key}",
+            "sk-ant-xyz01-" + "x" * 30,
+        ]
         self.refuse(agent_vm.recognised_credential, bad, AgentVMError)
 
 

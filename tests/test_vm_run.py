@@ -235,6 +235,10 @@ class OptionTest(WorldTest):
         config = self.config_of("--memory", "3", "--cpus", "2")
         self.assertEqual((config["memory"], config["cpus"]), (3, 2))
 
+    def test_git_does_not_hash_all_files_anew_in_the_guest(self) -> None:
+        script = "sh:git config core.checkStat; git config core.trustctime"
+        self.assertEqual(self.box.run("run", "--", script).out, "minimal\nfalse\n")
+
     def test_without_options_the_clone_is_as_large_as_the_base_instance(self) -> None:
         config = self.config_of()
         self.assertEqual((config["memory"], config["cpus"], config["disk"]), (4, 4, 20))
@@ -541,6 +545,11 @@ class HookTest(WorldTest):
         result = self.box.run("run", "--", "sh:echo agent >> order; ls ~/installed > /dev/null")
         self.assertEqual((result.status, result.out, result.err), (0, "", ""))
         self.assertEqual((self.box.project / "order").read_text(), "user\nproject\nagent\n")
+
+    def test_what_a_hook_leaves_in_the_background_holds_nothing_up(self) -> None:
+        self.box.write(self.box.project / ".claude-vm.runtime.sh", "sleep 600 & echo $! > pid")
+        result = self.box.run("run", "--", "sh:echo works")
+        self.assertEqual((result.status, result.out), (0, "works\n"), result.err)
 
     def test_hooks_see_the_passed_variables_and_not_our_stdin(self) -> None:
         self.hook('echo "$WHO" > who; cat > stdin')
