@@ -1578,9 +1578,8 @@ def checked_lima_version(lima: Lima) -> str:
     printed = lima.version().strip()[:80]
     match = re.search(r"(\d+)\.(\d+)(?:\.\d+)?", printed)
     if not match or (int(match[1]), int(match[2])) < MIN_LIMA:
-        oldest = ".".join(map(str, MIN_LIMA))
         problem = f"limactl {match[0] if match else repr(printed)} is too old"
-        raise AgentVMError(problem, hint=f"agent-vm needs Lima {oldest} or newer")
+        raise AgentVMError(problem, hint=f"agent-vm needs Lima {MIN_LIMA[0]}.{MIN_LIMA[1]}")
     return match[0]
 
 
@@ -1812,8 +1811,12 @@ def plan_github(
             raise AgentVMError(problem, hint=f"put it into {host.folders.config}")
     options = ["--policy", policy] if policy else []
     token = host.secrets.get(GITHUB_TOKEN, "")
+    here = Path(__file__).resolve().parent
+    for script in ("github_mcp_proxy.py", "github_app_token.py")[: 2 if profile else 1]:
+        if not (here / script).is_file():
+            raise AgentVMError(f"{script} is missing", hint=f"put it into {here}")
     if not token and profile:
-        command = [sys.executable, "-I", sibling_script("github_app_token.py"), "token"]
+        command = [sys.executable, "-I", str(here / "github_app_token.py"), "token"]
         command += ["--profile", profile, "--repo", repo, "--format", "json"]
         options += ["--token-command", shlex.join(command)]
     elif not token and settings.get("github") == "auto" and not named:
@@ -1822,7 +1825,6 @@ def plan_github(
     elif not token:
         hint = f"--github-profile NAME (see github_app_token.py --help), or set {GITHUB_TOKEN}"
         raise AgentVMError(f"there is no GitHub token for {repo}", hint)
-    sibling_script("github_mcp_proxy.py")
     environ = {"GITHUB_MCP_GIT": "https://github.com", **os.environ}
     environ["GITHUB_MCP_OWNER"], _, environ["GITHUB_MCP_REPO"] = repo.partition("/")
     if token:
@@ -1830,14 +1832,6 @@ def plan_github(
     if settings.chosen("readonly"):
         environ["GITHUB_MCP_READONLY"] = "1" if settings.get("readonly") else "0"
     return GitHub(repo=repo, remote=remote, environ=environ, options=options)
-
-
-def sibling_script(name: str) -> str:
-    """The path of another script of ours, which must lie beside this one."""
-    path = Path(__file__).resolve().parent / name
-    if not path.is_file():
-        raise AgentVMError(f"{name} is missing", hint=f"put it beside {Path(__file__).resolve()}")
-    return str(path)
 
 
 # --- setup: the base instance ---
@@ -1855,8 +1849,7 @@ QEMU_PACKAGES = {
 def missing_qemu() -> tuple[str, str]:
     """(the program that is missing, the command that installs it, "" when unknown), or ("", "")."""
     system, _, _, _, machine = os.uname()
-    programs = (f"qemu-system-{machine}", "qemu-img")
-    missing = [program for program in programs if not shutil.which(program)]
+    missing = [name for name in (f"qemu-system-{machine}", "qemu-img") if not shutil.which(name)]
     if system != "Linux" or not missing:
         return "", ""
     os_release = Path("/etc/os-release")
@@ -2086,13 +2079,12 @@ def build_base(host: Host, settings: Settings, args: argparse.Namespace) -> None
         with signals.held():
             for unused in {instance, oldest} - {"", *base_roles(host.folders)}:
                 try_remove(host, unused)
-    log.step(f"{name} is ready")
+    kept = "; setup --rollback goes back to the previous one" if current else ""
+    log.step(f"{name} is ready{kept}")
     if not find_credential(host):
         log.info("no credential yet: `claude setup-token` makes one, `agent-vm auth set` stores it")
     for note in notes:
         log.info(f"note: {note}")
-    if current:
-        log.info("the previous one is kept until the next setup: agent-vm setup --rollback")
 
 
 # --- commands ---
@@ -2284,18 +2276,8 @@ def cmd_log(args: argparse.Namespace) -> int:
 def cmd_auth(args: argparse.Namespace) -> int:
     host, _ = open_host(args, need_lima=False)
     path = host.folders.config / "credential"
-    given = ""
     if args.action == "set":
-        if os.isatty(0):
-            import getpass
-            import select
-
-            with contextlib.suppress(EOFError):
-                given = getpass.getpass("token of `claude setup-token`, or API key (not shown): ")
-                while select.select([0], [], [], 0.2)[0]:
-                    given += "\n" + getpass.getpass("")
-        else:
-            given = sys.stdin.read(10_000)
+        given = pasted() if os.isatty(0) else sys.stdin.read(10_000)
         name, value = recognised_credential(given)
         make_private_folder(path.parent)
         write_file(path, f"{name}={value}\n")
@@ -2308,6 +2290,24 @@ def cmd_auth(args: argparse.Namespace) -> int:
     known = f"{credential.name} from {credential.origin}; it enters the guest" if credential else ""
     print(known or "none on this host")
     return 0 if credential else 1
+
+
+def pasted() -> str:
+    """All lines of what is typed without an echo, of which getpass would discard all but one."""
+    import select
+    import termios
+
+    given = b""
+    log.info("paste the token of `claude setup-token`, or an API key (it is not shown)")
+    with kept_terminal(tty=True):
+        mode = termios.tcgetattr(0)
+        mode[3] &= ~termios.ECHO
+        termios.tcsetattr(0, termios.TCSADRAIN, mode)
+        while line := os.read(0, 10_000):
+            given += line
+            if not select.select([0], [], [], 0.2)[0]:
+                break
+    return given.decode(errors="replace")
 
 
 def recognised_credential(words: str) -> tuple[str, str]:

@@ -490,7 +490,7 @@ class GitHubRunTest(GitHubWorld):
         alone.parent.mkdir()
         shutil.copy(ROOT / "agent_vm.py", alone)
         result = self.box.run("run", "--github", script=alone)
-        self.assert_refused(result, "github_mcp_proxy.py is missing", str(alone))
+        self.assert_refused(result, "github_mcp_proxy.py is missing", str(alone.parent))
         self.assertEqual(self.box.run("run", script=alone).status, 0)
 
     def test_kill_9_ends_the_proxy(self) -> None:
