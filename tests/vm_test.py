@@ -380,7 +380,7 @@ class VMTest(unittest.TestCase):
         bare, project = self.serve_github(), self.project()
         asked, approve = self.root / "asked", self.root / "approve"
         approve.write_text(
-            f"#!/bin/sh\ncat >> {asked}; tail -n 1 {asked} | grep -q refs/heads/a && exit 0\n"
+            f"#!/bin/sh\ncat > {asked}; grep -q refs/heads/a {asked} && exit 0\n"
             "echo not this one; exit 1\n"
         )
         approve.chmod(0o755)
