@@ -139,7 +139,7 @@ class PagesTest(unittest.TestCase):
         for page in PAGES:
             block = False
             for line in page.read_text().splitlines():
-                block ^= line.startswith("```")
+                block ^= line.lstrip().startswith("```")
                 if not block and not line.lstrip().startswith("|"):
                     self.assertLessEqual(len(line), 120, (page.name, line))
 
