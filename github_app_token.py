@@ -66,6 +66,7 @@ PAUSE = 0.5  # seconds before a request is tried again; twice as long before the
 # GRACE to be taken back; whatever hangs after LAST is cut off.
 GRACE = 0.4
 LAST = 0.9
+FREE, HOLDING, TAKING_BACK = "free", "holding", "taking back"  # no token is under way, or one is
 
 READABLE, WRITABLE = 0o077, 0o022  # mode bits: what others can read, or write at least
 
@@ -356,10 +357,16 @@ def strings(data: bytes) -> list[bytes]:
 
 
 class Signals:
-    """Ctrl-C and SIGTERM: at once, or, while GitHub gives a token, as soon as that is put away."""
+    """Ctrl-C and SIGTERM end this within a second, and no token is lost by it.
+
+    phase        a signal meanwhile                      what is begun after it
+    FREE         ends it at once                         nothing
+    HOLDING      gives GitHub's answer GRACE to arrive   writing to the disk; no request
+    TAKING_BACK  gives GitHub's answer GRACE to arrive   the request that revokes, for GRACE
+    """
 
     caught = 0  # the number of the first one
-    holding = False  # a token may be under way: not at once
+    phase = FREE  # changed by `held` alone
 
     def install(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -371,15 +378,16 @@ class Signals:
         if self.caught:
             return  # the first one ends it within a second
         self.caught = number
-        if not self.holding:
+        if self.phase == FREE:
             self.stop()
-        signal.setitimer(signal.ITIMER_REAL, GRACE)
+        if signal.getitimer(signal.ITIMER_REAL)[0]:  # in `limit`: the disk is not interrupted
+            signal.setitimer(signal.ITIMER_REAL, GRACE)
 
     def expire(self, *_: object) -> None:
-        if not self.caught:
-            raise TimeoutError("too slow")
-        warn("GitHub did not answer in time: if it gave a token, nobody has it, and it expires")
-        self.stop()
+        if self.caught and self.phase == HOLDING:
+            warn("GitHub did not answer in time: if it gave a token, nobody has it, and it expires")
+            self.stop()
+        raise TimeoutError("too slow")
 
     def stop(self) -> None:
         """End the process, if a signal has come."""
@@ -388,23 +396,25 @@ class Signals:
             raise SystemExit(128 + self.caught)
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """From before a token is asked for until it is stored, or `given_out_or` has it."""
-        before, self.holding = self.holding, True
+    def held(self, phase: str = HOLDING) -> Iterator[None]:
+        """From before a token is asked for until it is stored; or while one is taken back."""
+        before, self.phase = self.phase, phase
         try:
             yield
         finally:
-            self.holding = before
-        if not before:
-            self.stop()
+            self.phase = before
+            if before == FREE:
+                self.stop()
 
     @contextlib.contextmanager
     def limit(self, seconds: float) -> Iterator[None]:
-        """TimeoutError after so many seconds. After a signal nothing is begun but taking back."""
-        if self.holding:
+        """TimeoutError after so many seconds; see `phase` for what is begun after a signal."""
+        if self.phase == HOLDING:
             self.stop()
-        signal.setitimer(signal.ITIMER_REAL, GRACE if self.caught else seconds)
         try:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            if self.caught:
+                signal.setitimer(signal.ITIMER_REAL, GRACE)
             yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -424,7 +434,11 @@ class Signals:
             while number not in (signal.SIGINT, signal.SIGTERM):
                 number = os.read(read_end, 1)[0]
             threading.Event().wait(LAST)  # else the handlers have ended it by now
-            os._exit(128 + number)
+            try:
+                if self.phase != FREE:
+                    warn("stopped while a token was in hand: it may live on, and nobody has it")
+            finally:
+                os._exit(128 + number)
 
         threading.Thread(target=end, daemon=True).start()
 
@@ -740,11 +754,12 @@ class GitHub:
                 reply = self.send(method, url, token, data)
                 break
             except Failure as failure:
-                if failure.status != LATER or not again or not pause:
+                if failure.status != LATER or not again or not pause or SIGNALS.caught:
                     raise
-            time.sleep(pause)
+            for _ in range(10):  # in steps: a signal ends the pause, and sleep is resumed after it
+                time.sleep(0 if SIGNALS.caught else pause / 10)
         if 300 <= reply.status < 400:
-            raise self.moved(url, reply)
+            raise self.moved(url, reply.headers.get("location", ""))
         wait = retry_after(reply, self.now())
         if wait:
             said = f"GitHub's rate limit is reached: {reply.said()}"
@@ -790,25 +805,15 @@ class GitHub:
                 raise Failure(LATER, f"{host_of(url)} sent no JSON", hint) from None
         return Reply(response.status, headers, data if isinstance(data, dict) else {})
 
-    def moved(self, url: str, reply: Reply) -> Failure:
+    def moved(self, url: str, target: str) -> Failure:
         """No redirect is followed: the repository has a new name, or this is not GitHub."""
-        from urllib.parse import urljoin
-
-        target = urljoin(url, reply.headers.get("location", ""))
-        pattern = re.escape(self.root) + r"(/repos/([\w.-]+/[\w.-]+)|/repositories/[0-9]+)(/.*)?"
-        found = re.fullmatch(pattern, target)
-        if not found:
-            hint = "a captive portal, a proxy, or not the address of GitHub's API"
-            where = host_of(redact(target))
-            return Failure(LATER, f"{host_of(url)} redirects to {where}", hint)
-        name = found[2] or ""
-        if not name:  # GitHub leads to its number; the name of a public one can be had for it
-            with contextlib.suppress(Failure):
-                said = self.send("GET", self.root + found[1], "", None)
-                name = redact(str(said.data.get("full_name", "")))
-        if not name:
-            return Failure(MEND, "GitHub calls this repository something else now", "--repo O/R")
-        return Failure(MEND, f"GitHub calls it {name} now", f"--repo {name}")
+        if target.startswith((f"{self.root}/repos/", f"{self.root}/repositories/")):
+            hint = "--repo O/R, by the name to which the old one leads in a browser"
+            return Failure(MEND, "GitHub calls this repository something else now", hint)
+        site = re.match(r"https?://[^/?#]*", target)
+        where = site[0] if site else "another path"
+        hint = "a captive portal, a proxy, or not the address of GitHub's API"
+        return Failure(LATER, f"{host_of(url)} redirects to {where}", hint)
 
 
 # --- the story: one mint ---
@@ -923,28 +928,26 @@ def mint(config: Config, cache: Cache, pinned: int, _: Token | None) -> Token:
 def given_out_or(take_back: Callable[[], bool | None]) -> Iterator[None]:
     """A token that is not given out does not live on: whatever goes wrong, `take_back` is called.
 
-    It returns whether GitHub took the token back, or None when there is none; the error says it.
+    It returns whether GitHub took the token back, or None when there is none; a warning says it.
     """
     try:
         yield
-    except BaseException as error:
-        SIGNALS.holding = False  # taking it back is the last thing that is done
-        revoked: bool | None = False
-        with contextlib.suppress(Failure):
-            revoked = take_back()
-        if revoked is None:
+    except BaseException:
+        with SIGNALS.held(TAKING_BACK):
+            revoked: bool | None = False
+            with contextlib.suppress(Failure):
+                revoked = take_back()
+            if revoked is not None:
+                fate = "it is revoked" if revoked else "GitHub did not revoke it: it lives on"
+                warn(f"a token that is not given out: {fate}")
             raise
-        fate = "it is revoked" if revoked else "GitHub did not revoke it: it lives on"
-        if isinstance(error, Failure):
-            raise Failure(error.status, f"{error}; {fate}", error.hint) from None
-        warn(f"stopped, with a token in hand: {fate}")
-        raise
 
 
 def revoked_installation(github: GitHub, token: Any) -> bool | None:
     if not isinstance(token, str):
         return None
-    return github.api("DELETE", "/installation/token", token).status == 204
+    # 401: it was not valid any more, because an earlier try came through, maybe.
+    return github.api("DELETE", "/installation/token", token).status in (204, 401)
 
 
 def installation_of(app: App, config: Config) -> Object:

@@ -91,8 +91,9 @@ class InstallationTest(Case):
             (g.LATER, "3600 s", FOUND, error(429, "slow", Retry_After="3600")),
             (g.LATER, "60 s", FOUND, error(403, "You have exceeded a secondary rate limit")),
             (g.LATER, "captive portal", FOUND, Reply(200, b"<html>log in to the hotel</html>")),
-            (g.LATER, "portal.example", FOUND, Reply(302, {}, (("Location", "http://portal.example/"),))),
-            (g.LATER, "redirects to localhost", MINT, Reply(307, {}, (("Location", "/api/v3/x"),))),
+            (g.LATER, "portal.example", FOUND, Reply(302, {}, (("Location", "http://portal.example/x?y"),))),
+            (g.LATER, "redirects to http://[", FOUND, Reply(302, {}, (("Location", "http://["),))),
+            (g.LATER, "redirects to another path", MINT, Reply(307, {}, (("Location", "/api/v3/x"),))),
             (g.FAILED, "418", FOUND, error(418, "teapot")),
         ):  # fmt: skip
             with self.subTest(word):
@@ -163,18 +164,14 @@ class PinTest(Case):
     """A repository's name means what it meant when it was first used."""
 
     def test_a_renamed_repository(self) -> None:
-        """GitHub leads from the old name to the number: nobody follows, and the new name is said."""
+        """GitHub leads from the old name to the number: nobody follows, and it is said."""
         self.passes(self.token())
         self.expire()
         self.github.repos = {"octo/gadgets": 11}
         self.github.renamed = {"octo/widgets": "octo/gadgets"}
-        self.fails(self.token(), g.MEND, "GitHub calls it octo/gadgets now", "--repo octo/gadgets")
-        self.assertEqual(self.github.seen[-1].authorization, "", "no JWT goes along")
-        self.github.public = False
-        self.fails(self.token(), g.MEND, "something else")
-        target = f"{self.github.url}/api/v3/repos/octo/gadgets/installation"
-        self.github.on(FOUND, Reply(301, {}, (("Location", target),)))
-        self.fails(self.token(), g.MEND, "--repo octo/gadgets")
+        before = len(self.github.seen)
+        self.fails(self.token(), g.MEND, "something else now", "--repo O/R")
+        self.assertEqual(len(self.github.seen), before + 1)
         self.passes(self.token("--repo", "octo/gadgets"))
 
     def test_another_repository_under_the_old_name(self) -> None:
@@ -234,7 +231,7 @@ class NetworkTest(Case):
         with GitHub() as elsewhere:
             target = f"{elsewhere.url}/api/v3/repos/octo/widgets/installation"
             self.github.on(FOUND, Reply(301, {}, (("Location", target),)))
-            self.fails(self.token(), g.LATER, f"redirects to localhost:{elsewhere.server_port}")
+            self.fails(self.token(), g.LATER, f"redirects to {elsewhere.url}\n")
             self.assertEqual(elsewhere.seen, [])
 
     def test_answers_that_do_not_end_well(self) -> None:

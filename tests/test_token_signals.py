@@ -11,15 +11,18 @@ import time
 import unittest
 
 from tests.fakes.github import Reply
+from tests.fakes.github import error
 from tests.token_case import FOUND
 from tests.token_case import MINT
 from tests.token_case import NO_SLEEP
 from tests.token_case import POLL
 from tests.token_case import REVOKE
+from tests.token_case import TAKE_BACK
 from tests.token_case import Done
 from tests.token_case import LoginCase
 from tests.token_case import Run
 from tests.token_case import ctrl_c_at
+from tests.token_case import ctrl_c_in
 from tests.token_case import minted
 
 AT_ONCE = 2.0  # seconds: one, and as much again on a busy machine
@@ -90,6 +93,41 @@ class SignalTest(LoginCase):
             self.assertEqual(list(self.github.tokens), self.stored_tokens(), at)
         self.assertEqual(self.login(setup=ctrl_c_at(7)).status, 0)
 
+    def test_a_token_that_is_too_wide_is_taken_back_all_the_same(self) -> None:
+        wide = minted(self.github, repository_selection="all")
+        self.github.on(MINT, Reply(201, wide))
+        done = self.mint(ctrl_c_in("revoked_installation")).wait()
+        self.assertEqual((done.status, done.out), (130, ""), done.err)
+        self.assertEqual(self.github.paths("DELETE"), [TAKE_BACK])
+        self.assertNotIn(wide["token"], self.github.tokens)
+        self.assertIn("it is revoked", done.err)
+
+    def test_what_is_not_taken_back_is_said(self) -> None:
+        """GitHub hangs, or fails again and again: within the second there is a line about it."""
+        for reply in (Reply(204, None, (), "hang"), error(502, "")):
+            self.github.reset()
+            self.github.on(MINT, Reply(201, minted(self.github, repository_selection="all")))
+            self.github.on(TAKE_BACK, reply)
+            if reply.then:
+                done = self.while_it_hangs(self.mint())
+            else:
+                began = time.monotonic()
+                done = self.mint(ctrl_c_in("revoked_installation")).wait()
+                self.assertLess(time.monotonic() - began, AT_ONCE)
+                self.assertEqual(self.github.paths("DELETE"), [TAKE_BACK], "no second try")
+            self.assertEqual(done.status, 130, done.err)
+            self.assertIn("did not revoke it: it lives on", done.err)
+
+    def test_between_two_tries(self) -> None:
+        """The pause before the next one is not waited for, and neither is that begun."""
+        self.github.on(MINT, error(502, ""))
+        run = self.mint("g.PAUSE = 5\n")
+        while MINT not in self.github.paths():
+            time.sleep(0.01)
+        time.sleep(0.1)
+        self.assertEqual(self.stopped(run).err, "")
+        self.assertEqual(self.github.paths("POST"), [MINT])
+
     def test_github_hangs_while_a_login_is_checked(self) -> None:
         path = "/api/v3/user/installations"
         self.github.on(path, Reply(200, {"installations": []}, (), "hang"))
@@ -152,7 +190,21 @@ class SignalTest(LoginCase):
         run = self.mint(setup)
         while not (self.home / "asked").exists():
             time.sleep(0.01)
-        self.stopped(run)
+        self.assertEqual(self.stopped(run).err, "")
+
+    def test_a_name_server_that_is_silent_while_a_token_is_taken_back(self) -> None:
+        self.github.on(MINT, Reply(201, minted(self.github, repository_selection="all")))
+        setup = (
+            "import hashlib, socket\nreal = g.revoked_installation\ndef silent(*a, **k):\n"
+            f" open({str(self.home / 'asked')!r}, 'w').close()\n"
+            " hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\n"
+            "def taken(*a):\n socket.getaddrinfo = silent\n return real(*a)\n"
+            "g.revoked_installation = taken\n"
+        )
+        run = self.mint(setup)
+        while not (self.home / "asked").exists():
+            time.sleep(0.01)
+        self.assertIn("it may live on", self.stopped(run).err)
 
 
 if __name__ == "__main__":

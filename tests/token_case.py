@@ -29,6 +29,7 @@ BARE = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name i
 MINT = "/api/v3/app/installations/7/access_tokens"
 FOUND = "/api/v3/repos/octo/widgets/installation"
 REVOKE = "/api/v3/credentials/revoke"
+TAKE_BACK = "/api/v3/installation/token"
 POLL = "/login/oauth/access_token"
 NO_PAUSE = "g.PAUSE = 0.001\n"
 NO_SLEEP = "g.time.sleep = lambda s: print(f'sleep {s:.1f}', file=sys.stderr)\n"
@@ -68,6 +69,15 @@ def ctrl_c_at(request: int) -> str:
         "def cut(*a):\n reply = send(*a); count[0] += 1\n"
         f" if count[0] == {request}: os.kill(os.getpid(), signal.SIGINT)\n"
         " return reply\ng.GitHub.send = cut\n"
+    )
+
+
+def ctrl_c_in(function: str) -> str:
+    """`setup`: Ctrl-C as soon as that function is called."""
+    return (
+        f"import signal\ncalled = g.{function}\n"
+        "def cut(*a):\n os.kill(os.getpid(), signal.SIGINT)\n return called(*a)\n"
+        f"g.{function} = cut\n"
     )
 
 

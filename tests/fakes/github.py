@@ -126,7 +126,7 @@ class GitHub(ThreadingHTTPServer):
         """A repository, by its name or its number; a name that was changed leads to the number."""
         old = self.renamed.get(path[7:])
         if old:
-            target = f"/api/v3/repositories/{self.repos[old]}"
+            target = f"{self.url}/api/v3/repositories/{self.repos[old]}"
             return Reply(301, {}, (("Location", target),))
         for name, number in self.repos.items():
             if self.public and path in (f"/repos/{name}", f"/repositories/{number}"):
@@ -153,7 +153,7 @@ class GitHub(ThreadingHTTPServer):
         match = re.fullmatch(r"/repos/([^/]+/[^/]+)/installation", path)
         if match and match[1] in self.renamed:
             number = self.repos[self.renamed[match[1]]]
-            target = f"/api/v3/repositories/{number}/installation"
+            target = f"{self.url}/api/v3/repositories/{number}/installation"
             return Reply(301, {}, (("Location", target),))
         if match:
             known = self.repos.get(match[1]) in self.selected
