@@ -57,13 +57,15 @@ MAX_TEXT = 2000  # characters of foreign text that are looked at for a message
 MAX_KEY = 15_000  # fits a pipe everywhere; a 16384-bit key has 13 kB
 MIN_LIFE = 5 * 60  # seconds that a token must still live to be given out: time to use it
 MAX_LIFE = 70 * 60  # an installation token lives an hour
+MAX_TIME = 1e11  # seconds; NaN is not below it
 JWT_BEFORE, JWT_AFTER = 60, 300  # seconds around now: GitHub allows 600, clocks are off
 CHILD_SECONDS = 15
 REPLY_SECONDS = 60
 LOCK_SECONDS = 30
 PAUSE = 0.5  # seconds before a request is tried again; twice as long before the third time
 # A signal ends this within a second: what GitHub is about to give has GRACE to arrive, and then
-# GRACE to be taken back; whatever hangs after LAST is cut off.
+# GRACE to be taken back. What a handler cannot end (a silent name server, a slow disk) is after
+# LAST cut off by a thread.
 GRACE = 0.4
 LAST = 0.9
 FREE, HOLDING, TAKING_BACK = "free", "holding", "taking back"  # no token is under way, or one is
@@ -109,8 +111,8 @@ class Token(NamedTuple):
     permissions: dict[str, str]
     login: str = ""  # whose it is: the App's slug, or the user
     refresh_token: str = ""
-    refresh_expires_at: float = 0
-    unfinished: bool = False  # a refresh has begun, or nobody has looked what came of it
+    refresh_expires_at: float = 0.0
+    withheld: bool = False  # not given out: it may be dead, or nobody has looked what it reaches
 
     def __repr__(self) -> str:
         return f"<token {masked(self.token)}>"
@@ -228,7 +230,7 @@ def parse_installation_token(data: Object, config: Config, pinned: int, now: flo
 
 
 def check_name(name: str, config: Config) -> None:
-    """The repository is still called what it was called when it was first used."""
+    """GitHub calls the repository what it was called when it was asked for."""
     if name.lower() != config.repo.lower():
         why = f"{config.repo} has come to mean another repository: GitHub calls this one {name} now"
         raise Failure(MEND, why, f"--repo {name}; or, if another one is meant, --accept-new-repo")
@@ -241,15 +243,19 @@ def usable(token: Token, config: Config, pinned: int, refused: str, now: float) 
     """
     is_for_this = token.repo_id == (pinned or token.repo_id) and not config.accept_new_repo
     digest = hashlib.sha256(token.token.encode()).hexdigest()
-    lives = token.left(now) > MIN_LIFE and not token.unfinished and digest != refused
+    # One that lives for longer than any does was cached while a clock was wrong.
+    longest = MAX_LIFE if config.key else MAX_TIME
+    lives = MIN_LIFE < token.left(now) <= longest and not token.withheld and digest != refused
     return is_for_this and lives
 
 
 def parse_cached(data: Object) -> Token:
     """The token of a file; ValueError or TypeError for what is damaged."""
     token = Token(**data)
+    example = Token("", 0.0, 0.0, 0, "", {})
+    if [type(value) for value in token] != [type(value) for value in example]:
+        raise TypeError("a value of another kind")
     check_token(token.token)
-    token.left(token.refresh_expires_at)  # which are numbers
     return token
 
 
@@ -257,14 +263,7 @@ def retry_after(reply: Reply, now: float) -> float:
     """Seconds that a rate limit asks to wait; 0 for other answers. `now` is GitHub's time."""
     spent = reply.headers.get("x-ratelimit-remaining") == "0"
     limited = reply.status == 403 and (spent or "rate limit" in reply.said().lower())
-    if not limited and reply.status != 429:
-        return 0
-    wait = 60.0
-    with contextlib.suppress(KeyError, ValueError):
-        wait = float(reply.headers["x-ratelimit-reset"]) - now
-    with contextlib.suppress(KeyError, ValueError):
-        wait = float(reply.headers["retry-after"])
-    return min(max(1.0, wait), 86400)
+    return limited or reply.status == 429
 
 
 def checked(reply: Reply, what: str) -> Reply:
@@ -434,11 +433,10 @@ class Signals:
             while number not in (signal.SIGINT, signal.SIGTERM):
                 number = os.read(read_end, 1)[0]
             threading.Event().wait(LAST)  # else the handlers have ended it by now
-            try:
-                if self.phase != FREE:
+            if self.phase != FREE:
+                with contextlib.suppress(OSError):
                     warn("stopped while a token was in hand: it may live on, and nobody has it")
-            finally:
-                os._exit(128 + number)
+            os._exit(128 + number)
 
         threading.Thread(target=end, daemon=True).start()
 
@@ -552,17 +550,28 @@ class Cache:
             why = f"{self.folder} is not a folder for this user alone"
             raise Failure(MEND, why, f"chmod 700 {self.folder}")
 
-    def read_token(self, path: str) -> Token | None:
-        """What is damaged, or could be another's, is as good as absent."""
+    def read_token(self, path: str, forbidden: int = READABLE) -> Token | None:
+        """The token of a file, None when there is no file; Failure when it cannot be used."""
         try:
-            return parse_cached(json.loads(read_file(path, READABLE, os.O_NOFOLLOW)))
+            return parse_cached(json.loads(read_file(path, forbidden, os.O_NOFOLLOW)))
         except FileNotFoundError:
-            pass
-        except (OSError, Failure) as error:
-            warn(f"ignoring what is cached: {error}")
+            return None
+        except OSError as error:
+            raise Failure(MEND, f"cannot read {path}: {error.strerror}") from None
         except (TypeError, ValueError, RecursionError):
-            warn(f"ignoring {path}: it is damaged")
+            raise Failure(MEND, f"{path} is damaged", f"rm {path}") from None
+
+    def find_token(self, path: str) -> Token | None:
+        """The same, but what cannot be used is as good as absent."""
+        try:
+            return self.read_token(path)
+        except Failure as failure:
+            warn(f"ignoring what is cached: {failure}")
         return None
+
+    def withhold(self, path: str, token: Token) -> None:
+        """From now on it is not given out, whatever happens next; it can be taken back still."""
+        self.write(path, token._replace(withheld=True)._asdict())
 
     def write(self, path: str, value: Object) -> None:
         """All of it or nothing: a new file in place of the old one, on disk before it is named."""
@@ -582,7 +591,7 @@ class Cache:
                     os.fsync(fd)
                 os.replace(temporary, path)
             except BaseException:
-                os.unlink(temporary)
+                self.remove(temporary)
                 raise
         except OSError as error:
             raise Failure(MEND, f"cannot write {path}: {error.strerror}") from None
@@ -850,13 +859,12 @@ class App:
         return self.call(method, path, body)
 
 
-def token_for(
-    config: Config, cache: Cache, refused: str, renew: Callable[..., Token]
-) -> tuple[Token, bool]:
+def token_for(config: Config, refused: str, renew: Callable[..., Token]) -> tuple[Token, bool]:
     """(a token for these settings, whether it was cached). `refused`: see `usable`."""
+    cache = Cache()
     pinned = pinned_id(config, cache)
     path = cache.token_path(config)
-    token = cache.read_token(path)
+    token = cache.find_token(path)
     if token and usable(token, config, pinned, refused, time.time()):
         return token, True
     with contextlib.ExitStack() as stack:
@@ -865,8 +873,8 @@ def token_for(
         except Failure as failure:
             if not config.key:
                 raise  # two that refresh a login at once lose it
-            warn(f"{failure}: not cached")
-        token = cache.read_token(path)  # who held the lock may have got one
+            warn(f"{failure}: going on without its lock")
+        token = cache.find_token(path)  # who held the lock may have got one
         if token and usable(token, config, pinned, refused, time.time()):
             return token, True
         return renew(config, cache, pinned, token), False
@@ -881,10 +889,10 @@ def pinned_id(config: Config, cache: Cache) -> int:
         number = json.loads(read_file(path, READABLE, os.O_NOFOLLOW))["id"]
     except FileNotFoundError:
         return 0
-    except (OSError, Failure, ValueError, TypeError, KeyError):
+    except (OSError, Failure, ValueError, TypeError, KeyError, RecursionError):
         number = None
     # What is damaged is not as good as absent: the name may mean another repository by now.
-    if type(number) is not int or number < 1:
+    if type(number) is not int or not 0 < number < 10**18:
         why = f"{path} should say which repository {config.repo} is"
         raise Failure(MEND, why, "--accept-new-repo")
     return number
@@ -919,7 +927,7 @@ def mint(config: Config, cache: Cache, pinned: int, _: Token | None) -> Token:
                     cache.write(cache.id_path(config), pin)
                 cache.write(cache.token_path(config), token._asdict())
             except Failure as failure:  # that costs time, not the token
-                warn(f"{failure}: not cached")
+                warn(f"{failure}: not cached, so nobody has it but who gets it now")
                 SIGNALS.stop()  # but neither stored nor printed, it is taken back
     return token
 
@@ -982,14 +990,13 @@ def not_granted(config: Config, installation: Object, said: str) -> Failure:
 # --- pure: what a login returns ---
 
 SECRET_FIELDS = ("access_token", "refresh_token")
-MAX_TIME = 1e11  # seconds; NaN is not below it
 DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"
 
 
 def parse_login_token(grant: Object, now: float) -> Token:
     """The token of a login or a refresh; Failure for one that cannot be limited.
 
-    Which repository it reaches is not said there: it is `unfinished`. `now` is GitHub's time.
+    Which repository it reaches is not said there: it is withheld. `now` is GitHub's time.
     """
     try:
         token = check_token(grant["access_token"])
@@ -1005,19 +1012,20 @@ def parse_login_token(grant: Object, now: float) -> Token:
         raise Failure(MEND, "this token is refused: it would never expire", hint)
     return Token(
         token=token, expires_at=now + life, clock_offset=0.0, repo_id=0, repo="", permissions={},
-        refresh_token=refresh, refresh_expires_at=now + refresh_life, unfinished=True,
+        refresh_token=refresh, refresh_expires_at=now + refresh_life, withheld=True,
     )  # fmt: skip
 
 
-def check_reach(reaches: Mapping[int, str], number: int, repo: str) -> str:
+def check_reach(reaches: Mapping[int, str], number: int, config: Config) -> str:
     """The repository's name, when a login reaches it and no other.
 
     GitHub ignores a repository_id that the user cannot reach, and then the login reaches all.
     """
     if reaches.keys() != {number}:
-        why = f"the login reaches {len(reaches)} repositories, not {repo} alone"
+        why = f"the login reaches {len(reaches)} repositories, not {config.repo} alone"
         hint = "can this user reach it, is the App installed there? (SSO: log in to that first)"
         raise Failure(MEND, why, hint)
+    check_name(reaches[number], config)
     return reaches[number]
 
 
@@ -1097,18 +1105,22 @@ def stored_login(grant: Object, config: Config, cache: Cache, github: GitHub, nu
     """The token of a login, checked and stored; the login before is over."""
     with given_out_or(lambda: taken_back(github, *map(grant.get, SECRET_FIELDS))):
         token = parse_login_token(grant, github.now())
-        name = check_reach(reach_of(token, github), number, config.repo)
-        check_name(name, config)
+        name = check_reach(reach_of(token, github), number, config)
         user = checked(github.api("GET", "/user", token.token), "the user's name").data
         token = token._replace(
-            clock_offset=github.offset, repo_id=number, repo=name, unfinished=False,
+            clock_offset=github.offset, repo_id=number, repo=name, withheld=False,
             login=str(user.get("login", "")),
         )  # fmt: skip
         path = cache.token_path(config)
         with cache.lock(path):
-            before = cache.read_token(path)
-            if before and not taken_back(github, before.token, before.refresh_token):
-                warn(f"GitHub did not revoke the login before, {masked(before.token)}")
+            before = cache.find_token(path)
+            if before:
+                cache.withhold(path, before)  # it is over; and a full disk is noticed now
+                revoked: bool | None = False
+                with SIGNALS.held(TAKING_BACK), contextlib.suppress(Failure):
+                    revoked = taken_back(github, before.token, before.refresh_token)
+                if not revoked:
+                    warn(f"GitHub did not revoke the login before, {masked(before.token)}")
             cache.write(path, token._asdict())
     return token
 
@@ -1147,11 +1159,7 @@ def repository_id(config: Config, cache: Cache, github: GitHub) -> int:
 
 
 def refreshed(config: Config, cache: Cache, pinned: int, token: Token | None) -> Token:
-    """A new token for an old one; the refresh token works once, and ends the old access token.
-
-    The file says that a refresh has begun before the request is sent: if the answer is lost, the
-    next run knows why the refresh token is dead.
-    """
+    """A new token for an old one; the refresh token works once, and ends the old access token."""
     if token is None:
         raise login_needed(config, "nobody has logged in for this repository")
     # A login is for the repository that it was made for, whatever its name means by now.
@@ -1167,12 +1175,13 @@ def refreshed(config: Config, cache: Cache, pinned: int, token: Token | None) ->
         "refresh_token": token.refresh_token,
     }  # fmt: skip
     with SIGNALS.held():
-        cache.write(path, token._replace(unfinished=True)._asdict())
+        cache.withhold(path, token)
         grant = form(github, "oauth/access_token", asked, again=False)
-        if "error" in grant:
+        if grant.get("error") == "bad_refresh_token":
             cache.remove(path)
-            lost = " after a refresh whose answer was lost" if token.unfinished else ""
-            raise login_needed(config, f"GitHub does not know the login any more{lost}")
+            raise login_needed(config, "GitHub does not know the login any more")
+        if "error" in grant:
+            raise device_flow_failure(grant)
         with given_out_or(lambda: taken_back(github, *map(grant.get, SECRET_FIELDS))):
             new = parse_login_token(grant, github.now())
             new = new._replace(
@@ -1182,8 +1191,8 @@ def refreshed(config: Config, cache: Cache, pinned: int, token: Token | None) ->
             cache.write(path, new._asdict())  # known, and not given out
     reaches = reach_of(new, github)
     with given_out_or(lambda: taken_back(github, *map(grant.get, SECRET_FIELDS))):
-        check_reach(reaches, new.repo_id, config.repo)
-    new = new._replace(unfinished=False)
+        check_reach(reaches, new.repo_id, config)
+    new = new._replace(withheld=False)
     cache.write(path, new._asdict())
     return new
 
@@ -1205,7 +1214,8 @@ def taken_back(github: GitHub, *tokens: Any) -> bool | None:
 
 
 def cmd_token(config: Config, options: argparse.Namespace) -> int:
-    token, cached = get_token(config, os.environ.get("GITHUB_TOKEN_REFUSED", ""))
+    refused = os.environ.get("GITHUB_TOKEN_REFUSED", "").lower()
+    token, cached = token_for(config, refused, mint if config.key else refreshed)
     if sys.stdout.isatty() and not options.show:
         print(f"{described(token)} (a pipe gets it as it is; --show prints it here)")
     elif options.format == "json":
@@ -1226,11 +1236,6 @@ def cmd_token(config: Config, options: argparse.Namespace) -> int:
     return 0
 
 
-def get_token(config: Config, refused: str = "") -> tuple[Token, bool]:
-    """(a token that lives for MIN_LIFE at least, whether it was cached)."""
-    return token_for(config, Cache(), refused, mint if config.key else refreshed)
-
-
 def described(token: Token) -> str:
     """One line for people, without the token."""
     rights = ",".join(f"{name}:{level}" for name, level in sorted(token.permissions.items()))
@@ -1240,33 +1245,32 @@ def described(token: Token) -> str:
 
 
 def cmd_login(config: Config, options: argparse.Namespace) -> int:
-    token = device_login(config._replace(key=""), Cache())
+    token = device_login(config, Cache())
     print(f"github_app_token: logged in: {described(token)}", file=sys.stderr)
     return 0
 
 
 def cmd_revoke(config: Config, options: argparse.Namespace) -> int:
     """Take back what is cached for these settings. An expired token is none: that is success."""
-    if options.verb == "logout":
-        config = config._replace(key="")
     cache = Cache()
     path = cache.token_path(config)
-    with cache.lock(path), SIGNALS.held():
-        token = cache.read_token(path)
+    with cache.lock(path), SIGNALS.held(TAKING_BACK):
+        token = cache.read_token(path, WRITABLE)  # who can read it does not keep it alive
         if token is None:
             print("github_app_token: nothing is cached for these settings", file=sys.stderr)
             return 0
+        with contextlib.suppress(Failure):  # a full disk does not keep it alive either
+            cache.withhold(path, token)
         github = GitHub(config)
-        if config.key:
-            reply = github.api("DELETE", "/installation/token", token.token)
-            if reply.status not in (204, 401):
-                raise Failure(FAILED, f"GitHub did not revoke the token: HTTP {reply.status}")
         # A GitHub that cannot be asked raises: then this is to be done again.
-        elif not taken_back(github, token.token, token.refresh_token):
-            cache.remove(path)
-            hint = f"{github.oauth}/settings/apps/authorizations does"
-            raise Failure(FAILED, "it is forgotten here, but GitHub did not revoke it", hint)
+        if config.key:
+            revoked = revoked_installation(github, token.token)
+        else:
+            revoked = taken_back(github, token.token, token.refresh_token)
         cache.remove(path)
+        if not revoked:
+            hint = f"{github.oauth}/settings/apps/authorizations does; an App's ends in an hour"
+            raise Failure(FAILED, "it is forgotten here, but GitHub did not revoke it", hint)
     print(f"github_app_token: not valid any more: {masked(token.token)}", file=sys.stderr)
     return 0
 
@@ -1287,11 +1291,11 @@ def cmd_git_credential(config: Config, options: argparse.Namespace) -> int:
         cache = Cache()
         path = cache.token_path(config)
         with cache.lock(path):
-            token = cache.read_token(path)
+            token = cache.find_token(path)
             if token and token.token == asked.get("password"):  # git was refused with it
-                cache.write(path, token._replace(unfinished=True)._asdict())
+                cache.withhold(path, token)
     elif options.action == "get":
-        token, _ = get_token(config)
+        token, _ = token_for(config, "", mint if config.key else refreshed)
         ends = int(token.expires_at - token.clock_offset)
         print(f"username=x-access-token\npassword={token.token}\npassword_expiry_utc={ends}")
     return 0
@@ -1441,7 +1445,7 @@ def build_config(options: argparse.Namespace) -> Config:
         repo=repo,
         repo_id=int(repo_id),
         permissions=permissions,
-        key=values.get("key", ""),
+        key="" if options.verb in ("login", "logout") else values.get("key", ""),
         ca_file=values.get("ca_file", ""),
         accept_new_repo=options.accept_new_repo,
     )

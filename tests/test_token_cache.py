@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import time
 import unittest
 from pathlib import Path
@@ -15,6 +16,17 @@ from tests.token_case import Case
 
 
 class CacheTest(Case):
+    def test_a_signal_between_writing_and_its_end(self) -> None:
+        """What is on the disk is alive; a token that is revoked is not on it."""
+        setup = (
+            "import signal\nreplace = os.replace\ndef cut(old, new):\n replace(old, new)\n"
+            " if 'installation-' in new: os.kill(os.getpid(), signal.SIGINT); g.time.sleep(0.5)\n"
+            "os.replace = cut\n"
+        )
+        done = self.token(setup=setup)
+        self.assertEqual((done.status, done.out, done.err), (130, "", ""))
+        self.assertIn(self.passes(self.token()), self.github.tokens)
+
     def file(self) -> Path:
         (path,) = self.cache.glob("installation-*.json")
         return path
@@ -76,12 +88,15 @@ class CacheTest(Case):
             good[:50],
             good.replace("ghs_", "g s_"),
             good.replace('_at": 1', '_at": "x", "y": 1'),
+            re.sub('"expires_at": [0-9.]+', f'"expires_at": {10**400}', good),
+            "[" * 50_000,
         ):
             with self.subTest(spoil[:20]):
                 self.file().write_text(spoil)
                 done = self.token()
                 self.assertNotEqual(self.passes(done), first)
                 self.assertIn("ignoring", done.err)
+                self.assertIn(str(self.file()), done.err)
         self.file().write_text(good)
         self.file().chmod(0o644)
         done = self.token()

@@ -27,7 +27,7 @@ class CommandTest(Case):
         argv = self.argv("revoke")
         token = self.passes(self.token())
         self.github.on("/api/v3/installation/token", error(404, "Not Found"))
-        self.fails(self.run_it(*argv), g.FAILED, "HTTP 404")
+        self.fails(self.run_it(*argv), g.FAILED, "GitHub did not revoke it")
         self.github.replies.clear()
         self.assertEqual(self.run_it(*argv).status, 0)
         self.assertNotIn(token, self.github.tokens)

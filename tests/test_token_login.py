@@ -162,6 +162,41 @@ class LoginTest(LoginCase):
         self.assertNotIn(before, self.github.tokens)
         self.assertIn(self.passes(self.run_it("token")), self.github.tokens)
 
+    def test_the_one_before_cannot_be_revoked(self) -> None:
+        """The new one is stored all the same, and it is said that the old one lives on."""
+        for reply in (error(429, "slow"), error(404, "Not Found")):
+            self.login("--repo-id", "11")
+            before = self.stored()["token"]
+            self.github.on(REVOKE, reply)
+            done = self.login(setup=NO_PAUSE)
+            self.assertEqual(done.status, 0, done.err)
+            self.assertIn("did not revoke the login before", done.err)
+            given = self.passes(self.run_it("token"))
+            self.assertNotEqual(given, before)
+            self.assertIn(given, self.github.tokens)
+            self.github.replies.clear()
+
+    def test_the_one_before_is_not_given_out_when_the_new_one_cannot_be_stored(self) -> None:
+        self.login()
+        before = self.stored()["token"]
+        self.fails_login(FULL, "No space left on device")
+        self.assertIn(before, self.github.tokens, "noticed before anything was revoked")
+        second = (
+            "replace = os.replace\ncount = [0]\ndef full(*a):\n count[0] += 1\n"
+            " if count[0] == 2: raise OSError(28, 'No space left on device')\n return replace(*a)\n"
+            "os.replace = full\n"
+        )
+        self.fails_login(second, "No space left on device")
+        self.assertTrue(self.stored()["withheld"])
+        done = self.run_it("token")
+        self.assertEqual((done.status, done.out), (g.LOGIN, ""))
+
+    def fails_login(self, setup: str, word: str) -> None:
+        done = self.login("--repo-id", "11", setup=setup)
+        self.assertEqual(done.status, g.MEND, done.err)
+        self.assertIn(word, done.err)
+        self.assertIn("it is revoked", done.err)
+
 
 class LoginIsForOneTest(LoginCase):
     """A login is for the repository that it was made for, and for no other by the same name."""
@@ -216,11 +251,26 @@ class RefreshTest(LoginCase):
         self.fails(self.run_it("token"), g.LOGIN, "the login has expired")
         self.assertEqual(len(self.github.seen), before)
 
+    def test_only_a_refresh_token_that_github_does_not_know_ends_the_login(self) -> None:
+        self.old_login()
+        self.github.on(POLL, Reply(200, {"error": "server_error"}))
+        self.fails(self.run_it("token"), g.MEND, "server_error")
+        self.github.replies.clear()
+        self.assertIn(self.passes(self.run_it("token")), self.github.tokens)
+
+    def test_the_repository_has_another_name_by_now(self) -> None:
+        """Its number is the same; but what has the old name now is not what the token reaches."""
+        self.old_login()
+        self.github.repos = {"octo/gadgets": 11, "octo/widgets": 99}
+        self.fails(self.run_it("token"), g.MEND, "calls this one octo/gadgets", "it is revoked")
+        self.assertEqual(self.github.tokens, {})
+
     def test_a_refresh_that_was_killed_is_recognised(self) -> None:
         self.old_login()
         kill = "def killed(*a): os.kill(os.getpid(), 9)\ng.parse_login_token = killed\n"
         self.assertEqual(self.run_it("token", setup=kill).status, -signal.SIGKILL)
-        self.fails(self.run_it("token"), g.LOGIN, "answer was lost")
+        self.fails(self.run_it("token"), g.LOGIN, "does not know the login any more")
+        self.assertTrue(self.logged_out())
 
     def test_a_refreshed_token_is_not_given_out_before_its_scope_is_checked(self) -> None:
         self.old_login()
@@ -277,6 +327,36 @@ class LogoutTest(LoginCase):
         self.assertEqual(self.github.seen[-1].body, {"credentials": [token, refresh]})
         self.assertTrue(self.logged_out())
         self.assertEqual(self.run_it("logout").status, 0)
+
+    def test_files_that_others_can_read_or_that_are_damaged(self) -> None:
+        self.login()
+        self.file().chmod(0o644)
+        self.passes(self.run_it("logout"))
+        self.assertEqual((self.github.tokens, self.github.refresh_tokens), ({}, set()))
+        self.login()
+        good = self.file().read_text()
+        for text, mode, word in ((good, 0o622, "chmod go-rwx"), (good[:50], 0o600, "is damaged")):
+            self.file().write_text(text)
+            self.file().chmod(mode)
+            self.fails(self.run_it("logout"), g.MEND, str(self.file()), word)
+            self.assertIn(str(self.file()), self.run_it("status").out)
+
+    def test_what_is_revoked_is_not_given_out_when_its_file_cannot_be_removed(self) -> None:
+        self.login()
+        stays = (
+            "def no(path): raise PermissionError(13, 'Permission denied', path)\nos.unlink = no\n"
+        )
+        done = self.run_it("logout", setup=stays)
+        self.assertNotEqual(done.status, 0)
+        self.assertIn("Permission denied", done.err)
+        self.assertEqual(self.github.tokens, {})
+        done = self.run_it("token")
+        self.assertEqual((done.status, done.out), (g.LOGIN, ""))
+
+    def test_a_full_disk_keeps_no_token_alive(self) -> None:
+        self.login()
+        self.passes(self.run_it("logout", setup=FULL))
+        self.assertEqual(self.github.tokens, {})
 
     def test_a_github_that_does_not_revoke(self) -> None:
         self.login()

@@ -141,7 +141,7 @@ class InstallationTest(Case):
     def test_a_token_that_was_refused_is_not_given_again(self) -> None:
         first = self.passes(self.token())
         dead = hashlib.sha256(first.encode()).hexdigest()
-        self.assertNotEqual(self.passes(self.token(GITHUB_TOKEN_REFUSED=dead)), first)
+        self.assertNotEqual(self.passes(self.token(GITHUB_TOKEN_REFUSED=dead.upper())), first)
 
     def test_answers_of_another_form(self) -> None:
         """Whatever GitHub, or what stands in its place, makes of them: a line, and no traceback."""
@@ -190,7 +190,10 @@ class PinTest(Case):
         self.passes(self.token())
         self.expire()
         (pin,) = self.cache.glob("repository-*.json")
-        for spoil in ("", "[]", '{"id": "11"}', '{"id": true}', '{"id": 0}'):
+        for spoil in (
+            "", "[]", '{"id": "11"}', '{"id": true}', '{"id": 0}', "[" * 50_000,
+            '{"id": 1' + "0" * 18 + "}",
+        ):  # fmt: skip
             pin.write_text(spoil)
             self.fails(self.token(), g.MEND, str(pin), "--accept-new-repo")
         pin.chmod(0o644)
@@ -281,7 +284,7 @@ class NotStoredTest(Case):
         self.cache.chmod(0o755)
         done = self.token()
         self.passes(done)
-        self.assertIn("for this user alone: not cached", done.err)
+        self.assertIn("for this user alone: not cached, so nobody has it but who", done.err)
         self.assertEqual(list(self.cache.iterdir()), [])
 
     def test_a_full_disk_costs_the_cache_only(self) -> None:

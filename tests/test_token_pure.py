@@ -91,7 +91,7 @@ class GrantedTest(Table):
     def test_what_was_asked_for_is_taken(self) -> None:
         for pinned in (0, 11):
             token = g.parse_installation_token(grant(), config(), pinned, NOW)
-            self.assertEqual((token.token, token.repo_id, token.unfinished), (TOKEN, 11, False))
+            self.assertEqual((token.token, token.repo_id, token.withheld), (TOKEN, 11, False))
             self.assertEqual(token.expires_at, NOW + 3600)
         other_case = config(repo="Octo/Widgets")
         self.assertEqual(g.parse_installation_token(grant(), other_case, 0, NOW).repo_id, 11)
@@ -132,7 +132,7 @@ class GrantedTest(Table):
         good = {"access_token": "ghu_" + "x" * 36, "expires_in": 28800,
                 "refresh_token": "ghr_" + "x" * 36, "refresh_token_expires_in": 15897600}  # fmt: skip
         token = g.parse_login_token(good, NOW)
-        self.assertEqual((token.unfinished, token.expires_at), (True, NOW + 28800))
+        self.assertEqual((token.withheld, token.expires_at), (True, NOW + 28800))
         for status, word, change in (
             (g.MEND, "never expire", {"expires_in": None}),
             (g.MEND, "never expire", {"refresh_token": ""}),
@@ -146,14 +146,15 @@ class GrantedTest(Table):
             self.refuses(status, word, g.parse_login_token, {**good, **change}, NOW)
 
     def test_a_login_reaches_one_repository(self) -> None:
-        self.assertEqual(g.check_reach({11: "octo/widgets"}, 11, "octo/widgets"), "octo/widgets")
+        self.assertEqual(g.check_reach({11: "octo/widgets"}, 11, config()), "octo/widgets")
         for word, found in (
+            ("calls this one octo/gadgets now", {11: "octo/gadgets"}),
             ("reaches 0 repositories", {}),
             ("reaches 1 repositories", {12: "octo/other"}),
             ("reaches 2 repositories", {11: "octo/widgets", 12: "octo/other"}),
             ("reaches 2 repositories", {11: "octo/widgets", 0: "the next page"}),
         ):  # fmt: skip
-            self.refuses(g.MEND, word, g.check_reach, found, 11, "octo/widgets")
+            self.refuses(g.MEND, word, g.check_reach, found, 11, config())
 
     def test_polls(self) -> None:
         self.assertEqual(g.device_step({"access_token": "x"}, 5), ("done", 0))
@@ -198,7 +199,9 @@ class GrantedTest(Table):
             ("ends soon by GitHub's clock", token._replace(clock_offset=3500), config(), 11, NOW),
             ("of another repository", token, config(), 12, NOW),
             ("another one is meant now", token, config(accept_new_repo=True), 0, NOW),
-            ("being refreshed", token._replace(unfinished=True), config(), 11, NOW),
+            ("being refreshed", token._replace(withheld=True), config(), 11, NOW),
+            ("from when the clock was wrong", token, config(), 11, NOW - 700),
+            ("it would never end", token._replace(expires_at=1e400), config(key=""), 11, NOW),
         ):  # fmt: skip
             self.assertFalse(g.usable(changed, asked, pinned, "", now), why)
 
@@ -207,7 +210,8 @@ class GrantedTest(Table):
         self.assertEqual(g.parse_cached(good).token, TOKEN)
         for change in (
             {"token": "ghs x"}, {"token": None}, {"unknown": 1}, {"expires_at": "x"},
-            {"clock_offset": None}, {"refresh_expires_at": "1"},
+            {"clock_offset": None}, {"refresh_expires_at": "1"}, {"expires_at": 10**400},
+            {"permissions": []}, {"repo": 5}, {"login": None}, {"withheld": 0}, {"repo_id": "11"},
         ):  # fmt: skip
             with self.subTest(change), self.assertRaises((TypeError, ValueError)):
                 g.parse_cached({**good, **change})

@@ -134,6 +134,16 @@ class SignalTest(LoginCase):
         self.while_it_hangs(self.start("login", setup=NO_SLEEP))
         self.assertEqual((self.github.tokens, self.stored_tokens()), ({}, []))
 
+    def test_github_hangs_while_the_login_before_is_taken_back(self) -> None:
+        """The new one is stored, and what is not known to be over is said."""
+        self.login()
+        self.github.on(REVOKE, Reply(202, {}, (), "hang"))
+        done = self.while_it_hangs(self.start("login", setup=NO_SLEEP))
+        self.assertIn("did not revoke the login before", done.err)
+        self.github.replies.clear()
+        self.assertIn(self.passes(self.run_it("token")), self.github.tokens)
+        self.assertEqual(self.github.paths().count(REVOKE), 1, "the new one was not")
+
     def test_github_hangs_while_a_login_is_asked_for(self) -> None:
         self.github.on(POLL, Reply(200, {"error": "authorization_pending"}, (), "hang"))
         self.while_it_hangs(self.start("login", setup=NO_SLEEP))
@@ -153,14 +163,14 @@ class SignalTest(LoginCase):
             self.assertEqual((done.status, done.out), (130, ""), done.err)
             self.assertEqual(list(self.github.tokens), self.stored_tokens())
         self.passes(self.run_it("token"))
-        self.assertFalse(self.stored()["unfinished"])
+        self.assertFalse(self.stored()["withheld"])
 
     def test_github_hangs_in_a_refresh(self) -> None:
         self.login()
         self.store(expires_at=time.time() - 1)
         self.github.on(POLL, Reply(200, {}, (), "hang"))
         self.while_it_hangs(self.start("token"))
-        self.assertTrue(self.stored()["unfinished"], "the next run knows")
+        self.assertTrue(self.stored()["withheld"], "the next run knows")
 
     def test_while_nobody_enters_the_code(self) -> None:
         self.github.pending = 1000
@@ -183,7 +193,7 @@ class SignalTest(LoginCase):
     def test_a_name_server_that_is_silent(self) -> None:
         """Python calls no handler in there, whatever comes."""
         setup = (
-            "import hashlib, socket\ndef silent(*a, **k):\n"
+            "import hashlib, socket\ng.LAST = 0.3\ndef silent(*a, **k):\n"
             f" open({str(self.home / 'asked')!r}, 'w').close()\n"
             " hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\nsocket.getaddrinfo = silent\n"
         )
@@ -195,7 +205,7 @@ class SignalTest(LoginCase):
     def test_a_name_server_that_is_silent_while_a_token_is_taken_back(self) -> None:
         self.github.on(MINT, Reply(201, minted(self.github, repository_selection="all")))
         setup = (
-            "import hashlib, socket\nreal = g.revoked_installation\ndef silent(*a, **k):\n"
+            "import hashlib, socket\ng.LAST = 0.3\nreal = g.revoked_installation\ndef silent(*a, **k):\n"
             f" open({str(self.home / 'asked')!r}, 'w').close()\n"
             " hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\n"
             "def taken(*a):\n socket.getaddrinfo = silent\n return real(*a)\n"
