@@ -12,7 +12,8 @@ GitHub returns is compared with what was asked: a wider token is revoked and ref
 Starts:   openssl, sh
 Reads:    --key, --ca-file, ~/.config/github-app-token.ini, its own cache, GITHUB_APP_PROFILE,
           GITHUB_TOKEN_REFUSED, XDG_CONFIG_HOME, XDG_STATE_HOME, HOME, PATH, SSH_AUTH_SOCK,
-          HTTPS_PROXY, NO_PROXY, and the variable that --key env:NAME names
+          HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE, SSL_CERT_DIR, OPENSSL_CONF, and the variable that
+          --key env:NAME names
 Writes:   ~/.local/state/github-app-token
 Reaches:  GitHub's API and its login, by https; with --key agent the ssh-agent's socket
 """
@@ -156,7 +157,7 @@ def base64url(data: bytes) -> bytes:
 
 
 def host_of(url: str) -> str:
-    return url.split("/")[2] if url.count("/") >= 2 else url
+    return url.split("/")[2] if "//" in url else url
 
 
 def oauth_url_of(api_url: str) -> str:
@@ -259,8 +260,7 @@ def parse_cached(data: Object) -> Token:
     return token
 
 
-def retry_after(reply: Reply, now: float) -> float:
-    """Seconds that a rate limit asks to wait; 0 for other answers. `now` is GitHub's time."""
+def rate_limited(reply: Reply) -> bool:
     spent = reply.headers.get("x-ratelimit-remaining") == "0"
     limited = reply.status == 403 and (spent or "rate limit" in reply.said().lower())
     return limited or reply.status == 429
@@ -737,6 +737,7 @@ class GitHub:
         if self.root.startswith("http:"):  # loopback: no proxy, and no certificates
             self.opener.add_handler(urllib.request.HTTPHandler())
         else:
+            os.environ.pop("SSLKEYLOGFILE", None)  # or whoever reads that file could read all
             try:
                 tls = ssl.create_default_context(cafile=config.ca_file or None)
             except OSError as error:
@@ -767,12 +768,16 @@ class GitHub:
                     raise
             for _ in range(10):  # in steps: a signal ends the pause, and sleep is resumed after it
                 time.sleep(0 if SIGNALS.caught else pause / 10)
-        if 300 <= reply.status < 400:
-            raise self.moved(url, reply.headers.get("location", ""))
-        wait = retry_after(reply, self.now())
-        if wait:
-            said = f"GitHub's rate limit is reached: {reply.said()}"
-            raise Failure(LATER, said, f"try again in {wait:.0f} s")
+        if 300 <= reply.status < 400:  # followed by nobody
+            target = reply.headers.get("location", "")
+            if target.startswith((f"{self.root}/repos/", f"{self.root}/repositories/")):
+                hint = "--repo O/R, by the name to which the old one leads in a browser"
+                raise Failure(MEND, "GitHub calls this repository something else now", hint)
+            hint = "a captive portal, a proxy, or not the address of GitHub's API"
+            raise Failure(LATER, f"{host_of(url)} redirects to {host_of(target)}", hint)
+        if rate_limited(reply):
+            hint = f"try again in {reply.headers.get('retry-after', '60')} s, or later"
+            raise Failure(LATER, f"GitHub's rate limit is reached: {reply.said()}", hint)
         return reply
 
     def send(self, method: str, url: str, token: str, content: bytes | None) -> Reply:
@@ -792,7 +797,9 @@ class GitHub:
             with SIGNALS.limit(REPLY_SECONDS), self.opener.open(request, timeout=30) as response:
                 body = response.read(MAX_REPLY + 1)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            reason = redact(str(getattr(error, "reason", error))) or type(error).__name__
+            cause = getattr(error, "reason", error)
+            said = str(cause) if isinstance(cause, OSError) else ""  # else of HTTPS_PROXY, maybe
+            reason = redact(said) or type(cause).__name__
             opened = "CERTIFICATE" in reason.upper()
             hint = "--ca-file, if the host's network opens TLS" if opened else ""
             said = f"{host_of(url)} cannot be reached: {reason[:200]}"
@@ -813,16 +820,6 @@ class GitHub:
                 hint = "a captive portal or a proxy may answer in GitHub's place"
                 raise Failure(LATER, f"{host_of(url)} sent no JSON", hint) from None
         return Reply(response.status, headers, data if isinstance(data, dict) else {})
-
-    def moved(self, url: str, target: str) -> Failure:
-        """No redirect is followed: the repository has a new name, or this is not GitHub."""
-        if target.startswith((f"{self.root}/repos/", f"{self.root}/repositories/")):
-            hint = "--repo O/R, by the name to which the old one leads in a browser"
-            return Failure(MEND, "GitHub calls this repository something else now", hint)
-        site = re.match(r"https?://[^/?#]*", target)
-        where = site[0] if site else "another path"
-        hint = "a captive portal, a proxy, or not the address of GitHub's API"
-        return Failure(LATER, f"{host_of(url)} redirects to {where}", hint)
 
 
 # --- the story: one mint ---
@@ -962,9 +959,7 @@ def installation_of(app: App, config: Config) -> Object:
     """The installation that covers the repository, or why there is none."""
     reply = app.call("GET", f"/repos/{config.repo}/installation")
     if reply.status == 404:
-        slug = app.call("GET", "/app").data.get("slug", "APP")
-        where = f"{oauth_url_of(config.api_url)}/apps/{slug}/installations/new"
-        hint = f"install it there, or add the repository: {where}"
+        hint = "the App's settings, Install App: there, or add the repository"
         raise Failure(MEND, f"the App is not installed for {config.repo}", hint)
     found = checked(reply, "the App's installation").data
     if found.get("suspended_at"):

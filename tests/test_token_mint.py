@@ -77,6 +77,8 @@ class InstallationTest(Case):
             self.fails(self.token(), g.MEND, word, "it is revoked")
             self.assertEqual(self.github.paths()[-1], "/api/v3/installation/token")
             self.assertNotIn(wide["token"], self.github.tokens)
+        self.github.on("/api/v3/installation/token", error(502, ""), error(401, "Bad credentials"))
+        self.fails(self.token(setup=NO_PAUSE), g.MEND, "it is revoked")  # by the first try
         self.github.on("/api/v3/installation/token", error(403, "no"))
         self.fails(self.token(), g.MEND, "GitHub did not revoke it: it lives on")
         self.assertEqual(list(self.cache.glob("installation-*.json")), [])
@@ -92,8 +94,8 @@ class InstallationTest(Case):
             (g.LATER, "60 s", FOUND, error(403, "You have exceeded a secondary rate limit")),
             (g.LATER, "captive portal", FOUND, Reply(200, b"<html>log in to the hotel</html>")),
             (g.LATER, "portal.example", FOUND, Reply(302, {}, (("Location", "http://portal.example/x?y"),))),
-            (g.LATER, "redirects to http://[", FOUND, Reply(302, {}, (("Location", "http://["),))),
-            (g.LATER, "redirects to another path", MINT, Reply(307, {}, (("Location", "/api/v3/x"),))),
+            (g.LATER, "redirects to [", FOUND, Reply(302, {}, (("Location", "http://["),))),
+            (g.LATER, "redirects to /api/v3/x", MINT, Reply(307, {}, (("Location", "/api/v3/x"),))),
             (g.FAILED, "418", FOUND, error(418, "teapot")),
         ):  # fmt: skip
             with self.subTest(word):
@@ -103,8 +105,7 @@ class InstallationTest(Case):
         self.assertEqual(self.github.tokens, {})
 
     def test_not_installed_and_suspended(self) -> None:
-        where = "/apps/our-app/installations/new"
-        self.fails(self.token("--repo", "octo/other"), g.MEND, "not installed", where)
+        self.fails(self.token("--repo", "octo/other"), g.MEND, "not installed", "Install App")
         self.github.suspended = True
         self.fails(self.token(), g.MEND, "suspended")
         self.assertNotIn("POST", [x.method for x in self.github.seen])
@@ -234,7 +235,7 @@ class NetworkTest(Case):
         with GitHub() as elsewhere:
             target = f"{elsewhere.url}/api/v3/repos/octo/widgets/installation"
             self.github.on(FOUND, Reply(301, {}, (("Location", target),)))
-            self.fails(self.token(), g.LATER, f"redirects to {elsewhere.url}\n")
+            self.fails(self.token(), g.LATER, f"redirects to localhost:{elsewhere.server_port}")
             self.assertEqual(elsewhere.seen, [])
 
     def test_answers_that_do_not_end_well(self) -> None:
@@ -255,16 +256,23 @@ class NetworkTest(Case):
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate, self.key)
         nowhere = "http://user:pr0xy-secret@127.0.0.1:9"
+        keys = self.home / "keys.log"
         with GitHub(context) as secure:
             self.profile(api_url=secure.url)
             self.fails(self.token(setup=NO_PAUSE), g.LATER, "--ca-file")
             self.assertEqual(secure.seen, [])
             self.profile(api_url=secure.url, ca_file=str(certificate))
-            self.passes(self.token(HTTPS_PROXY=nowhere, NO_PROXY="localhost"))
+            listed = {"NO_PROXY": "localhost", "SSLKEYLOGFILE": str(keys)}
+            self.passes(self.token(HTTPS_PROXY=nowhere, **listed))
+            self.assertFalse(keys.exists(), "who reads it reads the token")
             self.expire()
             done = self.token(setup=NO_PAUSE, HTTPS_PROXY=nowhere)
             self.fails(done, g.LATER)
             self.assertNotIn("pr0xy-secret", done.err)
+            for mistyped in ("http:/u:pr0xy-secret@p:3128", "http://u:pr0xy-secret/x@127.0.0.1:9"):
+                done = self.token(setup=NO_PAUSE, HTTPS_PROXY=mistyped)
+                self.fails(done, g.LATER, "cannot be reached")
+                self.assertNotIn("pr0xy", done.err)
 
     def test_through_a_proxy(self) -> None:
         """CONNECT, with the proxy's password for the proxy alone."""
