@@ -290,6 +290,7 @@ OTHER_BLOCKS = {
 }
 # How a public key in DER says that it is RSA and nothing else (RFC 8017, A.1: rsaEncryption).
 RSA_ALGORITHM = bytes.fromhex("300d06092a864886f70d0101010500")
+SHORTEST_KEY = 290  # bytes of a public key in DER: about 2048 bits, as GitHub's own have
 
 
 def bad_key(what: str) -> Failure:
@@ -648,28 +649,29 @@ class OpensslKey:
         if not os.path.isabs(self.openssl):
             raise Failure(MEND, "openssl is not on PATH", "install it, or use --key agent")
         try:
-            self.public = self.run("rsa", "-in", "/dev/fd/{0}", "-pubout")
+            self.public = self.run("rsa", "-in", "/dev/fd/{0}", "-pubout", secrets=[self.pem])
             self.spki = base64.b64decode(b"".join(self.public.split(b"\n")[1:-2]))
         except (Failure, ValueError) as failure:
             raise bad_key(f"no RSA key that openssl can read ({failure})") from None
         if RSA_ALGORITHM not in self.spki[:40]:
             raise bad_key("of another kind, and GitHub wants plain RSA")
 
-    def run(self, *argv: str, data: bytes = b"", more: Sequence[bytes] = ()) -> bytes:
+    def run(self, *argv: str, secrets: Sequence[bytes], data: bytes = b"") -> bytes:
         """openssl, with its secrets through pipes: not in argv, files or the environment.
 
         That is made from nothing: OPENSSL_CONF and LD_PRELOAD must not reach what holds the key.
         """
         env = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
         command = [self.openssl, *argv, "-passin", "pass:"]  # or it may ask the terminal
-        return run_child(command, data, [self.pem, *more], env)
+        return run_child(command, data, secrets, env)
 
     def sign(self, data: bytes) -> bytes:
         """RS256 (PKCS#1 v1.5). openssl says nothing when it signs otherwise: so it is verified."""
-        signature = self.run("dgst", "-sha256", "-sign", "/dev/fd/{0}", data=data)
-        verify = ("-verify", "/dev/fd/{1}", "-signature", "/dev/fd/{2}")
+        sign = ("dgst", "-sha256", "-sign", "/dev/fd/{0}")
+        verify = ("dgst", "-sha256", "-verify", "/dev/fd/{0}", "-signature", "/dev/fd/{1}")
+        signature = self.run(*sign, secrets=[self.pem], data=data)
         try:
-            self.run("dgst", "-sha256", *verify, data=data, more=(self.public, signature))
+            self.run(*verify, secrets=[self.public, signature], data=data)
         except Failure:
             raise Failure(MEND, "openssl's signature is not one of this key") from None
         return signature
@@ -686,8 +688,8 @@ class AgentKey:
                 _, e, n = strings(blob)
                 spki = spki_of_numbers(e, n)
                 known.append(fingerprint(spki))
-                by_ssh = "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode()
-                if wanted.rstrip("=") in ("", known[-1].rstrip("="), by_ssh.rstrip("=")):
+                names = (known[-1], fingerprint(blob))  # GitHub's, and what ssh-add -l shows
+                if not wanted or wanted.rstrip("=") in [name.rstrip("=") for name in names]:
                     chosen.append((blob, spki))
         if len(chosen) != 1:
             hint = f"--key agent:FINGERPRINT; its RSA keys: {', '.join(known) or 'none'}"
@@ -833,6 +835,8 @@ class App:
         self.github = github
         kind, _, wanted = config.key.partition(":")
         self.key = AgentKey(wanted) if kind == "agent" else OpensslKey(read_key(config.key))
+        if len(self.key.spki) < SHORTEST_KEY:
+            raise bad_key("shorter than 2048 bits")
         self.sign()
 
     def sign(self) -> None:
