@@ -1039,10 +1039,8 @@ def device_step(data: Mapping[str, Any], interval: float) -> tuple[str, float]:
         given = data.get("interval")
         longer = given if isinstance(given, (int, float)) and given > interval else interval + 5
         return "wait", min(float(longer), 300.0)
-    if error == "access_denied":
-        raise Failure(LOGIN, "the login was denied in the browser")
-    if error in ("expired_token", "token_expired"):
-        raise Failure(LOGIN, "the code expired before it was entered", "login again")
+    if error in ("access_denied", "expired_token", "token_expired"):
+        raise Failure(LOGIN, f"nobody has logged in: {error.replace('_', ' ')}", "login again")
     raise device_flow_failure(data)
 
 
@@ -1277,8 +1275,6 @@ def cmd_revoke(config: Config, options: argparse.Namespace) -> int:
 def cmd_git_credential(config: Config, options: argparse.Namespace) -> int:
     """git's helper: answers for the repository alone, and for no other is there an answer."""
     text = sys.stdin.read(64 * 1024)
-    if "\r" in text or "\0" in text:
-        raise Failure(USAGE, "git's request has characters that none has")
     asked = dict(line.split("=", 1) for line in text.split("\n") if "=" in line)
     repo = re.sub(r"(\.wiki)?(\.git)?(/info/lfs)?/?$", "", asked.get("path", ""))
     site = f"{asked.get('protocol')}://{asked.get('host', '').lower()}"
@@ -1454,13 +1450,12 @@ def build_config(options: argparse.Namespace) -> Config:
 
 EPILOG = """\
 exit status:
-  0  ok
+  0  ok; 130 Ctrl-C, 143 SIGTERM
   1  GitHub's answer is not as documented, or a fault of this script
   2  usage: the command line or the profile
   10 something is to be set right first, or GitHub gave more than was asked for (it is revoked)
   20 later it may work: network, GitHub is down, rate limit
   30 a login is needed, or was denied
-  130 Ctrl-C, 143 SIGTERM
 """
 
 
@@ -1515,14 +1510,15 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         ("--ca-file", "FILE", "CA certificates for GitHub"),
     ):
         parser.add_argument(flag, metavar=value, help=purpose)
-    parser.add_argument(
-        "--accept-new-repo", action="store_true", help="the name means another repository now"
-    )
+    purpose = "the name means another repository now"
+    parser.add_argument("--accept-new-repo", action="store_true", help=purpose)
 
 
 def main(argv: list[str] | None = None) -> int:
     if not (sys.stdin and sys.stdout and sys.stderr):
         return USAGE  # closed: what is opened next would take their places
+    stdout: Any = sys.stdout
+    stdout.reconfigure(errors="replace")  # a terminal may not know each letter
     SIGNALS.install()
     options = build_parser().parse_args(argv)
     os.umask(0o077)
@@ -1531,7 +1527,8 @@ def main(argv: list[str] | None = None) -> int:
             status: int = options.function(build_config(options), options)
         except BaseException:
             if options.function is cmd_git_credential:
-                print("quit=1")  # or git would ask the terminal, or a helper with a wider token
+                # Or git would ask the terminal, or a helper with a wider token.
+                print("quit=1", flush=True)
             raise
         sys.stdout.flush()
         return status
@@ -1541,8 +1538,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"github_app_token: hint: {redact(failure.hint)}", file=sys.stderr)
         return failure.status
     except OSError as error:
-        if not isinstance(error, BrokenPipeError):
-            print(f"github_app_token: error: {redact(str(error))}", file=sys.stderr)
+        print(f"github_app_token: error: {redact(str(error))}", file=sys.stderr)
         os._exit(FAILED)  # or Python would write to stdout once more, and complain
     except Exception as error:  # no text of it: that may hold a secret
         what = f"GitHub's answer is not as documented, or a fault of mine: {type(error).__name__}"

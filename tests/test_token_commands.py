@@ -29,6 +29,7 @@ class CommandTest(Case):
         self.github.on("/api/v3/installation/token", error(404, "Not Found"))
         self.fails(self.run_it(*argv), g.FAILED, "GitHub did not revoke it")
         self.github.replies.clear()
+        token = self.passes(self.token())
         self.assertEqual(self.run_it(*argv).status, 0)
         self.assertNotIn(token, self.github.tokens)
         self.passes(self.token())
@@ -90,8 +91,16 @@ class CommandTest(Case):
         self.assertIn(answer["password"], ask("get", ours))
         ask("erase", ours + f"\npassword={answer['password']}")
         self.assertNotIn(answer["password"], ask("get", ours))
-        done = self.run_it(*self.argv("git-credential", "get"), data=(ours + "\r\n\n").encode())
-        self.assertEqual(done.status, g.USAGE)
+        for odd in (f"{ours}\r\n\n", f"{ours}\0\n\n", f"{ours}\rx\n\n"):
+            done = self.run_it(*self.argv("git-credential", "get"), data=odd.encode())
+            self.assertEqual((done.status, done.out), (0, ""), odd)
+
+    def test_git_is_told_to_quit_whatever_fails(self) -> None:
+        ours = f"protocol=http\nhost=localhost:{self.github.server_port}\npath=octo/widgets\n\n"
+        many = "def no(*a): raise OSError(24, 'Too many open files')\ng.token_for = no\n"
+        argv = self.argv("git-credential", "get")
+        done = self.run_it(*argv, data=ours.encode(), setup=many)
+        self.assertEqual((done.status, done.out), (g.FAILED, "quit=1\n"), done.err)
 
     def test_profiles(self) -> None:
         """What is said in the profile holds, but for what a flag says."""
@@ -221,6 +230,15 @@ class AsUsersDoTest(Case):
         )  # fmt: skip
         self.assertNotIn(b"Traceback", done.stderr)
         self.assertEqual(done.stdout, b"quit=1\n")
+
+    def test_a_terminal_that_does_not_know_each_letter(self) -> None:
+        env = {**self.env, "PYTHONIOENCODING": "latin-1"}
+        self.passes(self.run_it("token"))
+        for argv, word in ((["--help"], b"Iv23"), (["status"], b"cached: ghs_?")):
+            command = [sys.executable, str(SCRIPT), *argv]
+            done = subprocess.run(command, env=env, capture_output=True, timeout=TIMEOUT)
+            self.assertEqual((done.returncode, done.stderr), (0, b""))
+            self.assertIn(word, done.stdout)
 
 
 class GitTest(Case):
