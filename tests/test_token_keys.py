@@ -139,6 +139,9 @@ class OpensslTest(Case):
             "mine = [open(f'/proc/{pid}/{what}', 'rb').read()\n"
             "        for pid in (os.getpid(), os.getppid()) for what in ('cmdline', 'environ')]\n"
             f"open({str(self.home / 'seen')!r}, 'ab').write(b'\\n'.join(mine))\n"
+            "def pipe(fd): return os.path.exists(fd) and os.readlink(fd).startswith('pipe:')\n"
+            "pipes = [fd for fd in range(3, 40) if pipe(f'/proc/self/fd/{fd}')]\n"
+            f"print(len(pipes), file=open({str(self.home / 'pipes')!r}, 'a'))\n"
             "os.execv(real, ['openssl', *sys.argv[1:]])\n"
         )
         argv = ("token", "--key", "app.pem", "--permissions", "dev")
@@ -154,6 +157,10 @@ class OpensslTest(Case):
         jwt = self.github.seen[0].authorization.partition(" ")[2]
         secrets = [done.stdout.strip(), jwt, *key().decode().splitlines()[1:-1]]
         self.assertEqual(seen.count(b"dgst"), 2, "it signed, and verified")
+        pipes = (self.home / "pipes").read_text().split()
+        self.assertEqual(
+            pipes, ["1", "1", "2"], "the key, twice; then the public one, and what it signed"
+        )
         for secret in secrets:
             self.assertNotIn(secret.encode(), seen)
         # Of the processes seen, only the script itself has it: openssl's was made from nothing.
