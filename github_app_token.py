@@ -772,9 +772,12 @@ class GitHub:
                 time.sleep(0 if SIGNALS.caught else pause / 10)
         if 300 <= reply.status < 400:  # followed by nobody
             target = reply.headers.get("location", "")
-            if target.startswith((f"{self.root}/repos/", f"{self.root}/repositories/")):
-                hint = "--repo O/R, by the name to which the old one leads in a browser"
-                raise Failure(MEND, "GitHub calls this repository something else now", hint)
+            form = re.escape(self.root) + r"/repos(?:/[\w.-]+/[\w.-]+|itories/[0-9]+)"
+            found, name = re.match(form, target), "O/R"
+            if found:
+                with contextlib.suppress(Failure):  # everybody can have the name of a public one
+                    name = str(self.send("GET", found[0], "", None).data.get("full_name", name))
+                raise Failure(MEND, f"GitHub calls this repository {name} now", f"--repo {name}")
             hint = "a captive portal, a proxy, or not the address of GitHub's API"
             raise Failure(LATER, f"{host_of(url)} redirects to {host_of(target)}", hint)
         if rate_limited(reply):
@@ -802,8 +805,7 @@ class GitHub:
             cause = getattr(error, "reason", error)
             said = str(cause) if isinstance(cause, OSError) else ""  # else of HTTPS_PROXY, maybe
             reason = redact(said) or type(cause).__name__
-            opened = "CERTIFICATE" in reason.upper()
-            hint = "--ca-file, if the host's network opens TLS" if opened else ""
+            hint = "--ca-file, if the host opens TLS" if "CERTIFICATE" in reason.upper() else ""
             said = f"{host_of(url)} cannot be reached: {reason[:200]}"
             raise Failure(LATER, said, hint) from None
         if len(body) > MAX_REPLY:
@@ -1488,8 +1490,7 @@ def build_parser() -> argparse.ArgumentParser:
         verb.set_defaults(function=function)
         add_settings(verb)
         if name == "token":
-            verb.add_argument("--format", choices=("plain", "json"), default="plain",
-                              help="default plain")  # fmt: skip
+            verb.add_argument("--format", choices=("plain", "json"), default="plain", help="of it")
             verb.add_argument("--show", action="store_true", help="print it on a terminal too")
         if name == "git-credential":
             verb.add_argument("action", choices=("get", "store", "erase"), help="as git says")
@@ -1498,8 +1499,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     profile = os.environ.get("GITHUB_APP_PROFILE", "")
-    purpose = "a section of the INI file, with these names as keys (GITHUB_APP_PROFILE)"
-    parser.add_argument("--profile", metavar="NAME", default=profile, help=purpose)
+    section = "a section of the INI file, with these names as keys (GITHUB_APP_PROFILE)"
+    parser.add_argument("--profile", metavar="NAME", default=profile, help=section)
     for flag, value, purpose in (
         ("--repo", "O/R", "the repository"),
         ("--repo-id", "N", "its number, known and kept after the first token"),
@@ -1510,8 +1511,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         ("--ca-file", "FILE", "CA certificates for GitHub"),
     ):
         parser.add_argument(flag, metavar=value, help=purpose)
-    purpose = "the name means another repository now"
-    parser.add_argument("--accept-new-repo", action="store_true", help=purpose)
+    parser.add_argument("--accept-new-repo", action="store_true", help="REPO is another one now")
 
 
 def main(argv: list[str] | None = None) -> int:

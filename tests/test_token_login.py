@@ -115,7 +115,7 @@ class LoginTest(LoginCase):
     def test_a_renamed_repository(self) -> None:
         self.github.repos = {"octo/gadgets": 11}
         self.github.renamed = {"octo/widgets": "octo/gadgets"}
-        self.fails(self.login(), g.MEND, "GitHub calls this repository something else now")
+        self.fails(self.login(), g.MEND, "GitHub calls this repository octo/gadgets now")
         done = self.login("--repo-id", "11")
         self.assertEqual(done.status, g.MEND)
         self.assertIn("--repo octo/gadgets", done.err)

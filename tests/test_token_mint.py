@@ -171,8 +171,9 @@ class PinTest(Case):
         self.github.repos = {"octo/gadgets": 11}
         self.github.renamed = {"octo/widgets": "octo/gadgets"}
         before = len(self.github.seen)
-        self.fails(self.token(), g.MEND, "something else now", "--repo O/R")
-        self.assertEqual(len(self.github.seen), before + 1)
+        self.fails(self.token(), g.MEND, "GitHub calls this repository octo/gadgets now",
+                   "--repo octo/gadgets")  # fmt: skip
+        self.assertEqual(len(self.github.seen), before + 2)
         self.passes(self.token("--repo", "octo/gadgets"))
 
     def test_another_repository_under_the_old_name(self) -> None:
