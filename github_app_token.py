@@ -772,8 +772,8 @@ class GitHub:
                 time.sleep(0 if SIGNALS.caught else pause / 10)
         if 300 <= reply.status < 400:  # followed by nobody
             target = reply.headers.get("location", "")
-            form = re.escape(self.root) + r"/repos(?:/[\w.-]+/[\w.-]+|itories/[0-9]+)"
-            found, name = re.match(form, target), "O/R"
+            shape = re.escape(self.root) + r"/repos(?:/[\w.-]+/[\w.-]+|itories/[0-9]+)"
+            found, name = re.match(shape, target), "O/R"
             if found:
                 with contextlib.suppress(Failure):  # everybody can have the name of a public one
                     name = str(self.send("GET", found[0], "", None).data.get("full_name", name))
