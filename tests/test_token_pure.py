@@ -206,11 +206,12 @@ class GrantedTest(Table):
     def test_what_a_file_holds(self) -> None:
         good = g.parse_installation_token(grant(), config(), 0, NOW)._asdict()
         self.assertEqual(g.parse_cached(good).token, TOKEN)
-        for change in (
+        changes: list[dict[str, Any]] = [
             {"token": "ghs x"}, {"token": None}, {"unknown": 1}, {"expires_at": "x"},
             {"clock_offset": None}, {"refresh_expires_at": "1"}, {"expires_at": 10**400},
             {"permissions": []}, {"repo": 5}, {"login": None}, {"withheld": 0}, {"repo_id": "11"},
-        ):  # fmt: skip
+        ]  # fmt: skip
+        for change in changes:
             with self.subTest(change), self.assertRaises((TypeError, ValueError)):
                 g.parse_cached({**good, **change})
 
