@@ -196,6 +196,8 @@ class TerminalTest(WorldTest):
 
 
 class OrphanTest(WorldTest):
+    COST = 11
+
     def live_lease(self) -> dict[str, Any]:
         """A lease of this test's own process."""
         pid = os.getpid()

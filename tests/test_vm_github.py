@@ -201,6 +201,8 @@ grep -rl TOKEN_IS ~ /proc/self/environ > found || true
 
 
 class GitHubRunTest(GitHubWorld):
+    COST = 30
+
     def run_and_look(self, *args: str, script: str = "", **env: str) -> Any:
         look = LOOK.replace("TOKEN_IS", TOKEN[:20] + '""' + TOKEN[20:]) + script
         result = self.box.run("run", *args, "--", "-p", look, **env)

@@ -166,6 +166,8 @@ class SwapTest(SetupTest):
 
 
 class FailureTest(SetupTest):
+    COST = 15
+
     def test_when_limactl_fails_the_old_base_instance_stays(self) -> None:
         for verb in ("create", "start", "stop"):
             with self.subTest(verb=verb):
@@ -306,7 +308,7 @@ class SetupHookTest(SetupTest):
 class HostTest(SetupTest):
     def test_a_lima_that_is_too_old(self) -> None:
         result = self.setup_vm(FAKE_LIMA_VERSION="1.2.3")
-        self.assert_refused(result, "1.2.3 is too old", "2.0 or newer")
+        self.assert_refused(result, "1.2.3 is too old", "needs Lima 2.2")
         self.assertEqual(self.box.limactl("create"), [])
 
     def test_a_lima_without_a_version(self) -> None:
