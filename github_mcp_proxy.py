@@ -1226,7 +1226,7 @@ async def start(
 
     Nothing of it outlives this: it has a process group of its own.
     """
-    argv = ("sh", "-c", command)
+    argv = ("/bin/sh", "-c", command)
     if os.path.basename(argv[0]) not in STARTS:
         raise AssertionError(f"{argv[0]} is not started here")
     pipe = asyncio.subprocess.PIPE
@@ -1243,7 +1243,7 @@ async def start(
             os.killpg(child.pid, signal.SIGKILL)
 
 
-async def open_connection(address: Address, tls: Any, made: Callable[[], Wire]) -> Wire:
+async def open_connection(address: Address, tls: Any, made: Callable[[], Exchange]) -> Exchange:
     """A connection to an upstream; `tls`: the context, None on loopback."""
     name = address.host if tls else None
     opening = asyncio.get_running_loop().create_connection(
@@ -1268,7 +1268,7 @@ def request_head(
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
-async def listen(address: str, port: int, made: Callable[[], Wire]) -> asyncio.Server:
+async def listen(address: str, port: int, made: Callable[[], Client]) -> asyncio.Server:
     """The one listening socket."""
     return await asyncio.get_running_loop().create_server(made, address, port, backlog=512)
 
@@ -1331,13 +1331,19 @@ class Token:
 
 # --- the story: what both kinds of request share ---
 
+APPROVE_SECONDS = 60  # the TypeScript SDK's clients give a call up then, too
+MAX_ASKED = 8  # writes that wait for the user
+# Of the environment, what a command that only says yes or no has no need of.
+SECRET_NAME = re.compile("GITHUB_MCP_|TOKEN|SECRET|PASSW|API_KEY")
+UNRECORDED = "the proxy cannot write its audit file: the host's user has to look at it"
+
 
 class Repository:
     """The one repository: what may be done with it, what is known of it, and what was done."""
 
     def __init__(
         self, scope: Scope, policy: Policy, upstream: Upstream, git: Upstream | None, audit: Audit,
-        questions: Questions,
+        learn: Callable[[Repository], Awaitable[None]],
     ) -> None:  # fmt: skip
         self.scope = scope
         self.policy = policy
@@ -1348,9 +1354,11 @@ class Repository:
         self.defaults: frozenset[str] = frozenset()  # the default branch
         self.id = 0
         self.moved = False
+        self.learn = learn  # asks the upstream for those three
         self.asked_at = float("-inf")
         self.learning: asyncio.Future[None] | None = None
-        self.questions = questions
+        self.turn = asyncio.Lock()  # a person is asked: one question at a time
+        self.asked = 0  # questions that are asked, or wait for their turn
 
     def bounds(self) -> Bounds:
         self.writes = [when for when in self.writes if when > time.monotonic() - 3600]
@@ -1368,38 +1376,49 @@ class Repository:
         age = time.monotonic() - self.asked_at
         if self.learning is None or age > (KNOWN_SECONDS if self.defaults else RETRY_SECONDS):
             self.asked_at = time.monotonic()
-            self.learning = asyncio.ensure_future(self.questions.learn(self))
+            self.learning = asyncio.ensure_future(self.learn(self))
         if wait:
             await asyncio.shield(self.learning)
 
+    async def ask_user(self, question: Object) -> str:
+        """Why the host's user does not allow a write; "" when they do."""
+        if self.asked >= MAX_ASKED:
+            return "too many writes wait for the host's user: write one after the other"
+        env = {key: value for key, value in os.environ.items() if not SECRET_NAME.search(key)}
+        given = dumps({"repository": str(self.scope), **question})
+        self.asked += 1
+        try:
+            async with self.turn:
+                status, output = await start(
+                    self.policy.approve, given, APPROVE_SECONDS, cwd="/", env=env
+                )
+        finally:
+            self.asked -= 1
+        if status == 0:
+            return ""
+        if status is None:
+            return f"the host's user did not allow it within {APPROVE_SECONDS} s"
+        said = "".join(c if c.isprintable() else " " for c in output.decode(errors="replace"))
+        return said.strip()[:300] or "the host's user did not allow it"
+
 
 # --- the story: a message of MCP ---
-
-UNRECORDED = "the proxy cannot write its audit file: the host's user has to look at it"
 
 
 class Mcp:
     """Reads a message, judges it, sends on what it has rebuilt, and checks the answer."""
 
-    def __init__(self, repository: Repository, sessions: Sessions) -> None:
+    def __init__(self, repository: Repository) -> None:
         self.repository = repository
         self.audit = repository.audit
         self.upstream = repository.upstream
-        self.sessions = sessions
 
     async def serve(self, client: Client) -> None:
         repository, audit, policy = self.repository, self.audit, self.repository.policy
-        session = client.head.headers.get("mcp-session-id", "")
         async with self.upstream.places:
-            data = await client.receive()
-            if client.head.first[0] == "DELETE":
-                return await self.sessions.end(client, session)
-            message = parse_message(data)
+            message = parse_message(await client.receive())
             method = message["method"]
-            if method == "initialize":
-                session = ""  # a stale one: this begins a new one
-            self.sessions.check(session)
-            headers = client.version_headers(message)
+            headers = client.mcp_headers(message)
             verdict = decide(repository.scope, policy, message, NOT_ASKED)
             if isinstance(verdict, Forward):
                 # Judged again, when it is known what may be written: of a message that passes
@@ -1408,13 +1427,12 @@ class Mcp:
                 if method == "tools/call":
                     await repository.know(wait=verdict.write)
                 verdict = repository.judge(message)
-            del data
         if isinstance(verdict, Forward) and client.is_probe:
             verdict = Refuse("a probe is not passed on", UPSTREAM_FAILED, verdict.tool)
         if isinstance(verdict, Forward) and verdict.write and policy.approve:
             asked = {"tool": verdict.tool, "target": audit.about(message)}
             asked["arguments"] = message["params"]["arguments"]
-            reason = await repository.questions.ask_user(repository, asked)
+            reason = await repository.ask_user(asked)
             verdict = Refuse(reason, tool=verdict.tool) if reason else repository.judge(message)
         deed = None
         if isinstance(verdict, Forward):
@@ -1426,10 +1444,9 @@ class Mcp:
             assert isinstance(verdict, Refuse)
             if not client.is_probe:
                 audit.refused(method, verdict.tool, verdict.reason, audit.about(message))
-            return client.refuse_message(message, verdict)
+            return client.tell(message, verdict)
         if verdict.write:
             repository.wrote(1)
-        headers = {**headers, "Mcp-Session-Id": session}
         sending = self.upstream.post(verdict, headers)
         forward = verdict.without_arguments()
         del message, verdict  # megabytes, maybe, that the connection has now
@@ -1442,7 +1459,8 @@ class Mcp:
         except UpstreamError as error:
             lost = deed.write and isinstance(error, AnswerLost)
             audit.became(deed, "unknown" if lost else "failed", str(error))
-            client.fail(forward, f"GitHub's MCP server cannot be used: {error}")
+            failed = f"GitHub's MCP server cannot be used: {error}"
+            client.tell(forward.message, Refuse(failed, UPSTREAM_FAILED))
 
     async def relay(
         self, client: Client, exchange: Exchange, forward: Forward, deed: Deed, sent: Object
@@ -1450,25 +1468,26 @@ class Mcp:
         """Give the upstream's answer to the client, checked; what comes before it as it comes."""
         hide = self.upstream.hide
         exchange.check_status()
-        headers = self.sessions.begin(forward, exchange)
         if exchange.status >= 300:
             self.audit.became(deed, "failed", f"HTTP {exchange.status}")
-            said = hide(await exchange.body.whole())
-            return client.answer_error(exchange.status, forward, said)
+            return client.tell_error(exchange.status, forward, hide(await exchange.whole()))
         if exchange.status != 200 or "id" not in forward.message:
-            return client.answer_bytes(202 if exchange.status == 200 else exchange.status, b"")
+            return client.answer(202, b"")
+        client.session = exchange.session()
         kind = ""
         while kind != "answer":
-            kind, message, data = await exchange.next_message(forward, client)
-            if kind == "question":
-                await exchange.decline(message, sent)
-            elif kind == "note":
-                client.event(hide(data), *headers)
-            elif kind == "answer":
-                shown = self.shown(client, forward, deed, message)
-                client.finish(hide(data if shown is message else dumps(shown)), *headers)
-            await client.drain()
-        return None
+            await exchange.is_coming()
+            async with self.upstream.places:
+                kind, message, data = await exchange.next_message(forward)
+                if kind == "question":
+                    await self.upstream.decline(message, sent)
+                elif kind in ("note", "alive"):
+                    client.event(hide(data))
+                elif kind == "answer":
+                    shown = self.shown(client, forward, deed, message)
+                    client.finish(hide(data if shown is message else dumps(shown)))
+                await client.drain()
+        return await exchange.finish()
 
     def shown(self, client: Client, forward: Forward, deed: Deed, message: Object) -> Object:
         """What the VM gets of the upstream's answer; whatever is wrong with it is not shown."""
@@ -1479,7 +1498,7 @@ class Mcp:
         except Exception as error:
             reason = str(error) if isinstance(error, Refusal) else "the answer is malformed"
         self.audit.became(deed, "withheld", reason)
-        return client.refusal(forward.message, Refuse(reason, UPSTREAM_FAILED, forward.tool))
+        return client.told(forward.message, Refuse(reason, UPSTREAM_FAILED, forward.tool))
 
 
 # --- the story: a request of git ---
@@ -1495,6 +1514,7 @@ class Git:
         client.is_last = True  # the rest of a body that is not wanted is not read
         method, target, _ = client.head.first
         repository = self.repository
+        audit = repository.audit
         service, push = "", Push()
         deeds: list[Deed | None] = []
         try:
@@ -1508,11 +1528,11 @@ class Git:
                 push = await self.read_push(client)
                 refused = await self.refused_refs(client, push)
                 if refused:
-                    while await client.body.take():
+                    while await client.part():
                         pass  # git reads no answer before it has sent all
                     return client.refuse_push(push, refused)
             insist(not client.is_probe, "a probe is not passed on")
-            audit, targets = repository.audit, [{"ref": c.ref} for c in push.commands]
+            targets = [{"ref": command.ref} for command in push.commands]
             deeds = [
                 audit.passed("git", service, target, bool(targets)) for target in targets or [{}]
             ]
@@ -1521,25 +1541,25 @@ class Git:
             await repository.git.relay(client, repository, service, push, deeds)
         except Refusal as refusal:
             if not client.is_probe:
-                self.repository.audit.refused("git", service, str(refusal), {"path": target[:200]})
-            client.answer_bytes(403, f"refused: {refusal}\n".encode(), kind="text/plain")
+                audit.refused("git", service, str(refusal), {"path": target[:200]})
+            client.answer(403, f"refused: {refusal}\n".encode(), kind="text/plain")
         except UpstreamError as error:
             lost = bool(push.commands) and isinstance(error, AnswerLost)
             for deed in filter(None, deeds):
-                repository.audit.became(deed, "unknown" if lost else "failed", str(error))
-            client.answer_bytes(502, f"GitHub: {error}\n".encode(), kind="text/plain")
+                audit.became(deed, "unknown" if lost else "failed", str(error))
+            client.answer(502, f"GitHub: {error}\n".encode(), kind="text/plain")
 
     async def read_push(self, client: Client) -> Push:
         """A push, read as far as its commands go; what follows them is still to come."""
         insist("content-encoding" not in client.head.headers, "a push must not be compressed whole")
         begun, push = b"", None
         while push is None:
-            more = await client.body.take()
+            more = await client.part()
             insist(more and len(begun) <= MAX_COMMANDS, "this push has no end of its commands")
             begun += more
             push = parse_push(begun)
         if not push.commands:  # git asks so whether it may, before it sends much
-            alone = begun == b"0000" and not await client.body.take()
+            alone = begun == b"0000" and not await client.part()
             insist(alone, "this push has no commands")
         return push
 
@@ -1554,15 +1574,13 @@ class Git:
         if not refused and repository.policy.approve and not client.is_probe:
             moves = [command._asdict() for command in push.commands]
             asked = {"tool": "git push", "target": {"ref": refs}, "refs": moves}
-            reason = await repository.questions.ask_user(repository, asked)
+            reason = await repository.ask_user(asked)
             refused = judge_push(repository.bounds(), push.commands)
             if reason:
                 refused = {command.ref: reason for command in push.commands}
         if refused and not client.is_probe:
             why = "; ".join(f"{quoted(ref)}: {why}" for ref, why in refused.items())
-            self.repository.audit.refused(
-                "git", "git-receive-pack", why[:1000], {"ref": refs[:1000]}
-            )
+            repository.audit.refused("git", "git-receive-pack", why[:1000], {"ref": refs[:1000]})
         return refused
 
 
@@ -1586,7 +1604,7 @@ async def serve_client(mcp: Mcp, git: Git, gate: Gate, client: Client) -> None:
         pass  # it is the client that has gone
     except Exception as error:
         mcp.audit.fault(error)
-        client.wire.abort()
+        client.abort()
     client.close()
 
 
@@ -1621,7 +1639,8 @@ STREAM_HEADERS = (
 )
 EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 LINE_END = re.compile(rb"\r\n|\n|\r")
-CHUNKED, TO_THE_END = -1, -2  # lengths of bodies that do not say theirs
+CHUNKED = -1  # the length of a body that does not say its own
+LAST_CHUNK = b"0\r\n\r\n"
 
 
 def parse_head(data: Bytes, *, is_request: bool) -> Head:
@@ -1646,7 +1665,8 @@ def parse_head(data: Bytes, *, is_request: bool) -> Head:
 
 
 def body_length(head: Head, *, is_request: bool) -> int:
-    """How long a message's body is: a number, CHUNKED, or TO_THE_END of the connection."""
+    """How long a message's body is, or CHUNKED. One that ends with its connection is refused: it
+    could not be told from half of it."""
     coding = head.headers.get("transfer-encoding")
     length = head.headers.get("content-length")
     if coding is not None:
@@ -1657,7 +1677,9 @@ def body_length(head: Head, *, is_request: bool) -> int:
         if not LENGTH(length):
             raise ProtocolError("a Content-Length that is not a number")
         return int(length)
-    return 0 if is_request or head.first[1] in ("204", "304") else TO_THE_END
+    if is_request or head.first[1] in ("204", "304"):
+        return 0
+    raise ProtocolError("a body without a length")
 
 
 def chunk_of(data: Bytes) -> bytes:
@@ -1667,30 +1689,6 @@ def chunk_of(data: Bytes) -> bytes:
 def response_head(status: int, *headers: str) -> bytes:
     lines = [f"HTTP/1.1 {status} {REASONS.get(status, 'Status')}", *headers, "", ""]
     return "\r\n".join(lines).encode("latin-1")
-
-
-class Events:
-    """Splits a text/event-stream into its events, each with the blank line that ends it."""
-
-    def __init__(self) -> None:
-        self.buffer = bytearray()
-        self.scanned = 0
-
-    def feed(self, data: Bytes) -> None:
-        self.buffer += data
-        if len(self.buffer) > MAX_ANSWER + MAX_HEAD:
-            raise AnswerLost(f"an event of more than {MAX_ANSWER} bytes")
-
-    def take(self) -> bytes | None:
-        """The next event; None: more has to come."""
-        end = EVENT_END.search(self.buffer, max(0, self.scanned - 3))
-        if not end:
-            self.scanned = len(self.buffer)
-            return None
-        event = bytes(self.buffer[: end.end()])
-        del self.buffer[: end.end()]
-        self.scanned = 0
-        return event
 
 
 def event_data(event: bytes) -> bytes:
@@ -1720,43 +1718,34 @@ def kind_of(message: Json, forward: Forward) -> str:
     return "answer" if whole and message.get("id") == forward.message["id"] else ""
 
 
-def parse_answer(data: Bytes) -> Json:
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
-        raise AnswerLost("its answer is not JSON") from None
-
-
-def error_message(id: Json, code: int, reason: str) -> Object:
-    return {"jsonrpc": "2.0", "id": id, "error": {"code": code, "message": reason}}
-
-
-def refusal_message(message: Object, refuse: Refuse) -> tuple[int, Object]:
-    """(HTTP status, body) of a refusal. A tool's goes where the model reads it: in a result."""
+def told_of(message: Object, refuse: Refuse) -> tuple[int, Object]:
+    """(HTTP status, body) of why a message has no answer. A tool's goes where the model reads it:
+    in a result."""
     modern = is_modern(message)
-    if "id" not in message:
-        return 400, error_message(None, refuse.code, "refused: " + refuse.reason)
-    if refuse.tool:
+    made: Object = {"jsonrpc": "2.0", "id": message.get("id")}
+    if refuse.tool and "id" in message:
         said = "Refused by the GitHub proxy: " + refuse.reason
-        result: Object = {"content": [{"type": "text", "text": said}], "isError": True}
-        if modern:
-            result["resultType"] = "complete"
-        return 200, {"jsonrpc": "2.0", "id": message["id"], "result": result}
-    status = (404 if refuse.code == NO_METHOD else 400) if modern else 200
-    return status, error_message(message["id"], refuse.code, "refused: " + refuse.reason)
+        made["result"] = {"content": [{"type": "text", "text": said}], "isError": True}
+        made["result"].update({"resultType": "complete"} if modern else {})
+        return 200, made
+    failed = refuse.code == UPSTREAM_FAILED
+    reason = refuse.reason if failed else "refused: " + refuse.reason
+    made["error"] = {"code": refuse.code, "message": reason}
+    if "id" in message and (failed or not modern):
+        return 200, made
+    return 404 if modern and refuse.code == NO_METHOD else 400, made
 
 
 def relayed_error(body: Bytes, forward: Forward) -> Object:
     """An upstream's 4xx as JSON-RPC: clients tell the protocol's era from its body."""
-    id = forward.message.get("id")
+    made = told_of(forward.message, Refuse("by the upstream", INVALID_REQUEST))[1]
     try:
         error = json.loads(body)["error"]
-        made = {"code": int(error["code"]), "message": str(error["message"])[:1000]}
-        if "data" in error:
-            made["data"] = error["data"]
-        return {"jsonrpc": "2.0", "id": id, "error": made}
+        said = {"code": int(error["code"]), "message": str(error["message"])[:1000]}
+        made["error"] = {**said, **{key: error[key] for key in ("data",) if key in error}}
     except (ValueError, KeyError, TypeError, RecursionError):
-        return error_message(id, INVALID_REQUEST, "the upstream refused the request")
+        pass  # it is not JSON-RPC's
+    return made
 
 
 def is_modern(message: Object) -> bool:
@@ -1815,7 +1804,7 @@ class Gate(NamedTuple):
         known = [b"Bearer " + secret for secret in (self.secret, self.probe) if secret]
         if self.secret and not any(hmac.compare_digest(given, secret) for secret in known):
             raise ProtocolError("the proxy's secret is missing or wrong (Authorization)", 403)
-        if method not in (("GET", "POST") if is_git else ("POST", "DELETE")):
+        if method not in (("GET", "POST") if is_git else ("POST",)):
             raise ProtocolError(f"the method {quoted(method)} is not served", 405)
         content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
         if method == "POST" and not is_git and content_type != "application/json":
@@ -2291,52 +2280,53 @@ def log(said: str) -> None:
 
 # --- plumbing: connections, bodies and answers; nothing is decided here ---
 
-MAX_EARLY = 1024 * 1024  # bytes of requests that come before the last one is answered
 PAUSE_AT = 128 * 1024  # bytes that wait before their sender is paused
 REQUEST_SECONDS = 15  # to send one request, head and body
 IDLE_SECONDS = 300  # a connection without a request
 STALL_SECONDS = 120  # a client that does not read its answer, or send its push
-LINGER_SECONDS = 1  # for the end of a stream whose answer is there
+LINGER_SECONDS = 0.5  # for the end of a stream whose answer is there
 POOL_SECONDS = 60  # shorter than servers keep idle connections
 MAX_PACK = 4 * 1024**3  # GitHub refuses more than 2 GiB
 MAX_REPORT = 1024 * 1024  # bytes of GitHub's answer to a push that are looked at
-MAX_PLACES = 8  # requests or answers that are read whole at the same time; the rest wait
+MAX_PLACES = 8  # messages that are held whole at the same time; the rest wait
 MAX_CLIENTS = 1024
-MAX_SESSIONS = 1024
-SESSION_GONE = -32001
 
 
 class Wire(asyncio.Protocol):
-    """A connection of either side: what has come and is not yet read, and who waits for more."""
+    """A connection of either side: what has come of a message, and who waits for more."""
 
     transport: asyncio.Transport
+    head: Head
 
-    def __init__(self, wires: set[Wire], story: Callable[[Wire], Any] | None = None) -> None:
+    def __init__(self, wires: set[Any], *, is_client: bool = False) -> None:
         self.wires = wires  # all of its side
-        self.story = story  # what is done with it, once it is there
-        self.task: asyncio.Future[None] | None = None
+        self.is_client = is_client
         self.buffer = bytearray()
         self.ended = False
-        self.failure = ""
+        self.failure = "it closed the connection"
         self.is_busy = False  # nothing reads: what comes is early
         self.is_paused = False
-        self.deadline = float("inf")  # monotonic time at which it is given up
-        self.patience = 0.0  # seconds that one wait may take; 0: until the deadline that is set
+        self.patience = 0.0  # seconds that one wait may take; 0: as `allow` has said
+        self.timer: asyncio.TimerHandle | None = None
         self.reader: asyncio.Future[None] | None = None
         self.room: asyncio.Future[None] | None = None  # set while the peer reads too slowly
+        self.limit = 0.0  # of the body
+        self.left = self.size = 0  # bytes of the body, or of its chunk; and of all so far
+        self.is_chunked = False
+        self.is_over = False
+
+    # What the event loop tells
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         self.wires.add(self)
-        if self.story:
-            self.task = asyncio.ensure_future(self.story(self))
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data
-        if self.is_busy and len(self.buffer) > MAX_EARLY:
+        if len(self.buffer) > PAUSE_AT and self.is_busy:
             self.abort()  # to pause it would hide that the client leaves
-        elif len(self.buffer) > PAUSE_AT and not (self.is_busy or self.is_paused):
+        elif len(self.buffer) > PAUSE_AT and not self.is_paused:
             self.is_paused = True
             self.transport.pause_reading()
         self.wake()
@@ -2348,40 +2338,9 @@ class Wire(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.ended = True
         self.wires.discard(self)
+        self.allow(0)
         self.wake()
         self.resume_writing()
-        if self.task:
-            self.task.cancel()
-
-    def wake(self) -> None:
-        if self.reader and not self.reader.done():
-            self.reader.set_result(None)
-
-    async def more(self) -> None:
-        """Wait for more; AnswerLost when there will be none."""
-        if self.ended:
-            raise AnswerLost(self.failure or "it closed the connection")
-        if self.patience:
-            self.allow(self.patience)
-        had = len(self.buffer)
-        self.reader = asyncio.get_running_loop().create_future()
-        await self.reader
-        if self.patience:
-            self.deadline = float("inf")
-        if len(self.buffer) == had:
-            raise AnswerLost(self.failure or "it closed the connection")
-
-    def take(self, size: int) -> bytes:
-        data = bytes(self.buffer[:size])
-        del self.buffer[:size]
-        if self.is_paused and len(self.buffer) < PAUSE_AT:
-            self.is_paused = False
-            self.transport.resume_reading()
-        return data
-
-    def write(self, data: Bytes) -> None:
-        if not self.ended:
-            self.transport.write(data)
 
     def pause_writing(self) -> None:
         self.room = asyncio.get_running_loop().create_future()
@@ -2391,15 +2350,18 @@ class Wire(asyncio.Protocol):
             self.room.set_result(None)
         self.room = None
 
-    async def drain(self) -> None:
-        """Wait until the peer has read what was written, for a while."""
-        if self.room:
-            self.allow(self.patience or STALL_SECONDS)
-            await self.room
-            self.deadline = float("inf")
+    def wake(self) -> None:
+        if self.reader and not self.reader.done():
+            self.reader.set_result(None)
+
+    # Limits of time
 
     def allow(self, seconds: float) -> None:
-        self.deadline = time.monotonic() + seconds
+        """Give the connection up when it lasts longer than that from now; 0: however long."""
+        if self.timer:
+            self.timer.cancel()
+        loop = asyncio.get_running_loop()
+        self.timer = loop.call_later(seconds, self.expire) if seconds else None
 
     def expire(self) -> None:
         self.failure = "it did not answer in time"
@@ -2409,267 +2371,262 @@ class Wire(asyncio.Protocol):
         self.ended = True
         self.transport.abort()
 
+    # Reading
 
-async def read_head(wire: Wire, *, is_request: bool) -> Head:
-    scanned = 0
-    while (end := wire.buffer.find(b"\r\n\r\n", max(0, scanned - 3), MAX_HEAD)) < 0:
-        scanned = len(wire.buffer)
-        if scanned >= MAX_HEAD:
-            raise ProtocolError(f"a head of more than {MAX_HEAD} bytes", 431)
-        await wire.more()
-    head = parse_head(wire.take(end + 4)[:-2], is_request=is_request)
-    early = not is_request and head.first[1].startswith("1") and head.first[1] != "101"
-    # 100 Continue, 103 Early Hints: the answer follows
-    return await read_head(wire, is_request=False) if early else head
+    async def more(self) -> None:
+        """Wait for more; AnswerLost when there will be none."""
+        had = len(self.buffer)
+        if not self.ended:
+            if self.patience:
+                self.allow(self.patience)
+            self.reader = asyncio.get_running_loop().create_future()
+            await self.reader
+            if self.patience:
+                self.allow(0)
+        if len(self.buffer) == had:
+            raise AnswerLost(self.failure)
 
-
-class Body:
-    """The body of a message, decoded as it comes."""
-
-    def __init__(self, wire: Wire, head: Head, limit: float, *, is_request: bool) -> None:
-        self.wire = wire
-        self.limit = limit
-        self.is_request = is_request
-        self.length = body_length(head, is_request=is_request)
-        self.left = max(0, self.length)  # of the body, or of the chunk
-        self.size = self.left
-        self.is_over = self.length == 0
+    def take(self, size: int) -> bytes:
+        data = bytes(self.buffer[:size])
+        del self.buffer[:size]
+        if self.is_paused and len(self.buffer) < PAUSE_AT:
+            self.is_paused = False
+            self.transport.resume_reading()
+        return data
 
     def fault(self, reason: str, status: int = 400) -> Exception:
-        if self.is_request:
+        if self.is_client:
             return ProtocolError(reason, status)
         return AnswerLost(f"its answer is malformed: {reason}")
 
-    async def take(self) -> bytes:
-        """Some more of it; b"" when it is over."""
-        if self.length == CHUNKED and not self.left and not self.is_over:
+    async def until(self, end: bytes, limit: int, reason: str, status: int = 400) -> bytes:
+        """What comes before `end`, which is taken off."""
+        while (at := self.buffer.find(end, 0, limit)) < 0:
+            if len(self.buffer) >= limit:
+                raise self.fault(reason, status)
+            await self.more()
+        return self.take(at + len(end))[: -len(end)]
+
+    async def read_head(self, limit: float) -> None:
+        """Read a head; a body of up to `limit` bytes is next."""
+        data = await self.until(b"\r\n\r\n", MAX_HEAD, f"a head of more than {MAX_HEAD} bytes", 431)
+        try:
+            self.head = parse_head(data + b"\r\n", is_request=self.is_client)
+            early = not self.is_client and self.head.first[1] in ("100", "103")
+            length = 0 if early else body_length(self.head, is_request=self.is_client)
+        except ProtocolError as error:
+            raise self.fault(str(error), error.status) from None
+        self.limit = limit
+        self.is_chunked = length == CHUNKED
+        self.left = self.size = max(0, length)
+        self.is_over = length == 0
+        if early:  # the answer follows
+            await self.read_head(limit)
+
+    async def part(self) -> bytes:
+        """Some more of the body; b"" when it is over."""
+        if self.is_chunked and not self.left and not self.is_over:
             await self.next_chunk()
         if self.size > self.limit:
             raise self.fault(f"a body of more than {self.limit} bytes", 413)
         if self.is_over:
             return b""
-        if not self.wire.buffer:
-            try:
-                await self.wire.more()
-            except AnswerLost:
-                if self.length != TO_THE_END or self.wire.failure:
-                    raise
-                self.is_over = True
-                return b""
-        if self.length == TO_THE_END:
-            self.left = len(self.wire.buffer)
-            self.size += self.left
-        data = self.wire.take(self.left)
+        if not self.buffer:
+            await self.more()
+        data = self.take(self.left)
         self.left -= len(data)
-        self.is_over = not self.left and self.length >= 0
+        self.is_over = not (self.left or self.is_chunked)
         return data
 
     async def next_chunk(self) -> None:
-        if self.size and await self.line(2):  # what ends the chunk before
-            raise self.fault("a malformed chunk")
-        size = (await self.line(64)).partition(b";")[0].strip()
+        if self.size:  # what ends the chunk before
+            await self.until(b"\r\n", 2, "a malformed chunk")
+        line = await self.until(b"\r\n", 64, "a malformed chunk")
+        size = line.partition(b";")[0].strip()
         if not CHUNK_SIZE(size):
             raise self.fault("a malformed chunk")
         self.left = int(size, 16)
         self.size += self.left
         if not self.left:
-            while await self.line(MAX_HEAD):
+            while await self.until(b"\r\n", MAX_HEAD, "a malformed chunk"):
                 pass  # trailers are dropped
             self.is_over = True
 
-    async def line(self, limit: int) -> bytes:
-        """A line without its end."""
-        while (end := self.wire.buffer.find(b"\r\n", 0, limit)) < 0:
-            if len(self.wire.buffer) >= limit:
-                raise self.fault("a malformed chunk")
-            await self.wire.more()
-        return self.wire.take(end + 2)[:-2]
-
     async def whole(self) -> bytes:
         parts = []
-        while data := await self.take():
+        while data := await self.part():
             parts.append(data)
         return b"".join(parts)
 
+    # Writing
 
-class Client:
+    def write(self, data: Bytes) -> None:
+        if not self.ended:
+            self.transport.write(data)
+
+    async def drain(self) -> None:
+        """Wait until the peer has read what was written, for a while."""
+        if self.room:
+            self.allow(self.patience or STALL_SECONDS)
+            await self.room
+            self.allow(0)
+
+
+class Client(Wire):
     """What a client of the VM's asks, one request at a time, and how it is answered."""
 
-    head: Head
-    body: Body
-
-    def __init__(self, wire: Wire) -> None:
-        self.wire = wire
-        self.drain = wire.drain
+    def __init__(self, wires: set[Any], story: Callable[[Client], Any]) -> None:
+        super().__init__(wires, is_client=True)
+        self.story = story
         self.is_probe = False
         self.is_last = False  # close after this answer
         self.is_streaming = False
+        self.session = ""  # that the upstream has named in this answer
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.task = asyncio.ensure_future(self.story(self))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.task.cancel()
 
     async def next_request(self) -> None:
-        wire = self.wire
-        self.is_streaming = wire.is_busy = False
+        self.is_streaming = self.is_busy = False
+        self.session = ""
         self.is_last = True  # unless it can be read to its end
-        wire.patience = 0
-        wire.allow(IDLE_SECONDS)
-        if len(wire.wires) > MAX_CLIENTS:
+        self.patience = 0
+        self.allow(IDLE_SECONDS)
+        if len(self.wires) > MAX_CLIENTS:
             raise ProtocolError("too many clients", 503)
-        if not wire.buffer:
-            await wire.more()
-        wire.allow(REQUEST_SECONDS)
-        self.head = await read_head(wire, is_request=True)
-        is_git = self.head.first[1].startswith(GIT)
-        self.body = Body(wire, self.head, MAX_PACK if is_git else MAX_REQUEST, is_request=True)
+        if not self.buffer:
+            await self.more()
+        self.allow(REQUEST_SECONDS)
+        await self.read_head(MAX_REQUEST)
+        self.allow(0)
         self.is_last = self.head.headers.get("connection", "").lower() == "close"
-        wire.deadline = float("inf")
-        if is_git:  # however long it takes, while it goes on
-            wire.patience = STALL_SECONDS
+        if self.head.first[1].startswith(GIT):  # however long it takes, while it goes on
+            self.limit, self.patience = MAX_PACK, STALL_SECONDS
 
     def invite(self) -> None:
         """A large body may come (RFC 9110, 10.1.1)."""
-        if self.head.headers.get("expect") and not self.wire.buffer:
-            self.wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if self.head.headers.get("expect") and not self.buffer:
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     async def receive(self) -> bytes:
         """The whole body; afterwards the client waits for its answer."""
-        self.wire.allow(REQUEST_SECONDS)
-        data = await self.body.whole()
-        self.wire.deadline = float("inf")
-        self.wire.is_busy = True
+        self.allow(REQUEST_SECONDS)
+        data = await self.whole()
+        self.allow(0)
+        self.is_busy = True
         return data
 
-    def begin(self, status: int, kind: str, *headers: str) -> bytes:
-        kinds = (f"Content-Type: {kind}",) if kind else ()
-        last = ("Connection: close",) if self.is_last else ()
-        return response_head(status, *kinds, *headers, *last)
+    def mcp_headers(self, message: Object) -> Object:
+        """Of its headers, those of the protocol; a session is the upstream's word, passed on."""
+        made = version_headers_of(self.head.headers, message)
+        if message["method"] != "initialize":  # that begins anew, whatever was before
+            made["Mcp-Session-Id"] = self.head.headers.get("mcp-session-id", "")
+        return made
 
-    def answer(self, status: int, message: Object, *headers: str) -> None:
-        self.answer_bytes(status, dumps(message), *headers)
+    def begin(self, status: int, kind: str, *headers: str) -> None:
+        more = [f"Content-Type: {kind}"] if kind else []
+        more += [f"Mcp-Session-Id: {self.session}"] if self.session else []
+        more += ["Connection: close"] if self.is_last else []
+        more += ["Allow: POST"] if status == 405 else []
+        self.write(response_head(status, *more, *headers))
 
-    def answer_bytes(self, status: int, body: Bytes, *headers: str, kind: str = JSON_TYPE) -> None:
+    def answer(self, status: int, body: Bytes, kind: str = JSON_TYPE) -> None:
         if self.is_streaming:
-            return self.wire.abort()  # half an answer is none
-        length = f"Content-Length: {len(body)}"
-        self.wire.write(self.begin(status, kind if body else "", *headers, length))
-        return self.wire.write(body)
+            return self.abort()  # half an answer is none
+        self.begin(status, kind if body else "", f"Content-Length: {len(body)}")
+        return self.write(body)
 
     def refuse(self, error: ProtocolError) -> None:
         """Say what is wrong with what came; where it cannot be read to its end, it is the last."""
-        self.is_last = self.is_last or not self.body.is_over
-        allowed = ("Allow: POST, DELETE",) if error.status == 405 else ()
-        self.answer(error.status, error_message(None, error.code, str(error)), *allowed)
+        self.is_last = self.is_last or not self.is_over
+        said = told_of({}, Refuse(str(error), error.code))[1]
+        self.answer(error.status, dumps(said))
 
-    def version_headers(self, message: Object) -> Object:
-        return version_headers_of(self.head.headers, message)
+    def told(self, message: Object, refuse: Refuse) -> Object:
+        return told_of(message, refuse)[1]
 
-    def refuse_message(self, message: Object, refuse: Refuse) -> None:
-        self.answer(*refusal_message(message, refuse))
+    def tell(self, message: Object, refuse: Refuse) -> None:
+        """Why there is no answer: in the stream, where one has begun."""
+        status, said = told_of(message, refuse)
+        if self.is_streaming:
+            return self.finish(dumps(said))
+        return self.answer(status, dumps(said))
 
-    def refusal(self, message: Object, refuse: Refuse) -> Object:
-        return refusal_message(message, refuse)[1]
+    def tell_error(self, status: int, forward: Forward, said: Bytes) -> None:
+        """The upstream's own error."""
+        self.answer(status, dumps(relayed_error(said, forward)))
 
     def refuse_push(self, push: Push, refused: Mapping[str, str]) -> None:
         kind = "application/x-git-receive-pack-result"
-        self.answer_bytes(200, push_report(push, refused), kind=kind)
-
-    def answer_error(self, status: int, forward: Forward, said: Bytes) -> None:
-        """The upstream's own error."""
-        self.answer(status, relayed_error(said, forward))
+        self.answer(200, push_report(push, refused), kind)
 
     def shown(self, bounds: Bounds, forward: Forward, message: Object) -> Object:
         """The answer as the VM gets it; Refusal when it cannot be shown."""
         return checked_answer(bounds, forward, message)
 
-    def start_stream(self, kind: str, *headers: str) -> None:
+    def stream(self, kind: str) -> None:
         self.is_streaming = True
-        self.wire.write(self.begin(200, kind, *STREAM_HEADERS, *headers))
+        self.begin(200, kind, *STREAM_HEADERS)
 
-    def chunk(self, data: Bytes) -> None:
-        self.wire.write(chunk_of(data))
+    def event(self, data: Bytes) -> None:
+        """A message that comes before the answer; b"": the upstream lives."""
+        if not self.is_streaming and data:
+            self.stream(EVENT_STREAM)
+        if data:
+            self.write(chunk_of(b"event: message\ndata: " + data.replace(b"\n", b" ") + b"\n\n"))
+        elif self.is_streaming:
+            self.write(chunk_of(b": alive\n\n"))
 
-    def end_stream(self) -> None:
-        self.wire.write(b"0\r\n\r\n")
-
-    def event(self, data: Bytes, *headers: str) -> None:
-        """A message that comes before the answer."""
-        if not self.is_streaming:
-            self.start_stream(EVENT_STREAM, *headers)
-        self.chunk(b"event: message\ndata: " + data.replace(b"\n", b" ") + b"\n\n")
-
-    def comment(self) -> None:
-        """The upstream lives."""
-        if self.is_streaming:
-            self.chunk(b": alive\n\n")
-
-    def finish(self, data: Bytes, *headers: str) -> None:
+    def finish(self, data: Bytes) -> None:
         """The answer. One that comes first goes as plain JSON: an SSE event of more than 1 MiB is
         refused by the Python SDK 2.x."""
         if not self.is_streaming:
-            return self.answer_bytes(200, data, *headers)
+            return self.answer(200, data)
         self.event(data)
-        return self.end_stream()
-
-    def fail(self, forward: Forward, reason: str) -> None:
-        """Answer a request with an error, in the stream if it has begun."""
-        id = forward.message.get("id")
-        message = error_message(id, UPSTREAM_FAILED, reason)
-        if id is None:
-            self.answer(502, message)
-        else:
-            self.finish(dumps(message))
+        return self.write(LAST_CHUNK)
 
     def close(self) -> None:
-        self.wire.allow(STALL_SECONDS)  # to read what was written
-        self.wire.transport.close()
-
-
-async def pass_on(begun: bytes, body: Body, wire: Wire, chunked: bool) -> None:
-    """Send a request's body on, until it ends or the upstream has answered."""
-    data = begun or await body.take()
-    while data and not (wire.buffer or wire.ended):
-        wire.write(chunk_of(data) if chunked else data)
-        await wire.drain()
-        data = await body.take()
-    if chunked and not data:
-        wire.write(b"0\r\n\r\n")
+        if not self.ended:
+            self.allow(STALL_SECONDS)  # to read what was written
+        self.transport.close()
 
 
 class Address(NamedTuple):
-    """Where an upstream is; `name`: as Host has it."""
+    """Where an upstream is."""
 
     secure: bool
     host: str
     port: int
     path: str
-
-    @property
-    def name(self) -> str:
-        plain = self.port == (443 if self.secure else 80)
-        return self.host if plain else f"{self.host}:{self.port}"
+    name: str  # as Host has it
 
 
-class Exchange:
-    """A request that is sent, and the answer to it."""
+class Exchange(Wire):
+    """A connection to an upstream, and the answer to what was sent on it."""
 
-    head: Head
-    body: Body
-
-    def __init__(self, upstream: Upstream, wire: Wire) -> None:
+    def __init__(self, upstream: Upstream) -> None:
+        super().__init__(upstream.wires)
         self.upstream = upstream
-        self.wire = wire
+        self.patience = upstream.timeout
+        self.events = bytearray()  # of a stream
+        self.scanned = 0
         self.status = 0
-        self.events = Events()
-        self.has_place = False
-        self.is_answered = False  # only the end of the stream is to come
 
     async def begin(self) -> None:
         """Wait for the answer's head."""
-        try:
-            self.head = await read_head(self.wire, is_request=False)
-            self.body = Body(self.wire, self.head, MAX_ANSWER, is_request=False)
-        except ProtocolError as error:
-            raise AnswerLost(f"its answer is malformed: {error}") from None
+        await self.read_head(MAX_ANSWER)
         status = self.head.first[1]
         self.status = int(status) if STATUS(status) else 502
+        self.is_stream = EVENT_STREAM in self.head.headers.get("content-type", "")
+        if self.is_stream:
+            self.limit = float("inf")  # each event has a limit of its own
+            self.events.clear()
+            self.scanned = 0
 
     def check_status(self) -> None:
         """UpstreamError for the answers that are between the proxy and the upstream."""
@@ -2682,89 +2639,63 @@ class Exchange:
         if self.status >= 500:
             raise AnswerLost(f"it answered HTTP {self.status}")
 
-    async def next_message(
-        self, forward: Forward, client: Client | None = None
-    ) -> tuple[str, Json, bytes]:
-        """(what it is, the message, its bytes) of the next one of an answer.
+    def session(self) -> str:
+        session = self.head.headers.get("mcp-session-id", "")
+        return session if VISIBLE(session) else ""
 
-        It is an "answer", a "question" or a "note", or "" for what does not pass.
+    async def is_coming(self, limit: int = PAUSE_AT) -> int:
+        """Read a stream on until an event is whole: its length, or 0 when there is no more of it,
+        or more than `limit` bytes."""
+        while self.is_stream:
+            found = EVENT_END.search(self.events, max(0, self.scanned - 3))
+            if found:
+                return found.end()
+            self.scanned = len(self.events)
+            more = await self.part() if self.scanned <= limit else b""
+            if not more:
+                break
+            self.events += more
+        return 0
+
+    async def next_message(self, forward: Forward) -> tuple[str, Json, bytes]:
+        """(kind, message, its bytes) of the next one of an answer, be it JSON or a stream.
+
+        The kind is that of `kind_of`, or "alive" for a comment in a stream.
         """
-        data = await self.next_data(client)
+        if self.is_stream:
+            size = await self.is_coming(MAX_ANSWER)
+            if len(self.events) > MAX_ANSWER:
+                raise AnswerLost(f"an event of more than {MAX_ANSWER} bytes")
+            data = event_data(bytes(self.events[:size]))
+            del self.events[:size]
+            self.scanned = 0
+            if size and not data:
+                return "alive", None, b""
+        else:
+            data = await self.whole()
         if not data:
             raise AnswerLost("it ended without an answer to the request")
-        message = parse_answer(data)
-        kind = kind_of(message, forward)
-        self.is_answered = kind == "answer"
-        return kind, message, data
+        try:
+            message = json.loads(data)
+        except (ValueError, RecursionError):
+            raise AnswerLost("its answer is not JSON") from None
+        return kind_of(message, forward), message, data
 
-    async def decline(self, question: Object, sent: Mapping[str, str]) -> None:
-        """What the upstream asks its client (to fill a form, to sample) is not passed."""
-        error = {"code": INVALID_REQUEST, "message": "declined by the proxy"}
-        said: Object = {"result": {}} if question["method"] == "ping" else {"error": error}
-        made = dumps({"jsonrpc": "2.0", "id": question["id"], **said})
-        (await self.upstream.send("POST", "", {**POSTED, **sent}, made, again=True)).release()
-
-    async def next_data(self, client: Client | None) -> bytes:
-        """The next message of an answer, be it JSON or a stream of events; b"" after the last.
-
-        Where it is large, a place is held until the next one is asked for, or this is released.
-        """
-        if EVENT_STREAM not in self.head.headers.get("content-type", ""):
-            if self.body.is_over:
-                return b""
-            await self.take_place(client)
-            return await self.body.whole()
-        self.leave_place()
-        self.body.limit = float("inf")  # an event has a limit of its own
-        while True:
-            event = self.events.take()
-            if event is None:
-                if len(self.events.buffer) > PAUSE_AT:
-                    await self.take_place(client)
-                more = await self.body.take()
-                if not more:
-                    return b""
-                self.events.feed(more)
-                continue
-            data = event_data(event)
-            if data:
-                return data
-            if client:  # a comment: the upstream lives
-                client.comment()
-
-    async def take_place(self, client: Client | None) -> None:
-        """But not for a question of the proxy's own: who has a place may be waiting for that."""
-        if client and not self.has_place:
-            await self.upstream.places.acquire()
-            self.has_place = True
-
-    def leave_place(self) -> None:
-        if self.has_place:
-            self.upstream.places.release()
-            self.has_place = False
+    async def finish(self) -> None:
+        """After the answer only the end of a stream is to come: for that a moment is waited."""
+        self.patience, self.limit = LINGER_SECONDS, self.size + MAX_HEAD
+        with contextlib.suppress(UpstreamError):
+            await self.whole()
+        self.patience = self.upstream.timeout
 
     def release(self) -> None:
         """Back to the pool when the exchange is over; closed at once when it was broken off."""
-        self.leave_place()
         closing = self.head.headers.get("connection", "").lower() == "close"
-        if self.body.is_over and not (closing or self.wire.buffer or self.wire.ended):
-            self.wire.allow(POOL_SECONDS)
-            self.upstream.pool.append(self.wire)
-        elif self.is_answered and not (self.body.is_over or self.wire.ended):
-            self.finishing = asyncio.ensure_future(self.finish())
+        if self.is_over and not (closing or self.buffer or self.ended):
+            self.allow(POOL_SECONDS)
+            self.upstream.pool.append(self)
         else:
-            self.wire.abort()
-
-    async def finish(self) -> None:
-        """After the last event of a stream only its end is to come: for that a moment is waited."""
-        self.wire.patience = LINGER_SECONDS
-        self.body.limit = self.body.size + MAX_HEAD
-        try:
-            await self.body.whole()
-        except UpstreamError:
-            return self.wire.abort()
-        self.wire.patience = self.upstream.timeout
-        return self.release()
+            self.abort()
 
 
 class Upstream:
@@ -2781,18 +2712,18 @@ class Upstream:
         self.timeout = timeout  # seconds that it may be silent
         self.scheme = scheme  # how the token is sent
         self.tls: Any = None
-        self.wires: set[Wire] = set()
-        self.pool: list[Wire] = []  # those that are open and free
+        self.wires: set[Exchange] = set()
+        self.pool: list[Exchange] = []  # those that are open and free
         # Whoever holds a message whole needs a place: that bounds the memory.
         self.places = asyncio.Semaphore(MAX_PLACES)
 
-    async def connect(self) -> Wire:
+    async def connect(self) -> Exchange:
         if self.address.secure and not self.tls:
             import ssl
 
             self.tls = ssl.create_default_context(cafile=self.ca_file or None)
         try:
-            wire = await open_connection(self.address, self.tls, lambda: Wire(self.wires))
+            return await open_connection(self.address, self.tls, lambda: Exchange(self))
         except asyncio.TimeoutError:
             raise UpstreamError("it does not accept connections") from None
         except OSError as error:
@@ -2800,26 +2731,77 @@ class Upstream:
             untrusted = "certificate" in str(error).lower()
             reason = "its certificate is not trusted" if untrusted else "it cannot be reached"
             raise UpstreamError(reason) from None
-        wire.patience = self.timeout
-        return wire
 
     def hide(self, data: bytes) -> Bytes:
         """What came, without tokens and signed URLs."""
         return redact(data, self.token.value.encode(), self.token.earlier.encode())
 
+    def post(self, forward: Forward, headers: Mapping[str, str]) -> Awaitable[Exchange]:
+        """Send a message: what is returned holds it, and nobody else need."""
+        sent = {**POSTED, **headers, **mirrored_headers(forward.message)}
+        return self.send("POST", "", sent, dumps(forward.message), again=not forward.write)
+
+    async def decline(self, question: Object, sent: Mapping[str, str]) -> None:
+        """What the upstream asks its client (to fill a form, to sample) is not passed."""
+        error = {"code": INVALID_REQUEST, "message": "declined by the proxy"}
+        said: Object = {"result": {}} if question["method"] == "ping" else {"error": error}
+        made = dumps({"jsonrpc": "2.0", "id": question["id"], **said})
+        (await self.send("POST", "", {**POSTED, **sent}, made, again=True)).release()
+
+    async def send(
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes = b"", *,
+        again: bool = False, upload: Callable[[Exchange], Awaitable[None]] | None = None,
+    ) -> Exchange:  # fmt: skip
+        """Send a request: the exchange, with the head of its answer in. `release` it.
+
+        `again`: whether it may be repeated on a fresh connection when an idle one turns out to be
+        dead. A write may not: it could have been done. `upload` sends a body that is not held.
+        After a 401 anything else may be sent with a new token: it was not carried out.
+        """
+        sent = {**self.headers, **headers, **({"Content-Length": str(len(body))} if body else {})}
+        sent = {key: encode_header(value) for key, value in sent.items() if value}
+        renewed = False
+        while True:
+            credential = self.scheme(await self.token.fresh())
+            self.pool = [wire for wire in self.pool if not (wire.buffer or wire.ended)]
+            used = bool(self.pool) and not upload
+            exchange = self.pool.pop() if used else await self.connect()
+            exchange.allow(0)
+            try:
+                exchange.write(request_head(method, self.address, path, sent, credential) + body)
+                if upload:
+                    await upload(exchange)
+                await exchange.begin()
+            except BaseException as error:
+                exchange.abort()
+                dead = used and again and isinstance(error, UpstreamError) and not exchange.buffer
+                if not dead:
+                    raise
+                continue
+            if exchange.status != 401 or renewed or upload or not self.token.command:
+                return exchange
+            renewed = True
+            exchange.abort()
+            await self.token.renew()
+
     async def relay(
         self, client: Client, repository: Repository, service: str, push: Push,
         deeds: Sequence[Deed | None],
     ) -> None:  # fmt: skip
-        """Pass a request on, and its answer; of neither more than a little is held."""
-        path = f"/{repository.scope}.git/"
-        path += f"info/refs?service={service}" if client.head.first[0] == "GET" else service
+        """Pass a request of git on, and its answer; of neither more than a little is held."""
         method, headers = client.head.first[0], git_headers(client.head, service)
+        path = f"/{repository.scope}.git/"
+        path += f"info/refs?service={service}" if method == "GET" else service
 
         async def upload(exchange: Exchange) -> None:
-            await pass_on(
-                push.begun, client.body, exchange.wire, bool(headers["Transfer-Encoding"])
-            )
+            """Until it ends, or the upstream has answered."""
+            data = push.begun or await client.part()
+            while data and not (exchange.buffer or exchange.ended):
+                exchange.write(chunk_of(data) if client.is_chunked else data)
+                await exchange.drain()
+                data = await client.part()
+            if client.is_chunked and not data:
+                exchange.write(LAST_CHUNK)
 
         is_get = method == "GET"
         exchange = await self.send(
@@ -2833,71 +2815,22 @@ class Upstream:
             kind = exchange.head.headers.get("content-type", "").partition(";")[0]
             if not kind.startswith(f"application/x-{service}-"):
                 raise UpstreamError("its answer is not git's")
-            client.start_stream(kind)
-            exchange.body.limit = MAX_PACK
+            client.stream(kind)
+            exchange.limit = MAX_PACK
             report = bytearray()  # the beginning of what became of a push
-            while data := await exchange.body.take():
+            while data := await exchange.part():
                 if len(report) < MAX_REPORT:
                     report += data
-                client.chunk(data)
+                client.write(chunk_of(data))
                 await client.drain()
             became = pushed_refs(report, push)
             for deed in filter(None, deeds):
                 why = became.get(deed.target.get("ref", ""))
                 if why is not None:
                     repository.audit.became(deed, "failed" if why else "done", why)
-            client.end_stream()
+            client.write(LAST_CHUNK)
         finally:
             exchange.release()
-
-    def post(self, forward: Forward, headers: Mapping[str, str]) -> Awaitable[Exchange]:
-        """Send a message: what is returned holds it, and nobody else need."""
-        body = dumps(forward.message)
-        sent = {**POSTED, **headers, **mirrored_headers(forward.message)}
-        return self.send("POST", "", sent, body, again=not forward.write)
-
-    async def send(
-        self, method: str, path: str, headers: Mapping[str, str], body: bytes = b"", *,
-        again: bool = False, upload: Callable[[Exchange], Awaitable[None]] | None = None,
-    ) -> Exchange:  # fmt: skip
-        """Send a request: the exchange, with the head of its answer in. `release` it.
-
-        `again`: whether it may be repeated on a fresh connection when an idle one turns out to be
-        dead. A write may not: it could have been done. `upload` sends a body that is not held.
-        After a 401 anything else may be sent with a new token: it was not carried out.
-        """
-        sent = {
-            **self.headers,
-            **{key: encode_header(value) for key, value in headers.items() if value},
-        }
-        if body:
-            sent["Content-Length"] = str(len(body))
-        renewed = False
-        while True:
-            credential = self.scheme(await self.token.fresh())
-            self.pool = [wire for wire in self.pool if not (wire.buffer or wire.ended)]
-            used = bool(self.pool) and not upload
-            wire = self.pool.pop() if used else await self.connect()
-            wire.deadline = float("inf")
-            exchange = Exchange(self, wire)
-            try:
-                wire.write(request_head(method, self.address, path, sent, credential) + body)
-                if upload:
-                    await upload(exchange)
-                await exchange.begin()
-            except UpstreamError:
-                wire.abort()
-                if not (used and again) or wire.buffer:
-                    raise
-                continue
-            except BaseException:
-                wire.abort()
-                raise
-            if exchange.status != 401 or renewed or upload or not self.token.command:
-                return exchange
-            renewed = True
-            wire.abort()
-            await self.token.renew()
 
 
 def bearer(token: str) -> str:
@@ -2907,49 +2840,6 @@ def bearer(token: str) -> str:
 def basic(token: str) -> str:
     """As git sends it."""
     return "Basic " + base64.b64encode(f"x-access-token:{token}".encode()).decode()
-
-
-class Sessions:
-    """Those that the upstream has begun, the oldest first."""
-
-    def __init__(self, upstream: Upstream, audit: Audit) -> None:
-        self.upstream = upstream
-        self.audit = audit
-        self.known: dict[str, None] = {}
-
-    def check(self, session: str) -> None:
-        if session and session not in self.known:
-            reason = "the session is not known here: initialize anew"
-            raise ProtocolError(reason, 404, SESSION_GONE)
-
-    def begin(self, forward: Forward, exchange: Exchange) -> tuple[str, ...]:
-        """The header for a session that the upstream has begun; the session is remembered."""
-        session = exchange.head.headers.get("mcp-session-id", "")
-        if not session or not VISIBLE(session) or forward.message["method"] != "initialize":
-            return ()
-        self.known[session] = None
-        if len(self.known) > MAX_SESSIONS:
-            del self.known[next(iter(self.known))]
-        return (f"Mcp-Session-Id: {session}",)
-
-    async def end(self, client: Client, session: str) -> None:
-        """Tell the upstream that a session is over."""
-        self.check(session)
-        deed = None if client.is_probe else self.audit.passed("DELETE", "", {})
-        if deed is None:
-            raise ProtocolError(UNRECORDED, 503, UPSTREAM_FAILED)
-        message: Object = {"method": "DELETE"}
-        headers = {"Mcp-Session-Id": session, **client.version_headers(message)}
-        try:
-            exchange = await self.upstream.send("DELETE", "", headers, again=True)
-            exchange.release()
-            exchange.check_status()
-        except UpstreamError as error:
-            self.audit.became(deed, "failed", str(error))
-            return client.fail(Forward(message), f"GitHub's MCP server cannot be used: {error}")
-        self.known.pop(session, None)
-        allowed = ("Allow: POST",) if exchange.status == 405 else ()
-        return client.answer_bytes(exchange.status, b"", *allowed)
 
 
 TOKEN_TEXT = re.compile("[!-~]{1,4096}").fullmatch
@@ -2975,74 +2865,37 @@ def parse_token_output(output: bytes) -> tuple[str, float]:
         raise UpstreamError("the host's token command gave no usable token") from None
 
 
-# --- plumbing: what is asked of the user, and of the upstream ---
+# --- plumbing: what is asked of the upstream ---
 
-# Of the environment, what a command that only says yes or no has no need of.
-SECRET_NAME = re.compile("GITHUB_MCP_|TOKEN|SECRET|PASSW|API_KEY")
-APPROVE_SECONDS = 60  # the TypeScript SDK's clients give a call up then, too
 OWN_VERSION = "2025-06-18"
 OWN_INITIALIZE: Object = {
     "protocolVersion": OWN_VERSION,
     "capabilities": {},
-    "clientInfo": {"name": "agent-vm-github-mcp-proxy", "version": __version__},
+    "clientInfo": {**CLIENT, "name": "agent-vm-github-mcp-proxy"},
 }
 HEAD_REF = re.compile(rb" HEAD symref-target:refs/heads/([^\n ]+)")
 
 
-class Turn(asyncio.Lock):
-    """One question at a time: a person is asked."""
+async def learn(repository: Repository) -> None:
+    """Ask GitHub's search, which does not find every repository and may be behind, and git.
 
-    waiting = 0  # those who have the turn, or wait for it
-
-
-class Questions:
-    """What is asked of others before something is let pass."""
-
-    def __init__(self) -> None:
-        self.turn = Turn()
-
-    async def ask_user(self, repository: Repository, question: Object) -> str:
-        """Why the host's user does not allow a write; "" when they do."""
-        env = {key: value for key, value in os.environ.items() if not SECRET_NAME.search(key)}
-        asked = dumps({"repository": str(repository.scope), **question})
-        turn = self.turn
-        if turn.waiting >= MAX_PLACES:
-            return "too many writes wait for the host's user: write one after the other"
-        turn.waiting += 1
+    The default branch is what either says.
+    """
+    names = set()
+    for ask in (ask_search, ask_git):
         try:
-            async with turn:
-                status, output = await start(
-                    repository.policy.approve, asked, APPROVE_SECONDS, cwd="/", env=env
-                )
-        finally:
-            turn.waiting -= 1
-        if status == 0:
-            return ""
-        if status is None:
-            return f"the host's user did not allow it within {APPROVE_SECONDS} s"
-        said = "".join(c if c.isprintable() else " " for c in output.decode(errors="replace"))
-        return said.strip()[:300] or "the host's user did not allow it"
-
-    async def learn(self, repository: Repository) -> None:
-        """Ask GitHub's search, which does not find every repository and may be behind, and git.
-
-        The default branch is what either says.
-        """
-        names = set()
-        for ask in (ask_search, ask_git):
-            try:
-                found, default_branch = await ask(repository)
-            except UpstreamError as error:
-                log(f"{repository.upstream.address.name}: {error}")
-                continue
-            except Exception:  # whatever the upstream made of its answer: then it is not known
-                continue
-            if found:
-                repository.moved = bool(repository.id and repository.id != found)
-                repository.id = repository.id or found
-            if default_branch and is_plain(default_branch, 255):
-                names.add(default_branch)
-        repository.defaults = frozenset(names) or repository.defaults
+            found, default_branch = await ask(repository)
+        except UpstreamError as error:
+            log(f"{repository.upstream.address.name}: {error}")
+            continue
+        except Exception:  # whatever the upstream made of its answer: then it is not known
+            continue
+        if found:
+            repository.moved = bool(repository.id and repository.id != found)
+            repository.id = repository.id or found
+        if default_branch and is_plain(default_branch, 255):
+            names.add(default_branch)
+    repository.defaults = frozenset(names) or repository.defaults
 
 
 async def ask_search(repository: Repository) -> tuple[int, str]:
@@ -3065,15 +2918,15 @@ async def own_request(
     upstream: Upstream, method: str, params: Object, headers: Mapping[str, str]
 ) -> tuple[Object, str]:
     """(result, session) of a request of the proxy's own."""
-    message = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
-    exchange = await upstream.send("POST", "", {**POSTED, **headers}, dumps(message), again=True)
+    forward = Forward({"jsonrpc": "2.0", "id": 1, "method": method, "params": params})
+    exchange = await upstream.post(forward, headers)
     try:
         exchange.check_status()
-        while True:
-            kind, found, _ = await exchange.next_message(Forward(message))
-            if kind == "answer":
-                session = exchange.head.headers.get("mcp-session-id", "")
-                return found["result"], session if VISIBLE(session) else ""
+        kind, found = "", Forward({}).message
+        while kind != "answer":
+            kind, found, _ = await exchange.next_message(forward)
+        await exchange.finish()
+        return found["result"], exchange.session()
     finally:
         exchange.release()
 
@@ -3089,7 +2942,7 @@ async def ask_git(repository: Repository) -> tuple[int, str]:
     exchange = await repository.git.send("POST", path, headers, body, again=True)
     try:
         exchange.check_status()
-        head = HEAD_REF.search(await exchange.body.whole())
+        head = HEAD_REF.search(await exchange.whole())
         return 0, head[1].decode() if head else ""
     finally:
         exchange.release()
@@ -3134,7 +2987,9 @@ def parse_address(url: str, option: str) -> Address:
     if not secure and match[2].lower() not in ("127.0.0.1", "localhost", "[::1]"):
         raise ProxyError(f"{option} must be https: the token would go over the network in clear")
     port = int(match[3] or (443 if secure else 80))
-    return Address(secure, match[2].strip("[]").lower(), port, match[4] or "/")
+    host = match[2].strip("[]").lower()
+    name = host if port == (443 if secure else 80) else f"{host}:{port}"
+    return Address(secure=secure, host=host, port=port, path=match[4] or "/", name=name)
 
 
 def read_policy(path: str) -> Policy:
@@ -3307,7 +3162,7 @@ def build_repository(options: argparse.Namespace) -> Repository:
     except OSError as error:
         reason = f"cannot write the audit file {options.audit}: {error.strerror}"
         raise ProxyError(reason) from None
-    return Repository(scope, policy, upstream, git, audit, Questions())
+    return Repository(scope, policy, upstream, git, audit, learn)
 
 
 async def run_proxy(options: argparse.Namespace) -> int:
@@ -3338,27 +3193,25 @@ async def run_proxy(options: argparse.Namespace) -> int:
         if stopped.done():
             return conclude(repository.audit, options, stopped.result())
         fresh.result()
-    mcp = Mcp(repository, Sessions(repository.upstream, repository.audit))
+    mcp = Mcp(repository)
     git = Git(repository)
-    clients: set[Wire] = set()
+    clients: set[Client] = set()
     address, port = options.listen
     gate.hosts.add(f"[{address}]" if ":" in address else address)
     try:
         server = await listen(
             address,
             port,
-            lambda: Wire(clients, lambda wire: serve_client(mcp, git, gate, Client(wire))),
+            lambda: Client(clients, lambda client: serve_client(mcp, git, gate, client)),
         )
     except OSError as error:
         raise ProxyError(f"cannot listen on {address}:{port}: {error.strerror}", status=1) from None
     announce(server.sockets[0].getsockname()[1], gate, repository.policy.readonly)
     await repository.know(wait=False)
     upstreams = [repository.upstream, *([repository.git] if repository.git else [])]
-    sweeper = asyncio.ensure_future(sweep([clients, *(one.wires for one in upstreams)]))
     try:
         status = await stopped
     finally:
-        sweeper.cancel()
         server.close()
         for wire in [*clients, *(wire for one in upstreams for wire in one.wires)]:
             wire.abort()
@@ -3399,16 +3252,6 @@ def watch_stdin(loop: asyncio.AbstractEventLoop, closed: Callable[[], None]) -> 
         loop.add_reader(0, read_it)
     except OSError:  # a file, or /dev/null: nobody is there
         closed()
-
-
-async def sweep(sides: Sequence[set[Wire]]) -> None:
-    """Every limit of time is kept here, so that no request needs a timer."""
-    while True:
-        await asyncio.sleep(1)
-        now = time.monotonic()
-        for wire in [wire for side in sides for wire in side]:
-            if wire.deadline < now:
-                wire.expire()
 
 
 def allow_many_files() -> None:

@@ -564,7 +564,7 @@ class AttackTest(unittest.TestCase):
         reason = verdict.reason
         self.assertTrue(10 < len(reason) < 1000 and reason.isprintable(), reason)
         self.assertIsNone(proxy.TOKENS.search(reason.encode()), reason)
-        status, told = proxy.refusal_message(message, verdict)
+        status, told = proxy.told_of(message, verdict)
         self.assertIn(json.dumps(reason)[1:-1], proxy.dumps(told).decode())
         self.assertLess(status, 500)
         self.assertIn(word, reason)
@@ -1381,12 +1381,12 @@ class MessageTest(unittest.TestCase):
 
     def test_where_a_refusal_is_told(self) -> None:
         refuse = Refuse("because", proxy.INVALID_PARAMS, "list_tags")
-        status, told = proxy.refusal_message(call("list_tags"), refuse)
+        status, told = proxy.told_of(call("list_tags"), refuse)
         self.assertEqual((status, told["id"], told["result"]["isError"]), (200, 1, True))
-        status, told = proxy.refusal_message(request("x"), Refuse("because", proxy.NO_METHOD))
+        status, told = proxy.told_of(request("x"), Refuse("because", proxy.NO_METHOD))
         self.assertEqual((status, told["error"]["code"]), (200, proxy.NO_METHOD))
         note = {"jsonrpc": "2.0", "method": "x"}
-        status, told = proxy.refusal_message(note, Refuse("because", proxy.NO_METHOD))
+        status, told = proxy.told_of(note, Refuse("because", proxy.NO_METHOD))
         self.assertEqual((status, told["id"]), (400, None))
 
     def test_the_default_branch_is_what_is_given_and_what_is_learnt(self) -> None:

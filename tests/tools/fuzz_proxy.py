@@ -391,7 +391,7 @@ def judged(body: bytes, policy: Policy) -> str:
         return "malformed"
     verdict = proxy.decide(SCOPE, policy, message)
     if isinstance(verdict, proxy.Refuse):
-        status, answer = proxy.refusal_message(message, verdict)
+        status, answer = proxy.told_of(message, verdict)
         insist(verdict.reason and status >= 200 and proxy.dumps(answer), "no reason", message)
         return "refused"
     check_forward(verdict, policy, message)
