@@ -29,6 +29,7 @@ import os
 import re
 import select
 import signal
+import ssl
 import sys
 import time
 import unicodedata
@@ -1243,7 +1244,9 @@ async def start(
             os.killpg(child.pid, signal.SIGKILL)
 
 
-async def open_connection(address: Address, tls: Any, made: Callable[[], Exchange]) -> Exchange:
+async def open_connection(
+    address: Address, tls: ssl.SSLContext | None, made: Callable[[], Exchange]
+) -> Exchange:
     """A connection to an upstream; `tls`: the context, None on loopback."""
     name = address.host if tls else None
     opening = asyncio.get_running_loop().create_connection(
@@ -1603,8 +1606,7 @@ async def serve_client(mcp: Mcp, git: Git, gate: Gate, client: Client) -> None:
     except UpstreamError:
         pass  # it is the client that has gone
     except Exception as error:
-        mcp.audit.fault(error)
-        client.abort()
+        client.fault_of_ours(error)
     client.close()
 
 
@@ -2148,61 +2150,41 @@ def summary(method: str, tool: str, target: Mapping[str, Json]) -> str:
     return " ".join([name, *pairs])[:300]
 
 
-class Receipt:
-    """What was done, counted while it is decided: for whoever started the proxy."""
-
-    def __init__(self) -> None:
-        self.reads = self.writes = self.refused = self.left_out = 0
-        self.lines: list[Object] = []
-        self.kinds: dict[tuple[str, str, str], Object] = {}  # of refusals
-
-    def add(self, verdict: str, what: str, reason: str = "") -> Object:
-        line = {"verdict": verdict, "what": what, "reason": reason, "url": "", "count": 1}
-        self.lines.append(line)
-        return line
-
-    def refuse(self, verdict: str, what: str, reason: str) -> None:
-        self.refused += 1
-        kind = (verdict, what, reason)
-        if kind in self.kinds:
-            self.kinds[kind]["count"] += 1
-        elif len(self.kinds) < MAX_KINDS:
-            self.kinds[kind] = self.add(*kind)
-        else:
-            self.left_out += 1
-
-    def written(self) -> str:
-        """JSON Lines: the counts, what was done and refused in order, how much is left out.
-
-        Where not all has room, writes go before refusals: none is hidden by others.
-        """
-        places = range(len(self.lines))
-        writes_first = sorted(places, key=lambda at: self.lines[at] in self.kinds.values())
-        shown = [self.lines[at] for at in sorted(writes_first[:MAX_RECEIPT])]
-        more = self.left_out + len(self.lines) - len(shown)
-        counts = {"reads": self.reads, "writes": self.writes, "refused": self.refused}
-        rows = [counts, *shown, *([{"more": more}] if more else [])]
-        return "".join(json.dumps(row) + "\n" for row in rows)
+def written(counts: Mapping[str, int], lines: Sequence[Object], left_out: int) -> str:
+    """The receipt in JSON Lines: the counts, what was done and refused in order, how much is left
+    out. Where not all has room, writes go before refusals: none is hidden by others."""
+    places = range(len(lines))
+    first = sorted(places, key=lambda at: lines[at]["verdict"] in ("refused", "withheld"))
+    shown = [lines[at] for at in sorted(first[:MAX_RECEIPT])]
+    more = left_out + len(lines) - len(shown)
+    rows = [counts, *shown, *([{"more": more}] if more else [])]
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 # --- the audit ---
 
 
-class Deed:
-    """Something that was let pass: what it is, and its line in the receipt if it writes."""
+class Deed(NamedTuple):
+    """Something that was let pass: what it is, and its line of the receipt if it writes."""
 
-    def __init__(self, method: str, tool: str, target: Object, write: bool = False) -> None:
-        self.method, self.tool, self.target, self.write = method, tool, target, write
-        self.line: Object = {}
+    method: str
+    tool: str
+    target: Object
+    write: bool
+    line: Object
 
 
 class Audit:
     """Every decision: a line of JSON in a file, on stderr when it is worth one; and the receipt."""
 
-    def __init__(self, fd: int = -1, debug: bool = False) -> None:
+    def __init__(self, fd: int = -1) -> None:
         self.fd = fd  # -1: no file
-        self.debug = debug
-        self.receipt = Receipt()
+        self.counts = {"reads": 0, "writes": 0, "refused": 0}
+        self.lines: dict[object, Object] = {}  # of the receipt: each write, each kind of refusal
+        self.left_out = 0
+
+    def receipt(self) -> str:
+        return written(self.counts, list(self.lines.values()), self.left_out)
 
     def about(self, message: Object) -> Object:
         """What a call is about: numbers, names and paths; never text."""
@@ -2210,17 +2192,15 @@ class Audit:
 
     def passed(self, method: str, tool: str, target: Object, write: bool = False) -> Deed | None:
         """Record that it is let pass; None when that cannot be: then it may not."""
-        deed = Deed(method, tool, target, write)
-        if method == "ping":
-            return deed
-        if not self.write(method, tool, "forward", "", target):
+        if method != "ping" and not self.write(method, tool, "forward", "", target):
             return None
+        line: Object = {}
         if write:
-            self.receipt.writes += 1
-            deed.line = self.receipt.add("unknown", summary(method, tool, target))
+            self.counts["writes"] += 1
+            line = self.line(object(), "unknown", summary(method, tool, target), "")
         elif method in ("tools/call", "git"):
-            self.receipt.reads += 1
-        return deed
+            self.counts["reads"] += 1
+        return Deed(method=method, tool=tool, target=target, write=write, line=line)
 
     def answered(self, deed: Deed, message: Object) -> None:
         """Record what the answer to a write says of it."""
@@ -2228,28 +2208,38 @@ class Audit:
         reason = "" if verdict == "done" else "GitHub's server answered with an error"
         self.became(deed, verdict, reason, url)
 
-    def fault(self, error: Exception) -> None:
-        log(f"a fault of the proxy: {type(error).__name__}")  # no text: it may hold a value
-
     def became(self, deed: Deed, verdict: str, reason: str, url: str = "") -> None:
         """Record what became of it: done, failed, unknown, or its answer withheld."""
         target = {**deed.target, "url": url} if url else deed.target
         self.write(deed.method, deed.tool, verdict, reason, target)
         if verdict == "withheld":
-            self.receipt.refuse(verdict, summary(deed.method, deed.tool, deed.target), reason)
-        elif deed.line:
+            self.count_refusal(verdict, summary(deed.method, deed.tool, deed.target), reason)
+        elif deed.write:
             deed.line.update(verdict=verdict, reason=reason, url=url)
 
     def refused(self, method: str, tool: str, reason: str, target: Object) -> None:
         tool = tool if PLAIN_NAME(tool) else "?"  # the guest's word for no tool of ours
         method = method if PLAIN_NAME(method) else "?"
-        self.write(method[:64], tool[:64], "refuse", reason, target)
-        self.receipt.refuse("refused", summary(method[:64], tool[:64], target), reason)
+        self.write(method, tool, "refuse", reason, target)
+        self.count_refusal("refused", summary(method, tool, target), reason)
+
+    def count_refusal(self, *kind: str) -> None:
+        self.counts["refused"] += 1
+        if kind in self.lines or len(self.lines) < MAX_KINDS:
+            self.line(kind, *kind)
+        else:
+            self.left_out += 1
+
+    def line(self, key: object, verdict: str, what: str, reason: str) -> Object:
+        made = {"verdict": verdict, "what": what, "reason": reason, "url": "", "count": 0}
+        kept = self.lines.setdefault(key, made)
+        kept["count"] += 1
+        return kept
 
     def write(self, method: str, tool: str, verdict: str, reason: str, target: Object) -> bool:
-        if self.debug or verdict not in ("forward", "done"):
-            what = " ".join(filter(None, [method, tool, verdict]))
-            log(f"{what}: {reason}" if reason else what)
+        """Whether the line could be written."""
+        if verdict not in ("forward", "done"):
+            log(f"{' '.join(filter(None, [method, tool, verdict]))}: {reason}")
         if self.fd < 0:
             return True
         now = time.time()
@@ -2262,9 +2252,8 @@ class Audit:
             "reason": reason,
             "target": target,
         }
-        data = redact(dumps(line)) + b"\n"
         try:
-            return append(self.fd, data)
+            return append(self.fd, redact(dumps(line)) + b"\n")
         except OSError as error:
             log(f"cannot write the audit file: {error.strerror}")
             return False
@@ -2590,6 +2579,10 @@ class Client(Wire):
         self.event(data)
         return self.write(LAST_CHUNK)
 
+    def fault_of_ours(self, error: Exception) -> None:
+        log(f"a fault of the proxy: {type(error).__name__}")  # no text: it may hold a value
+        self.abort()
+
     def close(self) -> None:
         if not self.ended:
             self.allow(STALL_SECONDS)  # to read what was written
@@ -2702,26 +2695,21 @@ class Upstream:
     """A server that requests go to: its address, its connections, and what they have in common."""
 
     def __init__(
-        self, address: Address, token: Token, headers: Mapping[str, str], ca_file: str,
-        timeout: float, scheme: Callable[[str], str],
+        self, address: Address, token: Token, headers: Mapping[str, str],
+        tls: ssl.SSLContext | None, timeout: float, scheme: Callable[[str], str],
     ) -> None:  # fmt: skip
         self.address = address
         self.token = token
         self.headers = headers
-        self.ca_file = ca_file
+        self.tls = tls if address.secure else None
         self.timeout = timeout  # seconds that it may be silent
         self.scheme = scheme  # how the token is sent
-        self.tls: Any = None
         self.wires: set[Exchange] = set()
         self.pool: list[Exchange] = []  # those that are open and free
         # Whoever holds a message whole needs a place: that bounds the memory.
         self.places = asyncio.Semaphore(MAX_PLACES)
 
     async def connect(self) -> Exchange:
-        if self.address.secure and not self.tls:
-            import ssl
-
-            self.tls = ssl.create_default_context(cafile=self.ca_file or None)
         try:
             return await open_connection(self.address, self.tls, lambda: Exchange(self))
         except asyncio.TimeoutError:
@@ -2954,10 +2942,11 @@ DEFAULT_UPSTREAM = "https://api.githubcopilot.com/mcp/"
 DEFAULT_TOOLSETS = "repos,issues,pull_requests,git,labels"
 FLAGS = {"1": True, "true": True, "yes": True, "on": True,
          "0": False, "false": False, "no": False, "off": False, "": False}  # fmt: skip
+HOST = r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+)"
 
 
 def listen_address(value: str) -> tuple[str, int]:
-    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+):([0-9]{1,5})", value)
+    match = re.fullmatch(HOST + r":([0-9]{1,5})", value)
     if not match or int(match[2]) > 65535:
         raise argparse.ArgumentTypeError(f"{value!r} is not ADDRESS:PORT")
     return match[1].strip("[]"), int(match[2])
@@ -2978,17 +2967,15 @@ def positive_seconds(value: str) -> float:
 
 def parse_address(url: str, option: str) -> Address:
     """https, or http to loopback; no user, query or fragment. `option`: what is wrong if it is."""
-    match = re.fullmatch(
-        r"(https?)://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+)(?::([0-9]{1,5}))?(/[!-~]*)?", url
-    )
+    match = re.fullmatch(rf"(https?)://{HOST}(?::([0-9]{{1,5}}))?(/[!-~]*)?", url)
     if not match or re.search(r"[?#%\\]|/\.", match[4] or ""):
         raise ProxyError(f"{option} is not an address like https://HOST[:PORT]/PATH")
-    secure = match[1] == "https"
-    if not secure and match[2].lower() not in ("127.0.0.1", "localhost", "[::1]"):
+    secure, host = match[1] == "https", match[2].strip("[]").lower()
+    if not secure and host not in ("127.0.0.1", "localhost", "::1"):
         raise ProxyError(f"{option} must be https: the token would go over the network in clear")
-    port = int(match[3] or (443 if secure else 80))
-    host = match[2].strip("[]").lower()
-    name = host if port == (443 if secure else 80) else f"{host}:{port}"
+    usual = 443 if secure else 80
+    port = int(match[3] or usual)
+    name = match[2].lower() if port == usual else f"{match[2].lower()}:{port}"
     return Address(secure=secure, host=host, port=port, path=match[4] or "/", name=name)
 
 
@@ -3000,28 +2987,21 @@ def read_policy(path: str) -> Policy:
     try:
         with open(path, encoding="utf-8-sig") as file:
             parser.read_file(file)
-        if not parser.has_section("policy"):
-            raise ProxyError(f"{path} has no section [policy]")
-        section = dict(parser["policy"])
     except OSError as error:
         raise ProxyError(f"cannot read the policy file {path}: {error.strerror}") from None
     except (configparser.Error, UnicodeDecodeError) as error:
         raise ProxyError(f"{path} is not an INI file with a section [policy]: {error}") from None
-    policy = Policy()
-    for key, value in section.items():
-        policy = policy._replace(**{key: policy_value(path, key, value)})
-    return policy
+    if not parser.has_section("policy"):
+        raise ProxyError(f"{path} has no section [policy]")
+    section = parser["policy"]
+    return Policy()._replace(**{key: policy_value(path, key, section[key]) for key in section})
 
 
 def policy_value(path: str, key: str, value: str) -> Json:
     words = tuple(re.split(r"[,\s]+", value.strip())) if value.strip() else ()
     if key in ("branches", "deny_paths"):
         return words
-    if key == "allow":
-        for word in words:
-            if word not in ALLOW:
-                known = ", ".join(sorted(ALLOW))
-                raise ProxyError(f"{path}: allow = {word}: only {known} are known")
+    if key == "allow" and ALLOW.issuperset(words):
         return frozenset(words)
     if key in ("default_branch", "approve"):
         return value.strip()
@@ -3029,37 +3009,22 @@ def policy_value(path: str, key: str, value: str) -> Json:
         return FLAGS[value.lower()]
     if key == "writes_per_hour" and re.fullmatch("[0-9]{1,9}", value):
         return int(value)
-    if key in Policy._fields:
-        raise ProxyError(f"{path}: {key} = {value!r:.100} is not a value that it can have")
-    known = ", ".join(Policy._fields)
-    raise ProxyError(f"{path}: {key} = {value!r:.100} is not a policy setting", f"known: {known}")
+    known = ", ".join(sorted(ALLOW) if key == "allow" else Policy._fields)
+    wrong = "a value that it can have" if key in Policy._fields else "a policy setting"
+    raise ProxyError(f"{path}: {key} = {value!r:.100} is not {wrong}", f"known: {known}")
+
+
+def env(name: str, what: str, regex: str, default: str = "") -> str:
+    value = os.environ.get(name, default).strip()
+    if not value and not re.fullmatch(regex, ""):
+        raise ProxyError(f"{name} is not set", f"it is {what}")
+    if not re.fullmatch(regex, value):
+        raise ProxyError(f"{name} is not {what}: {value!r}")
+    return value
 
 
 def env_flag(name: str, default: str) -> bool:
-    value = os.environ.get(name, default).lower()
-    if value not in FLAGS:
-        raise ProxyError(f"{name} must be 0 or 1")
-    return FLAGS[value]
-
-
-def env_scope() -> Scope:
-    owner = os.environ.get("GITHUB_MCP_OWNER", "")
-    repo = os.environ.get("GITHUB_MCP_REPO", "")
-    for name, value in (("GITHUB_MCP_OWNER", owner), ("GITHUB_MCP_REPO", repo)):
-        if not value:
-            raise ProxyError(f"{name} is not set", "it names the one repository to serve")
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", owner):
-        raise ProxyError(f"GITHUB_MCP_OWNER is not a user or an organization: {owner!r}")
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", repo) or repo in (".", ".."):
-        raise ProxyError(f"GITHUB_MCP_REPO is not a repository's name: {repo!r}")
-    return Scope(owner, repo)
-
-
-def env_names(name: str, default: str) -> str:
-    value = os.environ.get(name, default).strip()
-    if not re.fullmatch(r"([a-z0-9_-]+(,\s*[a-z0-9_-]+)*)?", value):
-        raise ProxyError(f"{name} is not a list of names with commas: {value!r}")
-    return value
+    return FLAGS[env(name, "0 or 1", f"(?i:{'|'.join(FLAGS)})", default).lower()]
 
 
 def env_token(command: str) -> Token:
@@ -3077,16 +3042,6 @@ def env_secret(name: str) -> bytes:
     return secret.encode()
 
 
-def upstream_headers(policy: Policy) -> dict[str, str]:
-    """The headers that tell GitHub's server what to offer; a second line behind the table."""
-    return {
-        "X-MCP-Toolsets": env_names("GITHUB_MCP_TOOLSETS", DEFAULT_TOOLSETS),
-        "X-MCP-Tools": env_names("GITHUB_MCP_TOOLS", ""),
-        "X-MCP-Readonly": "true" if policy.readonly else "",
-        "X-MCP-Lockdown": "true" if env_flag("GITHUB_MCP_LOCKDOWN", "1") else "",
-    }
-
-
 # --- the command line ---
 
 EPILOG = """\
@@ -3096,12 +3051,10 @@ environment:
   GITHUB_MCP_SECRET     the secret that requests must carry as Authorization: Bearer
   GITHUB_MCP_PROBE_SECRET  another one: its requests are judged, and neither passed on nor recorded
   GITHUB_MCP_TOOLSETS   offered by the upstream (default repos,issues,pull_requests,git,labels)
-  GITHUB_MCP_TOOLS      single tools besides
   GITHUB_MCP_READONLY   1: no writes (default 0)
   GITHUB_MCP_LOCKDOWN   1: ask the upstream to hide what outsiders wrote (default 1; best effort)
   GITHUB_MCP_UPSTREAM   as --upstream
   GITHUB_MCP_GIT        as --git
-  GITHUB_MCP_PROXY_DEBUG  1: a line on stderr for every request (default 0: refusals only)
 
 exit status:
   0 stopped as asked · 1 failed · 2 usage · 130 Ctrl-C
@@ -3138,66 +3091,89 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def build_repository(options: argparse.Namespace) -> Repository:
-    scope = env_scope()
+    owner = env("GITHUB_MCP_OWNER", "a user or an organization", "[A-Za-z0-9_-]{1,100}")
+    repo = env("GITHUB_MCP_REPO", "a repository's name", r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,100}")
     policy = read_policy(options.policy) if options.policy else Policy()
     if env_flag("GITHUB_MCP_READONLY", "0"):
         policy = policy._replace(readonly=True)
-    debug = env_flag("GITHUB_MCP_PROXY_DEBUG", "0")
+    # What GitHub's server is told to offer; a second line behind the table.
+    names = "([a-z0-9_-]+(,[a-z0-9_-]+)*)?"
+    headers = {
+        "X-MCP-Toolsets": env("GITHUB_MCP_TOOLSETS", "a list of names", names, DEFAULT_TOOLSETS),
+        "X-MCP-Readonly": "true" if policy.readonly else "",
+        "X-MCP-Lockdown": "true" if env_flag("GITHUB_MCP_LOCKDOWN", "1") else "",
+    }
     token = env_token(options.token_command)
-    if options.ca_file:
-        import ssl
-
-        try:
-            ssl.create_default_context(cafile=options.ca_file)
-        except OSError:  # ssl.SSLError is one
-            raise ProxyError(f"cannot read certificates from {options.ca_file}") from None
-    common = (options.ca_file, options.timeout)
-    address = parse_address(options.upstream, "--upstream")
-    upstream = Upstream(address, token, upstream_headers(policy), *common, bearer)
-    git = None
-    if options.git:
-        git = Upstream(parse_address(options.git, "--git"), token, {}, *common, basic)
+    address, git = parse_address(options.upstream, "--upstream"), None
     try:
-        audit = Audit(open_audit(options.audit) if options.audit else -1, debug)
+        tls = ssl.create_default_context(cafile=options.ca_file or None)
+    except OSError:  # ssl.SSLError is one
+        raise ProxyError(f"cannot read certificates from {options.ca_file}") from None
+    upstream = Upstream(address, token, headers, tls, options.timeout, bearer)
+    if options.git:
+        git_address = parse_address(options.git, "--git")
+        git = Upstream(git_address, token, {}, tls, options.timeout, basic)
+    try:
+        audit = Audit(open_audit(options.audit) if options.audit else -1)
     except OSError as error:
         reason = f"cannot write the audit file {options.audit}: {error.strerror}"
         raise ProxyError(reason) from None
-    return Repository(scope, policy, upstream, git, audit, learn)
+    return Repository(Scope(owner, repo), policy, upstream, git, audit, learn)
 
 
 async def run_proxy(options: argparse.Namespace) -> int:
     """Listen until stdin closes (with --exit-with-stdin), SIGTERM or Ctrl-C."""
     loop = asyncio.get_running_loop()
     stopped: asyncio.Future[int] = loop.create_future()
+    secret, probe = env_secret("GITHUB_MCP_SECRET"), env_secret("GITHUB_MCP_PROBE_SECRET")
+    repository = build_repository(options)
 
     def stop(status: int) -> None:
         if not stopped.done():
             stopped.set_result(status)
 
-    gate = Gate(
-        hosts=set(LOOPBACK),
-        secret=env_secret("GITHUB_MCP_SECRET"),
-        probe=env_secret("GITHUB_MCP_PROBE_SECRET"),
-    )
-    repository = build_repository(options)
-    allow_many_files()
+    def read_stdin() -> None:
+        with contextlib.suppress(OSError):
+            if os.read(0, 4096):
+                return
+        loop.remove_reader(0)
+        stop(0)
+
     loop.add_signal_handler(signal.SIGTERM, stop, 0)
     loop.add_signal_handler(signal.SIGINT, stop, 130)
-    if options.exit_with_stdin:
-        watch_stdin(loop, lambda: stop(0))
-    token = repository.upstream.token
-    if token.command:  # what does not work is said at once
-        fresh = asyncio.ensure_future(token.fresh())
-        either: set[asyncio.Future[Any]] = {fresh, stopped}
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if stopped.done():
-            return conclude(repository.audit, options, stopped.result())
-        fresh.result()
-    mcp = Mcp(repository)
-    git = Git(repository)
-    clients: set[Client] = set()
+    if options.exit_with_stdin:  # when it is closed, whoever started this is gone
+        try:
+            loop.add_reader(0, read_stdin)
+        except OSError:  # a file, or /dev/null: nobody is there
+            stop(0)
+    serving = asyncio.ensure_future(serve(options, repository, secret, probe))
+    either: set[asyncio.Future[Any]] = {serving, stopped}
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+    if not stopped.done():
+        serving.result()  # why it could not begin
+    status = await stopped
+    if options.exit_with_stdin and status == 0:
+        with contextlib.suppress(OSError):
+            os.write(1, repository.audit.receipt().encode())
+    return status
+
+
+async def serve(
+    options: argparse.Namespace, repository: Repository, secret: bytes, probe: bytes
+) -> None:
+    """Say where it listens, and serve who comes."""
+    import resource
+
+    # Each client may need two sockets, and some hosts allow 256 files by default.
+    with contextlib.suppress(ValueError, OSError):
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (2 * MAX_CLIENTS + 64, most))
+    await repository.upstream.token.fresh()  # what does not work is said at once
     address, port = options.listen
-    gate.hosts.add(f"[{address}]" if ":" in address else address)
+    hosts = {*LOOPBACK, f"[{address}]" if ":" in address else address}
+    gate = Gate(hosts=hosts, secret=secret, probe=probe)
+    mcp, git = Mcp(repository), Git(repository)
+    clients: set[Client] = set()
     try:
         server = await listen(
             address,
@@ -3206,64 +3182,16 @@ async def run_proxy(options: argparse.Namespace) -> int:
         )
     except OSError as error:
         raise ProxyError(f"cannot listen on {address}:{port}: {error.strerror}", status=1) from None
-    announce(server.sockets[0].getsockname()[1], gate, repository.policy.readonly)
-    await repository.know(wait=False)
-    upstreams = [repository.upstream, *([repository.git] if repository.git else [])]
-    try:
-        status = await stopped
-    finally:
-        server.close()
-        for wire in [*clients, *(wire for one in upstreams for wire in one.wires)]:
-            wire.abort()
-    return conclude(repository.audit, options, status)
-
-
-def conclude(audit: Audit, options: argparse.Namespace, status: int) -> int:
-    """Say what was done to whoever has closed stdin."""
-    if options.exit_with_stdin and status == 0:
-        with contextlib.suppress(OSError):
-            os.write(1, audit.receipt.written().encode())
-    return status
-
-
-def announce(port: int, gate: Gate, readonly: bool) -> None:
     if not gate.secret:
         log("no secret is set: every process and VM that can reach the port can use the token")
-    mode = "read-only" if readonly else "read-write"
+    mode = "read-only" if repository.policy.readonly else "read-write"
+    said = f"{server.sockets[0].getsockname()[1]}\n{mode}\n"
     try:
-        os.write(1, f"{port}\n{mode}\n".encode())  # print would try again at Python's end
+        os.write(1, said.encode())  # print would try again at Python's end
     except OSError as error:
         raise ProxyError(f"cannot write to stdout: {error.strerror}", status=1) from None
-
-
-def watch_stdin(loop: asyncio.AbstractEventLoop, closed: Callable[[], None]) -> None:
-    """Notice when stdin is closed: then whoever started this is gone."""
-
-    def read_it() -> None:
-        try:
-            ended = not os.read(0, 4096)
-        except OSError:
-            ended = True
-        if ended:
-            loop.remove_reader(0)
-            closed()
-
-    try:
-        loop.add_reader(0, read_it)
-    except OSError:  # a file, or /dev/null: nobody is there
-        closed()
-
-
-def allow_many_files() -> None:
-    """Each client may need two sockets, and some hosts allow 256 files by default."""
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    want = 2 * MAX_CLIENTS + 64
-    if hard != resource.RLIM_INFINITY:
-        want = min(want, hard)
-    if soft != resource.RLIM_INFINITY and soft < want:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (want, hard))
+    await repository.know(wait=False)
+    await server.serve_forever()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1498,7 +1498,7 @@ class PolicyTest(unittest.TestCase):
             ("no section", ""),
             ("not an INI file", "x"),
             ("no section", "[other]\n"),
-            ("only actions, ", "[policy]\nallow = all\n"),
+            ("not a value", "[policy]\nallow = all\n"),
             ("not a policy setting", "[policy]\nbranch = x\n"),
             ("not a value", "[policy]\nreadonly = maybe\n"),
             ("not a value", "[policy]\nwrites_per_hour = many\n"),

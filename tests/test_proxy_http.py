@@ -307,7 +307,7 @@ class FramingTest(unittest.TestCase):
         async def read(size: int) -> list[bytes]:
             address = proxy.Address(secure=False, host="", port=0, path="", name="")
             token = proxy.Token(TOKEN, "", proxy.parse_token_output)
-            exchange = proxy.Exchange(proxy.Upstream(address, token, {}, "", 1, proxy.bearer))
+            exchange = proxy.Exchange(proxy.Upstream(address, token, {}, None, 1, proxy.bearer))
             exchange.transport = Pipe()  # type: ignore[assignment]
 
             async def feed() -> None:
@@ -958,7 +958,7 @@ class ApproveTest(OwnProxyTest):
         with tempfile.TemporaryDirectory() as folder:
             command = f"cat > {folder}/asked; env > {folder}/env; pwd > {folder}/pwd"
             message = call("", name="add_issue_comment", issue_number=5, body="all of it " * 100)
-            kept = {"DISPLAY": ":7", "GITHUB_MCP_TOOLS": "", "GH_TOKEN": "gh-token-of-the-host"}
+            kept = {"DISPLAY": ":7", "GH_TOKEN": "gh-token-of-the-host"}
             answer = self.ask(command, message, GITHUB_MCP_PROBE_SECRET="p" * 20, **kept)
             self.assertEqual(answer, "ok add_issue_comment")
             asked = json.loads(Path(folder, "asked").read_text())
@@ -1359,8 +1359,8 @@ class CommandLineTest(unittest.TestCase):
             ("not a user or an organization", (), {"GITHUB_MCP_OWNER": "a/b"}),
             ("GITHUB_MCP_REPO is not set", (), {"GITHUB_MCP_REPO": ""}),
             ("not a repository's name", (), {"GITHUB_MCP_REPO": ".."}),
-            ("GITHUB_MCP_READONLY must be 0 or 1", (), {"GITHUB_MCP_READONLY": "perhaps"}),
-            ("not a list of names", (), {"GITHUB_MCP_TOOLSETS": "repos\r\nX: y"}),
+            ("GITHUB_MCP_READONLY is not 0 or 1", (), {"GITHUB_MCP_READONLY": "perhaps"}),
+            ("GITHUB_MCP_TOOLSETS is not a list", (), {"GITHUB_MCP_TOOLSETS": "repos\r\nX: y"}),
             ("GITHUB_MCP_SECRET must have 16", (), {"GITHUB_MCP_SECRET": "short"}),
             ("GITHUB_MCP_PROBE_SECRET must have", (), {"GITHUB_MCP_PROBE_SECRET": "short"}),
             ("--upstream must be https", ("--upstream", "http://example.com/"), {}),
