@@ -137,7 +137,7 @@ class Policy(NamedTuple):
 
 # What can be opted in to; docs/github.md says what each one opens.
 ALLOW = frozenset(
-    "merge approve people default-branch actions alerts advisories discussions dependencies".split()
+    "merge approve people default-branch actions alerts advisories discussions".split()
 )
 
 
@@ -318,7 +318,6 @@ class Rule(NamedTuple):
     check: Callable[[Json, Bounds], Json]
     needs: str = ""  # a word of Policy.allow
     choices: tuple[str, ...] = ()
-    opt_ins: tuple[tuple[str, str], ...] = ()  # (choice, the word of Policy.allow that it needs)
     constant: tuple[Json, ...] = ()  # the one value, sent even when the parameter is left out
 
 
@@ -388,7 +387,7 @@ def choice(*choices: str, **opt_ins: str) -> Rule:
         insist(bounds.policy.has(word), f"it needs `allow = {word}` in the host's policy file")
         return value
 
-    return Rule(what, check, choices=choices, opt_ins=tuple(opt_ins.items()))
+    return Rule(what, check, choices=choices)
 
 
 def list_of(rule: Rule, limit: int = 100) -> Rule:
@@ -660,7 +659,6 @@ RULES: dict[str, Rule] = {
     "files": list_of(record("path content", path=WRITTEN, content=CONTENT)),
     "filters": list_of(record("field_name value", field_name=LINE, value=LINE)),
     "flag": FLAG,
-    "fraction": simple("a number from 0 to 1", lambda value: is_number(value, 1)),
     "head_filter": pattern("branch or user:branch", HEAD_FILTER),
     "id": integer(1, 2**53),
     "issue_fields": list_of(FIELD),
@@ -706,9 +704,6 @@ GROUPS = {
     "@pull": "pullNumber!:number",
     "@pull_methods": "method!=get|get_diff|get_status|get_files|get_commits|get_review_comments|"
     "get_reviews|get_comments|get_check_runs",
-    "@intent": "confidence=LOW|MEDIUM|HIGH is_suggestion:flag rationale:body",
-    "@comment": "body!:body path!:path line:number side=LEFT|RIGHT startLine:number "
-    "startSide=LEFT|RIGHT subjectType=FILE|LINE",
     "@found": "query!:issue_query fields:fields order=asc|desc sort=comments|reactions|"
     "reactions-+1|reactions--1|reactions-smile|reactions-thinking_face|reactions-heart|"
     "reactions-tada|interactions|created|updated @pages",
@@ -718,7 +713,9 @@ GROUPS = {
 # purpose: what is not bound to one repository (get_me, search_repositories, create_repository,
 # fork_repository, gists, projects, notifications, stars, teams, users, global advisories), what
 # takes ids that are valid everywhere (review threads, sub-issues, discussion comments), what runs
-# code or spends money (actions_run_trigger, Copilot), and secret scanning, which returns secrets.
+# code or spends money (actions_run_trigger, Copilot), secret scanning, which returns secrets, and
+# what GitHub's server has behind feature flags, which are not asked for: small tools in place of
+# issue_write, update_pull_request and reviews, file_blame, find_duplicate, issue_dependency_read.
 #
 # Columns: the tool; read or write, or a read whose answer is checked (hits: what is not known to be
 # ours is dropped; query: the same, of a tool without owner and repo; items: what is not ours is
@@ -727,7 +724,6 @@ GROUPS = {
 # these; a line that begins with blanks goes on.
 TABLE = """
 get_file_contents          read     -  path:path ref:ref sha:sha fields:fields
-get_file_blame             read     -  path!:path ref:ref start_line:number end_line:number @cursors
 list_commits               read     -  author:who path:path sha:ref since:date until:date
     fields:fields @pages
 get_commit                 read     -  sha!:ref detail=none|stats|full_patch @pages
@@ -757,23 +753,10 @@ list_issues                read     -  state=OPEN|CLOSED labels:labels since:dat
 search_issues              hits     -  @found
 list_issue_types           read     -
 list_issue_fields          read     -
-find_duplicate             items    -  confidence_threshold:fraction @issue @pages
-issue_dependency_read      items    dependencies method!=get_blocked_by|get_blocking @issue @pages
 issue_write                write    -  method!=create|update issue_number:number title:line
     body:body labels:labels assignees:people milestone:number type:type state=open|closed
     state_reason=completed|not_planned|duplicate duplicate_of:number issue_fields:issue_fields
 add_issue_comment          write    -  body:body comment_id:id reaction:reaction @issue
-create_issue               write    -  title!:line body:body
-update_issue_title         write    -  title!:line @issue
-update_issue_body          write    -  body!:body @issue
-update_issue_assignees     write    people assignees!:people @issue
-update_issue_labels        write    -  labels!:labels @issue
-update_issue_milestone     write    -  milestone!:number @issue
-update_issue_type          write    -  issue_type!:type @issue @intent
-update_issue_state         write    -  state!=open|closed duplicate_of:number
-    state_reason=completed|not_planned|duplicate @issue @intent
-add_issue_reaction         write    -  content!:reaction @issue
-add_issue_comment_reaction write    -  comment_id!:id content!:reaction
 get_label                  read     -  name!:line
 list_label                 read     -
 label_write                write    -  method!=create|update|delete name!:line new_name:line
@@ -792,19 +775,10 @@ merge_pull_request         write    merge commit_message:body commit_title:line
 update_pull_request_branch write    merge expectedHeadSha:sha @pull
 pull_request_review_write  write    -  method!=create|submit_pending|delete_pending body:body
     commitID:sha event:event @pull
-add_comment_to_pending_review write    -  @comment @pull
+add_comment_to_pending_review write    -  body!:body path!:path line:number side=LEFT|RIGHT
+    startLine:number startSide=LEFT|RIGHT subjectType=FILE|LINE @pull
 add_reply_to_pull_request_comment write    -  commentId!:id body:body pullNumber:number
     reaction:reaction
-update_pull_request_title  write    -  title!:line @pull
-update_pull_request_body   write    -  body!:body @pull
-update_pull_request_state  write    -  state!=open|closed @pull
-update_pull_request_draft_state write    -  draft!:flag @pull
-request_pull_request_reviewers write    people reviewers!:reviewers @pull
-create_pull_request_review write    -  body:body commitID:sha event:event @pull
-submit_pending_pull_request_review write    -  body:body event!:event @pull
-delete_pending_pull_request_review write    -  @pull
-add_pull_request_review_comment write    -  @comment @pull
-add_pull_request_review_comment_reaction write    -  comment_id!:id content!:reaction
 # actions_get: without the two methods that hand out signed URLs; get_job_logs: false hands one out
 actions_list               read     actions
     method!=list_workflows|list_workflow_runs|list_workflow_jobs|list_workflow_run_artifacts
@@ -1846,16 +1820,14 @@ def version_headers_of(headers: Mapping[str, str], message: Object) -> Object:
         if not VERSION_HEADER(value):
             raise ProtocolError("MCP-Protocol-Version is malformed")
         return {"MCP-Protocol-Version": value}
-    for name, value in mirrored_headers(message).items():
-        given = headers.get(name.lower())
-        optional = name.startswith("Mcp-Param-")  # which parameters are mirrored, tools/list says
-        if not (optional and given is None) and decode_header(given or "") != value:
+    expected = {name.lower(): value for name, value in mirrored_headers(message).items()}
+    optional = {"mcp-param-owner", "mcp-param-repo"}  # which are mirrored, tools/list says
+    for name in expected.keys() | (optional & headers.keys()):
+        given = headers.get(name)
+        if given is None and name in optional:
+            continue
+        if decode_header(given or "") != expected.get(name):
             raise ProtocolError(f"{name} differs from the body", code=HEADER_MISMATCH)
-    for name in headers:
-        if name in ("mcp-param-owner", "mcp-param-repo"):
-            arguments = as_object(message["params"].get("arguments"))
-            if name[10:] not in arguments:
-                raise ProtocolError(f"{name} is not in the body", code=HEADER_MISMATCH)
     return {}
 
 
@@ -1961,7 +1933,7 @@ def narrow_tool(offered: Object, policy: Policy) -> Object | None:
     if not rules.keys() >= set(required):
         return None  # it needs what the table does not know
     properties = {
-        key: narrow_property(prop, rules.get(key), policy)
+        key: narrow_property(prop, rules.get(key))
         for key, prop in (schema.get("properties") or {}).items()
         if key in ("owner", "repo") or (key in rules and policy.has(rules[key].needs))
     }
@@ -1976,17 +1948,11 @@ def narrow_tool(offered: Object, policy: Policy) -> Object | None:
     return {**kept, "inputSchema": narrow}
 
 
-def narrow_property(prop: Json, rule: Rule | None, policy: Policy) -> Json:
+def narrow_property(prop: Json, rule: Rule | None) -> Json:
     """A property's schema; its enum holds only the choices that pass."""
-    if not isinstance(prop, dict):
+    if not rule or not rule.choices or "enum" not in as_object(prop):
         return prop
-    prop = {key: value for key, value in prop.items() if key != "x-mcp-header"}
-    if rule and rule.choices and "enum" in prop:
-        held_back = {value for value, word in rule.opt_ins if word not in policy.allow}
-        prop["enum"] = [
-            value for value in rule.choices if value in prop["enum"] and value not in held_back
-        ]
-    return prop
+    return {**prop, "enum": [value for value in prop["enum"] if value in rule.choices]}
 
 
 def introduction(bounds: Bounds, result: Object) -> Object:
