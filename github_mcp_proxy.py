@@ -86,6 +86,11 @@ class ProtocolError(Exception):
         self.code = code
 
 
+def demand(condition: object, reason: str, status: int = 400, code: int = INVALID_REQUEST) -> None:
+    if not condition:
+        raise ProtocolError(reason, status, code)
+
+
 class Refusal(Exception):
     """Why a value, an answer or a push may not pass: a sentence for the model that sent it."""
 
@@ -255,24 +260,21 @@ def parse_message(body: Bytes) -> Object:
     An answer is none: no question of the upstream reaches a client.
     """
     message = parse_json(body)
-    if isinstance(message, list):
-        raise ProtocolError("batches are not supported: send one message a request")
-    if not isinstance(message, dict):
-        raise ProtocolError("the body is not a JSON-RPC message")
+    demand(not isinstance(message, list), "batches are not supported: send one message a request")
+    demand(isinstance(message, dict), "the body is not a JSON-RPC message")
     keys = set(message)
-    if not {"jsonrpc", "method"} <= keys <= {"jsonrpc", "method", "id", "params"}:
-        raise ProtocolError(f"not a JSON-RPC request: keys {quoted(sorted(keys))}")
-    if message["jsonrpc"] != "2.0":
-        raise ProtocolError('jsonrpc must be "2.0"')
-    if "id" in message and not is_id(message["id"]):
-        raise ProtocolError("id must be an integer or a string of plain ASCII")
-    if not isinstance(message["method"], str):
-        raise ProtocolError("method must be a string")
+    known = {"jsonrpc", "method"} <= keys <= {"jsonrpc", "method", "id", "params"}
+    demand(known, f"not a JSON-RPC request: keys {quoted(sorted(keys))}")
+    demand(message["jsonrpc"] == "2.0", 'jsonrpc must be "2.0"')
+    has_id = "id" not in message or is_id(message["id"])
+    demand(has_id, "id must be an integer or a string of plain ASCII")
+    demand(isinstance(message["method"], str), "method must be a string")
     if message.get("params", {}) is None:
         del message["params"]
-    if not isinstance(message.get("params", {}), dict):
-        raise ProtocolError("params must be an object", code=INVALID_PARAMS)
-    return message
+    is_object = isinstance(message.get("params", {}), dict)
+    demand(is_object, "params must be an object", code=INVALID_PARAMS)
+    checked: Object = message
+    return checked
 
 
 def dumps(value: Json) -> bytes:
@@ -1258,14 +1260,6 @@ def open_audit(path: str) -> int:
     return fd
 
 
-def append(fd: int, data: Bytes) -> bool:
-    """Whether a line could be written whole; of one that could not, nothing is left."""
-    written = os.write(fd, data)
-    if written < len(data):  # a disk that is full
-        os.ftruncate(fd, os.fstat(fd).st_size - written)
-    return written == len(data)
-
-
 class Token:
     """GitHub's token: given once, or asked of a command again and again. Never printed."""
 
@@ -1450,7 +1444,8 @@ class Mcp:
             return client.tell_error(exchange.status, forward, hide(await exchange.whole()))
         if exchange.status != 200 or "id" not in forward.message:
             return client.answer(202, b"")
-        client.session = exchange.session()
+        session = exchange.session()
+        headers = [f"Mcp-Session-Id: {session}"] if session else []
         kind = ""
         while kind != "answer":
             await exchange.is_coming()
@@ -1459,10 +1454,10 @@ class Mcp:
                 if kind == "question":
                     await self.upstream.decline(message, sent)
                 elif kind in ("note", "alive"):
-                    client.event(hide(data))
+                    client.event(hide(data), *headers)
                 elif kind == "answer":
                     shown = self.shown(client, forward, deed, message)
-                    client.finish(hide(data if shown is message else dumps(shown)))
+                    client.finish(hide(data if shown is message else dumps(shown)), *headers)
                 await client.drain()
         return await exchange.finish()
 
@@ -1569,7 +1564,6 @@ async def serve_client(mcp: Mcp, git: Git, gate: Gate, client: Client) -> None:
                 await client.next_request()
                 client.is_probe = gate.is_probe(client.head)
                 gate.check(client.head)
-                client.invite()
                 story = git if client.head.first[1].startswith(GIT) else mcp
                 await story.serve(client)
             except ProtocolError as error:
@@ -1596,27 +1590,21 @@ HEADERS = re.compile(
 ).fullmatch  # no folding, no space before the colon, no controls
 VALUE = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f]*").fullmatch
 LENGTH = re.compile("[0-9]{1,12}", re.ASCII).fullmatch
-STATUS = re.compile("[2-5][0-9][0-9]", re.ASCII).fullmatch
 CHUNK_SIZE = re.compile(rb"[0-9a-fA-F]{1,8}").fullmatch
 # Given twice, these make two readers see two messages (RFC 9112, 11.2).
 SINGLE = frozenset(
     "host content-length transfer-encoding authorization content-type origin mcp-session-id "
     "mcp-protocol-version mcp-method mcp-name".split()
 )
-REASONS = {200: "OK", 202: "Accepted", 204: "No Content", 400: "Bad Request", 403: "Forbidden",
-           404: "Not Found", 405: "Method Not Allowed", 413: "Content Too Large"}  # fmt: skip
 POSTED = {"Accept": "application/json, text/event-stream", "Content-Type": "application/json"}
 JSON_TYPE = "application/json"
 EVENT_STREAM = "text/event-stream"
-STREAM_HEADERS = (
-    "Transfer-Encoding: chunked",
-    "Cache-Control: no-cache, no-transform",
-    "X-Accel-Buffering: no",
-)
 EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 LINE_END = re.compile(rb"\r\n|\n|\r")
 CHUNKED = -1  # the length of a body that does not say its own
 LAST_CHUNK = b"0\r\n\r\n"
+BAD_CHUNK = "a malformed chunk"
+EARLY = ("100", "103")  # before the answer's own head (RFC 9110, 15.2)
 
 
 def parse_head(data: Bytes, *, is_request: bool) -> Head:
@@ -1624,17 +1612,15 @@ def parse_head(data: Bytes, *, is_request: bool) -> Head:
     can be made to see another message than the next one."""
     line, _, block = data.decode("latin-1").partition("\r\n")
     words = line.split(" ", 2)
-    if len(words) != 3 or not VALUE(line):
-        raise ProtocolError("not an HTTP request" if is_request else "not an HTTP answer")
-    if not HEADERS(block):
-        raise ProtocolError("a malformed header")
+    what = "request" if is_request else "answer"
+    demand(len(words) == 3 and VALUE(line), f"not an HTTP {what}")
+    demand(HEADERS(block), "a malformed header")
     headers: dict[str, str] = {}
     for row in block.split("\r\n")[:-1]:
         name, _, value = row.partition(":")
         name, value = name.lower(), value.strip(" \t")
         if name in headers:
-            if name in SINGLE and is_request:
-                raise ProtocolError(f"the header {name} is given twice")
+            demand(not (is_request and name in SINGLE), f"the header {name} is given twice")
             value = headers[name] + ", " + value
         headers[name] = value
     return Head((words[0], words[1], words[2]), headers)
@@ -1646,25 +1632,19 @@ def body_length(head: Head, *, is_request: bool) -> int:
     coding = head.headers.get("transfer-encoding")
     length = head.headers.get("content-length")
     if coding is not None:
-        if coding.lower() != "chunked" or length is not None:
-            raise ProtocolError("a body with an unknown or a double length")
+        known = coding.lower() == "chunked" and length is None
+        demand(known, "a body with an unknown or a double length")
         return CHUNKED
     if length is not None:
-        if not LENGTH(length):
-            raise ProtocolError("a Content-Length that is not a number")
+        demand(LENGTH(length), "a Content-Length that is not a number")
         return int(length)
-    if is_request or head.first[1] in ("204", "304"):
-        return 0
-    raise ProtocolError("a body without a length")
+    has_none = is_request or head.first[1] in ("204", "304", *EARLY)
+    demand(has_none, "a body without a length")
+    return 0
 
 
 def chunk_of(data: Bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), bytes(data))
-
-
-def response_head(status: int, *headers: str) -> bytes:
-    lines = [f"HTTP/1.1 {status} {REASONS.get(status, 'Status')}", *headers, "", ""]
-    return "\r\n".join(lines).encode("latin-1")
 
 
 def event_data(event: bytes) -> bytes:
@@ -1764,29 +1744,25 @@ class Gate(NamedTuple):
         """ProtocolError when a request is not for this endpoint, or not from who may use it."""
         method, target, version = head.first
         headers = head.headers
-        if version != "HTTP/1.1":
-            raise ProtocolError("HTTP/1.1 is spoken here", 505)
-        if host_name(headers.get("host", "")) not in self.hosts:
-            raise ProtocolError("Host is not a name of this proxy", 403)
+        demand(version == "HTTP/1.1", "HTTP/1.1 is spoken here", 505)
+        is_ours = host_name(headers.get("host", "")) in self.hosts
+        demand(is_ours, "Host is not a name of this proxy", 403)
         if "origin" in headers:
             scheme, _, authority = headers["origin"].partition("://")
-            if scheme not in ("http", "https") or host_name(authority) not in self.hosts:
-                raise ProtocolError("requests from other origins are refused", 403)
+            is_ours = scheme in ("http", "https") and host_name(authority) in self.hosts
+            demand(is_ours, "requests from other origins are refused", 403)
         is_git = target.startswith(GIT)
-        if target not in PATHS and not is_git:
-            raise ProtocolError("the endpoint is /mcp", 404)
+        demand(is_git or target in PATHS, "the endpoint is /mcp", 404)
         # Bytes of any value: compare_digest takes no non-ASCII str.
         given = headers.get("authorization", "").encode("latin-1")
         known = [b"Bearer " + secret for secret in (self.secret, self.probe) if secret]
-        if self.secret and not any(hmac.compare_digest(given, secret) for secret in known):
-            raise ProtocolError("the proxy's secret is missing or wrong (Authorization)", 403)
-        if method not in (("GET", "POST") if is_git else ("POST",)):
-            raise ProtocolError(f"the method {quoted(method)} is not served", 405)
-        content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if method == "POST" and not is_git and content_type != "application/json":
-            raise ProtocolError("Content-Type must be application/json", 415)
-        if not VISIBLE(headers.get("mcp-session-id", "")):
-            raise ProtocolError("Mcp-Session-Id is malformed")
+        allowed = not self.secret or any(hmac.compare_digest(given, secret) for secret in known)
+        demand(allowed, "the proxy's secret is missing or wrong (Authorization)", 403)
+        methods = ("GET", "POST") if is_git else ("POST",)
+        demand(method in methods, f"the method {quoted(method)} is not served", 405)
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        demand(is_git or kind == JSON_TYPE, "Content-Type must be application/json", 415)
+        demand(VISIBLE(headers.get("mcp-session-id", "")), "Mcp-Session-Id is malformed")
 
 
 # --- pure: mirrored headers (2026-07-28) ---
@@ -1817,8 +1793,7 @@ def version_headers_of(headers: Mapping[str, str], message: Object) -> Object:
     body says, or two readers see two messages."""
     if not is_modern(message):
         value = headers.get("mcp-protocol-version", "")
-        if not VERSION_HEADER(value):
-            raise ProtocolError("MCP-Protocol-Version is malformed")
+        demand(VERSION_HEADER(value), "MCP-Protocol-Version is malformed")
         return {"MCP-Protocol-Version": value}
     expected = {name.lower(): value for name, value in mirrored_headers(message).items()}
     optional = {"mcp-param-owner", "mcp-param-repo"}  # which are mirrored, tools/list says
@@ -1826,8 +1801,8 @@ def version_headers_of(headers: Mapping[str, str], message: Object) -> Object:
         given = headers.get(name)
         if given is None and name in optional:
             continue
-        if decode_header(given or "") != expected.get(name):
-            raise ProtocolError(f"{name} differs from the body", code=HEADER_MISMATCH)
+        same = decode_header(given or "") == expected.get(name)
+        demand(same, f"{name} differs from the body", code=HEADER_MISMATCH)
     return {}
 
 
@@ -2218,8 +2193,9 @@ class Audit:
             "reason": reason,
             "target": target,
         }
+        data = redact(dumps(line)) + b"\n"
         try:
-            return append(self.fd, redact(dumps(line)) + b"\n")
+            return os.write(self.fd, data) == len(data)
         except OSError as error:
             log(f"cannot write the audit file: {error.strerror}")
             return False
@@ -2236,7 +2212,7 @@ def log(said: str) -> None:
 # --- plumbing: connections, bodies and answers; nothing is decided here ---
 
 PAUSE_AT = 128 * 1024  # bytes that wait before their sender is paused
-REQUEST_SECONDS = 15  # to send one request, head and body
+REQUEST_SECONDS = 15  # a client that goes on with its request
 IDLE_SECONDS = 300  # a connection without a request
 STALL_SECONDS = 120  # a client that does not read its answer, or send its push
 LINGER_SECONDS = 0.5  # for the end of a stream whose answer is there
@@ -2253,24 +2229,21 @@ class Wire(asyncio.Protocol):
     transport: asyncio.Transport
     head: Head
 
-    def __init__(self, wires: set[Any], *, is_client: bool = False) -> None:
+    def __init__(self, wires: set[Any], patience: float, *, is_client: bool = False) -> None:
         self.wires = wires  # all of its side
+        self.patience = patience  # seconds that one wait may take
         self.is_client = is_client
         self.buffer = bytearray()
+        self.came = asyncio.Event()
+        self.room = asyncio.Event()  # not set while the peer reads too slowly
+        self.room.set()
         self.ended = False
         self.failure = "it closed the connection"
         self.is_busy = False  # nothing reads: what comes is early
-        self.is_paused = False
-        self.patience = 0.0  # seconds that one wait may take; 0: as `allow` has said
         self.timer: asyncio.TimerHandle | None = None
-        self.reader: asyncio.Future[None] | None = None
-        self.room: asyncio.Future[None] | None = None  # set while the peer reads too slowly
-        self.limit = 0.0  # of the body
+        self.limit: float = 0  # of the body
         self.left = self.size = 0  # bytes of the body, or of its chunk; and of all so far
-        self.is_chunked = False
-        self.is_over = False
-
-    # What the event loop tells
+        self.is_chunked = self.is_over = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -2281,35 +2254,25 @@ class Wire(asyncio.Protocol):
         self.buffer += data
         if len(self.buffer) > PAUSE_AT and self.is_busy:
             self.abort()  # to pause it would hide that the client leaves
-        elif len(self.buffer) > PAUSE_AT and not self.is_paused:
-            self.is_paused = True
+        elif len(self.buffer) > PAUSE_AT:
             self.transport.pause_reading()
-        self.wake()
+        self.came.set()
 
     def eof_received(self) -> None:
         self.ended = True
-        self.wake()
+        self.came.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.ended = True
+        self.eof_received()
         self.wires.discard(self)
+        self.room.set()
         self.allow(0)
-        self.wake()
-        self.resume_writing()
 
     def pause_writing(self) -> None:
-        self.room = asyncio.get_running_loop().create_future()
+        self.room.clear()
 
     def resume_writing(self) -> None:
-        if self.room and not self.room.done():
-            self.room.set_result(None)
-        self.room = None
-
-    def wake(self) -> None:
-        if self.reader and not self.reader.done():
-            self.reader.set_result(None)
-
-    # Limits of time
+        self.room.set()
 
     def allow(self, seconds: float) -> None:
         """Give the connection up when it lasts longer than that from now; 0: however long."""
@@ -2326,26 +2289,21 @@ class Wire(asyncio.Protocol):
         self.ended = True
         self.transport.abort()
 
-    # Reading
-
     async def more(self) -> None:
         """Wait for more; AnswerLost when there will be none."""
         had = len(self.buffer)
         if not self.ended:
-            if self.patience:
-                self.allow(self.patience)
-            self.reader = asyncio.get_running_loop().create_future()
-            await self.reader
-            if self.patience:
-                self.allow(0)
+            self.came.clear()
+            self.allow(self.patience)
+            await self.came.wait()
+            self.allow(0)
         if len(self.buffer) == had:
             raise AnswerLost(self.failure)
 
     def take(self, size: int) -> bytes:
         data = bytes(self.buffer[:size])
         del self.buffer[:size]
-        if self.is_paused and len(self.buffer) < PAUSE_AT:
-            self.is_paused = False
+        if len(self.buffer) < PAUSE_AT:
             self.transport.resume_reading()
         return data
 
@@ -2367,21 +2325,28 @@ class Wire(asyncio.Protocol):
         data = await self.until(b"\r\n\r\n", MAX_HEAD, f"a head of more than {MAX_HEAD} bytes", 431)
         try:
             self.head = parse_head(data + b"\r\n", is_request=self.is_client)
-            early = not self.is_client and self.head.first[1] in ("100", "103")
-            length = 0 if early else body_length(self.head, is_request=self.is_client)
+            length = body_length(self.head, is_request=self.is_client)
         except ProtocolError as error:
             raise self.fault(str(error), error.status) from None
+        if not self.is_client and self.head.first[1] in EARLY:
+            return await self.read_head(limit)
         self.limit = limit
         self.is_chunked = length == CHUNKED
         self.left = self.size = max(0, length)
         self.is_over = length == 0
-        if early:  # the answer follows
-            await self.read_head(limit)
+        return None
 
     async def part(self) -> bytes:
         """Some more of the body; b"" when it is over."""
         if self.is_chunked and not self.left and not self.is_over:
-            await self.next_chunk()
+            size = (await self.until(b"\r\n", 64, BAD_CHUNK)).partition(b";")[0].strip()
+            if not CHUNK_SIZE(size):
+                raise self.fault(BAD_CHUNK)
+            self.left = int(size, 16)
+            self.size += self.left
+            self.is_over = not self.left
+            while self.is_over and await self.until(b"\r\n", MAX_HEAD, BAD_CHUNK):
+                pass  # trailers are dropped
         if self.size > self.limit:
             raise self.fault(f"a body of more than {self.limit} bytes", 413)
         if self.is_over:
@@ -2390,22 +2355,10 @@ class Wire(asyncio.Protocol):
             await self.more()
         data = self.take(self.left)
         self.left -= len(data)
+        if self.is_chunked and not self.left:
+            await self.until(b"\r\n", 2, BAD_CHUNK)
         self.is_over = not (self.left or self.is_chunked)
         return data
-
-    async def next_chunk(self) -> None:
-        if self.size:  # what ends the chunk before
-            await self.until(b"\r\n", 2, "a malformed chunk")
-        line = await self.until(b"\r\n", 64, "a malformed chunk")
-        size = line.partition(b";")[0].strip()
-        if not CHUNK_SIZE(size):
-            raise self.fault("a malformed chunk")
-        self.left = int(size, 16)
-        self.size += self.left
-        if not self.left:
-            while await self.until(b"\r\n", MAX_HEAD, "a malformed chunk"):
-                pass  # trailers are dropped
-            self.is_over = True
 
     async def whole(self) -> bytes:
         parts = []
@@ -2413,17 +2366,15 @@ class Wire(asyncio.Protocol):
             parts.append(data)
         return b"".join(parts)
 
-    # Writing
-
     def write(self, data: Bytes) -> None:
         if not self.ended:
             self.transport.write(data)
 
     async def drain(self) -> None:
         """Wait until the peer has read what was written, for a while."""
-        if self.room:
-            self.allow(self.patience or STALL_SECONDS)
-            await self.room
+        if not self.room.is_set():
+            self.allow(self.patience)
+            await self.room.wait()
             self.allow(0)
 
 
@@ -2431,12 +2382,11 @@ class Client(Wire):
     """What a client of the VM's asks, one request at a time, and how it is answered."""
 
     def __init__(self, wires: set[Any], story: Callable[[Client], Any]) -> None:
-        super().__init__(wires, is_client=True)
+        super().__init__(wires, IDLE_SECONDS, is_client=True)
         self.story = story
         self.is_probe = False
         self.is_last = False  # close after this answer
         self.is_streaming = False
-        self.session = ""  # that the upstream has named in this answer
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -2448,32 +2398,22 @@ class Client(Wire):
 
     async def next_request(self) -> None:
         self.is_streaming = self.is_busy = False
-        self.session = ""
         self.is_last = True  # unless it can be read to its end
-        self.patience = 0
-        self.allow(IDLE_SECONDS)
+        self.patience = IDLE_SECONDS
         if len(self.wires) > MAX_CLIENTS:
             raise ProtocolError("too many clients", 503)
         if not self.buffer:
             await self.more()
-        self.allow(REQUEST_SECONDS)
+        self.patience = REQUEST_SECONDS
         await self.read_head(MAX_REQUEST)
-        self.allow(0)
         self.is_last = self.head.headers.get("connection", "").lower() == "close"
         if self.head.first[1].startswith(GIT):  # however long it takes, while it goes on
             self.limit, self.patience = MAX_PACK, STALL_SECONDS
 
-    def invite(self) -> None:
-        """A large body may come (RFC 9110, 10.1.1)."""
-        if self.head.headers.get("expect") and not self.buffer:
-            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
     async def receive(self) -> bytes:
         """The whole body; afterwards the client waits for its answer."""
-        self.allow(REQUEST_SECONDS)
         data = await self.whole()
-        self.allow(0)
-        self.is_busy = True
+        self.is_busy, self.patience = True, STALL_SECONDS
         return data
 
     def mcp_headers(self, message: Object) -> Object:
@@ -2484,23 +2424,42 @@ class Client(Wire):
         return made
 
     def begin(self, status: int, kind: str, *headers: str) -> None:
-        more = [f"Content-Type: {kind}"] if kind else []
-        more += [f"Mcp-Session-Id: {self.session}"] if self.session else []
-        more += ["Connection: close"] if self.is_last else []
-        more += ["Allow: POST"] if status == 405 else []
-        self.write(response_head(status, *more, *headers))
+        lines = [f"HTTP/1.1 {status} ", *headers]  # no reason phrase: RFC 9112, 4
+        lines += [f"Content-Type: {kind}"] if kind else []
+        lines += ["Connection: close"] if self.is_last else []
+        lines += ["Allow: POST"] if status == 405 else []
+        self.write("\r\n".join([*lines, "", ""]).encode("latin-1"))
 
-    def answer(self, status: int, body: Bytes, kind: str = JSON_TYPE) -> None:
+    def answer(self, status: int, body: Bytes, *headers: str, kind: str = JSON_TYPE) -> None:
         if self.is_streaming:
             return self.abort()  # half an answer is none
-        self.begin(status, kind if body else "", f"Content-Length: {len(body)}")
+        self.begin(status, kind if body else "", f"Content-Length: {len(body)}", *headers)
         return self.write(body)
+
+    def stream(self, kind: str, *headers: str) -> None:
+        self.is_streaming = True
+        self.begin(200, kind, "Transfer-Encoding: chunked", *headers)
+
+    def event(self, data: Bytes, *headers: str) -> None:
+        """A message that comes before the answer; b"": the upstream lives."""
+        if data and not self.is_streaming:
+            self.stream(EVENT_STREAM, *headers)
+        if self.is_streaming:
+            shown = b"event: message\ndata: " + data.replace(b"\n", b" ") if data else b": alive"
+            self.write(chunk_of(shown + b"\n\n"))
+
+    def finish(self, data: Bytes, *headers: str, status: int = 200) -> None:
+        """The answer. One that comes first goes as plain JSON: an SSE event of more than 1 MiB is
+        refused by the Python SDK 2.x."""
+        if not self.is_streaming:
+            return self.answer(status, data, *headers)
+        self.event(data)
+        return self.write(LAST_CHUNK)
 
     def refuse(self, error: ProtocolError) -> None:
         """Say what is wrong with what came; where it cannot be read to its end, it is the last."""
         self.is_last = self.is_last or not self.is_over
-        said = told_of({}, Refuse(str(error), error.code))[1]
-        self.answer(error.status, dumps(said))
+        self.answer(error.status, dumps(self.told({}, Refuse(str(error), error.code))))
 
     def told(self, message: Object, refuse: Refuse) -> Object:
         return told_of(message, refuse)[1]
@@ -2508,9 +2467,7 @@ class Client(Wire):
     def tell(self, message: Object, refuse: Refuse) -> None:
         """Why there is no answer: in the stream, where one has begun."""
         status, said = told_of(message, refuse)
-        if self.is_streaming:
-            return self.finish(dumps(said))
-        return self.answer(status, dumps(said))
+        self.finish(dumps(said), status=status)
 
     def tell_error(self, status: int, forward: Forward, said: Bytes) -> None:
         """The upstream's own error."""
@@ -2518,32 +2475,11 @@ class Client(Wire):
 
     def refuse_push(self, push: Push, refused: Mapping[str, str]) -> None:
         kind = "application/x-git-receive-pack-result"
-        self.answer(200, push_report(push, refused), kind)
+        self.answer(200, push_report(push, refused), kind=kind)
 
     def shown(self, bounds: Bounds, forward: Forward, message: Object) -> Object:
         """The answer as the VM gets it; Refusal when it cannot be shown."""
         return checked_answer(bounds, forward, message)
-
-    def stream(self, kind: str) -> None:
-        self.is_streaming = True
-        self.begin(200, kind, *STREAM_HEADERS)
-
-    def event(self, data: Bytes) -> None:
-        """A message that comes before the answer; b"": the upstream lives."""
-        if not self.is_streaming and data:
-            self.stream(EVENT_STREAM)
-        if data:
-            self.write(chunk_of(b"event: message\ndata: " + data.replace(b"\n", b" ") + b"\n\n"))
-        elif self.is_streaming:
-            self.write(chunk_of(b": alive\n\n"))
-
-    def finish(self, data: Bytes) -> None:
-        """The answer. One that comes first goes as plain JSON: an SSE event of more than 1 MiB is
-        refused by the Python SDK 2.x."""
-        if not self.is_streaming:
-            return self.answer(200, data)
-        self.event(data)
-        return self.write(LAST_CHUNK)
 
     def fault_of_ours(self, error: Exception) -> None:
         log(f"a fault of the proxy: {type(error).__name__}")  # no text: it may hold a value
@@ -2569,23 +2505,18 @@ class Exchange(Wire):
     """A connection to an upstream, and the answer to what was sent on it."""
 
     def __init__(self, upstream: Upstream) -> None:
-        super().__init__(upstream.wires)
+        super().__init__(upstream.wires, upstream.timeout)
         self.upstream = upstream
-        self.patience = upstream.timeout
-        self.events = bytearray()  # of a stream
-        self.scanned = 0
-        self.status = 0
 
     async def begin(self) -> None:
         """Wait for the answer's head."""
         await self.read_head(MAX_ANSWER)
-        status = self.head.first[1]
-        self.status = int(status) if STATUS(status) else 502
+        self.status = int(self.head.first[1]) if LENGTH(self.head.first[1]) else 502
+        self.events = bytearray()
+        self.scanned = 0
         self.is_stream = EVENT_STREAM in self.head.headers.get("content-type", "")
         if self.is_stream:
             self.limit = float("inf")  # each event has a limit of its own
-            self.events.clear()
-            self.scanned = 0
 
     def check_status(self) -> None:
         """UpstreamError for the answers that are between the proxy and the upstream."""
@@ -2595,7 +2526,7 @@ class Exchange(Wire):
             raise UpstreamError(f"it does not accept the host's token (HTTP {self.status})")
         if self.status == 429:
             raise UpstreamError("its rate limit is reached (HTTP 429): try again in some minutes")
-        if self.status >= 500:
+        if not 200 <= self.status < 500:
             raise AnswerLost(f"it answered HTTP {self.status}")
 
     def session(self) -> str:
@@ -2621,17 +2552,14 @@ class Exchange(Wire):
 
         The kind is that of `kind_of`, or "alive" for a comment in a stream.
         """
-        if self.is_stream:
-            size = await self.is_coming(MAX_ANSWER)
-            if len(self.events) > MAX_ANSWER:
-                raise AnswerLost(f"an event of more than {MAX_ANSWER} bytes")
-            data = event_data(bytes(self.events[:size]))
-            del self.events[:size]
-            self.scanned = 0
-            if size and not data:
-                return "alive", None, b""
-        else:
-            data = await self.whole()
+        size = await self.is_coming(MAX_ANSWER)
+        if len(self.events) > MAX_ANSWER:
+            raise AnswerLost(f"an event of more than {MAX_ANSWER} bytes")
+        data = event_data(bytes(self.events[:size])) if self.is_stream else await self.whole()
+        del self.events[:size]
+        self.scanned = 0
+        if size and not data:
+            return "alive", None, b""
         if not data:
             raise AnswerLost("it ended without an answer to the request")
         try:

@@ -188,7 +188,7 @@ class FramingTest(unittest.TestCase):
         """(the body, what is left)."""
 
         async def read() -> tuple[bytes, bytes]:
-            wire = proxy.Wire(set(), is_client=is_request)
+            wire = proxy.Wire(set(), 1, is_client=is_request)
             wire.transport = Pipe()  # type: ignore[assignment]
 
             async def feed() -> None:
@@ -454,14 +454,6 @@ class GateTest(LiveTest):
         answer = self.client.ask(request("completion/complete", "x"))
         self.assertEqual((answer["id"], answer["error"]["code"]), ("x", -32601))
         self.assertEqual(self.upstream.calls(), [])
-
-    def test_a_large_body_is_invited_first(self) -> None:
-        body = json.dumps(request("ping")).encode()
-        self.client.socket.sendall(
-            self.client.head("POST", "/mcp", "Expect: 100-continue", length=len(body))
-        )
-        self.assertEqual(self.client.read_head()[0], 100)
-        self.assertEqual(self.client.raw(body)[0], 200)
 
 
 class UpstreamTest(LiveTest):
@@ -1212,9 +1204,7 @@ class FaultTest(OwnProxyTest):
             self.assertEqual(audit.read_text().count("\n"), passed)
             resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, (10**6, 10**6))
             self.assertEqual(text_of(client.ask(call("last"))), "ok get_file_contents")
-            self.assertEqual(
-                json.loads(audit.read_text().splitlines()[-1])["target"]["path"], "last"
-            )
+            self.assertIn('{"path":"last"}}\n', audit.read_text())
 
 
 class LimitsTest(unittest.TestCase):
