@@ -1438,14 +1438,12 @@ class Mcp:
     ) -> None:
         """Give the upstream's answer to the client, checked; what comes before it as it comes."""
         hide = self.upstream.hide
-        exchange.check_status()
         if exchange.status >= 300:
             self.audit.became(deed, "failed", f"HTTP {exchange.status}")
             return client.tell_error(exchange.status, forward, hide(await exchange.whole()))
         if exchange.status != 200 or "id" not in forward.message:
             return client.answer(202, b"")
-        session = exchange.session()
-        headers = [f"Mcp-Session-Id: {session}"] if session else []
+        headers = [f"Mcp-Session-Id: {exchange.session}"] if exchange.session else []
         kind = ""
         while kind != "answer":
             await exchange.is_coming()
@@ -1604,7 +1602,6 @@ LINE_END = re.compile(rb"\r\n|\n|\r")
 CHUNKED = -1  # the length of a body that does not say its own
 LAST_CHUNK = b"0\r\n\r\n"
 BAD_CHUNK = "a malformed chunk"
-EARLY = ("100", "103")  # before the answer's own head (RFC 9110, 15.2)
 
 
 def parse_head(data: Bytes, *, is_request: bool) -> Head:
@@ -1638,7 +1635,7 @@ def body_length(head: Head, *, is_request: bool) -> int:
     if length is not None:
         demand(LENGTH(length), "a Content-Length that is not a number")
         return int(length)
-    has_none = is_request or head.first[1] in ("204", "304", *EARLY)
+    has_none = is_request or head.first[1] in ("204", "304")
     demand(has_none, "a body without a length")
     return 0
 
@@ -1768,41 +1765,23 @@ class Gate(NamedTuple):
 # --- pure: mirrored headers (2026-07-28) ---
 
 HEADER_MISMATCH = -32020
-PLAIN_HEADER = re.compile(r"[!-~]([ -~]*[!-~])?").fullmatch
 VERSION_HEADER = re.compile("[A-Za-z0-9.-]{0,32}").fullmatch
-
-
-def encode_header(value: str) -> str:
-    """A value as Mcp-Name and Mcp-Param-* carry it: base64 when it is not plain ASCII."""
-    if PLAIN_HEADER(value) and not value.startswith("=?base64?"):
-        return value
-    return "=?base64?" + base64.b64encode(value.encode()).decode() + "?="
-
-
-def decode_header(value: str) -> str:
-    if not (value.startswith("=?base64?") and value.endswith("?=")):
-        return value
-    try:
-        return base64.b64decode(value[9:-2], validate=True).decode()
-    except ValueError as error:
-        raise ProtocolError("a mirrored header is not base64", code=HEADER_MISMATCH) from error
+# Which parameters are mirrored, tools/list says.
+OPTIONAL = {"mcp-param-owner", "mcp-param-repo"}
 
 
 def version_headers_of(headers: Mapping[str, str], message: Object) -> Object:
     """The header that says an older request's version. A newer one's headers must say what its
-    body says, or two readers see two messages."""
+    body says, or two readers see two messages; what passes needs no base64."""
     if not is_modern(message):
         value = headers.get("mcp-protocol-version", "")
         demand(VERSION_HEADER(value), "MCP-Protocol-Version is malformed")
         return {"MCP-Protocol-Version": value}
-    expected = {name.lower(): value for name, value in mirrored_headers(message).items()}
-    optional = {"mcp-param-owner", "mcp-param-repo"}  # which are mirrored, tools/list says
-    for name in expected.keys() | (optional & headers.keys()):
-        given = headers.get(name)
-        if given is None and name in optional:
-            continue
-        same = decode_header(given or "") == expected.get(name)
-        demand(same, f"{name} differs from the body", code=HEADER_MISMATCH)
+    expected = mirrored_headers(message)
+    for name in expected.keys() | OPTIONAL:
+        same = headers.get(name) == expected.get(name)
+        left_out = name in OPTIONAL and name not in headers
+        demand(same or left_out, f"{name} differs from the body", code=HEADER_MISMATCH)
     return {}
 
 
@@ -1811,13 +1790,10 @@ def mirrored_headers(message: Object) -> Object:
     if not is_modern(message):
         return {}
     params = message["params"]
-    made = {"MCP-Protocol-Version": params["_meta"][MODERN], "Mcp-Method": message["method"]}
-    if "name" in params:
-        made["Mcp-Name"] = params["name"]
-    arguments = as_object(params.get("arguments"))
-    for key in ("owner", "repo"):
-        if key in arguments:
-            made[f"Mcp-Param-{key}"] = arguments[key]
+    made = {"mcp-protocol-version": params["_meta"][MODERN], "mcp-method": message["method"]}
+    made.update({"mcp-name": params["name"]} if "name" in params else {})
+    for key, value in as_object(params.get("arguments")).items():
+        made.update({f"mcp-param-{key}": value} if key in ("owner", "repo") else {})
     return made
 
 
@@ -1890,50 +1866,46 @@ def checked_answer(bounds: Bounds, forward: Forward, message: Object) -> Object:
 
 def listed_tools(policy: Policy, result: Object) -> Object:
     """Of the upstream's tools those that may be called, their schemas narrowed to what passes."""
-    offered = [tool for tool in result.get("tools") or [] if isinstance(tool, dict)]
-    narrowed = [narrow_tool(tool, policy) for tool in offered]
+    narrowed = [narrow_tool(tool, policy) for tool in result.get("tools") or []]
     kept = {**result, "tools": [tool for tool in narrowed if tool]}
     return {**kept, "cacheScope": "private"} if "cacheScope" in result else kept
 
 
-def narrow_tool(offered: Object, policy: Policy) -> Object | None:
-    tool = TOOLS.get(offered.get("name", ""))
+def narrow_tool(offered: Object, policy: Policy) -> Object:
+    """A tool as it may be called; {} where it may not, or needs what the table does not know."""
+    tool = TOOLS.get(offered["name"])
     if tool is None or not policy.has(tool.needs) or (tool.write and policy.readonly):
-        return None
-    schema = offered.get("inputSchema")
-    if not isinstance(schema, dict):
-        return None
-    rules = tool.parameters.rules
+        return {}
+    schema = offered["inputSchema"]
+    rules = {key: rule for key, rule in tool.parameters.rules.items() if policy.has(rule.needs)}
     required = [key for key in schema.get("required", []) if key not in ("owner", "repo")]
-    if not rules.keys() >= set(required):
-        return None  # it needs what the table does not know
     properties = {
-        key: narrow_property(prop, rules.get(key))
-        for key, prop in (schema.get("properties") or {}).items()
-        if key in ("owner", "repo") or (key in rules and policy.has(rules[key].needs))
+        key: narrow_property(prop, rules[key]) if key in rules else prop
+        for key, prop in schema.get("properties", {}).items()
+        if key in rules or key in ("owner", "repo")
     }
-    kept: Object = {
-        key: offered[key]
-        for key in ("name", "title", "description", "annotations")
-        if key in offered
-    }
-    narrow = {"type": "object", "properties": properties, "additionalProperties": False}
-    if required:
-        narrow["required"] = required
-    return {**kept, "inputSchema": narrow}
+    if not rules.keys() >= set(required):
+        return {}
+    told = ("name", "title", "description", "annotations")
+    kept = {key: value for key, value in offered.items() if key in told}
+    narrow = {"type": "object", "properties": properties, "required": required}
+    return {**kept, "inputSchema": {**narrow, "additionalProperties": False}}
 
 
-def narrow_property(prop: Json, rule: Rule | None) -> Json:
+def narrow_property(prop: Object, rule: Rule) -> Object:
     """A property's schema; its enum holds only the choices that pass."""
-    if not rule or not rule.choices or "enum" not in as_object(prop):
+    if not rule.choices or "enum" not in prop:
         return prop
     return {**prop, "enum": [value for value in prop["enum"] if value in rule.choices]}
 
 
 def introduction(bounds: Bounds, result: Object) -> Object:
     """The answer to initialize, with the capabilities that pass; Refusal of an unsafe server."""
-    old = () < server_version(result) < OLDEST_SERVER
-    insist(not old, "the upstream's github-mcp-server is older than v0.32 and is not safe")
+    info = result.get("serverInfo") or {}
+    version = re.match(r"v?(\d+)\.(\d+)", str(info.get("version")))
+    if version and "github" in str(info.get("name")):
+        safe = (int(version[1]), int(version[2])) >= OLDEST_SERVER
+        insist(safe, "the upstream's github-mcp-server is older than v0.32 and is not safe")
     offered = result.get("capabilities") or {}
     kept = {key: offered[key] for key in ("tools", "logging") if key in offered}
     return {**result, "capabilities": kept, "instructions": instructions(bounds)}
@@ -1942,31 +1914,22 @@ def introduction(bounds: Bounds, result: Object) -> Object:
 def instructions(bounds: Bounds) -> str:
     """What the agent is told of the server: in place of the upstream's own text."""
     scope, policy, seen = bounds
-    lines = [
-        f"This server gives access to one GitHub repository, {scope}, and to nothing else.",
-        "Leave out owner and repo: they are filled in.",
-    ]
-    if policy.readonly:
-        lines.append("It is read-only.")
-    else:
-        if "default-branch" not in policy.allow:
-            names = seen.defaults | {policy.default_branch} - {""}
-            name = " and ".join(sorted(names)) or "the default branch"
-            lines.append(f"{name} cannot be written: use a branch and open a pull request.")
-        if policy.branches != Policy().branches:
-            lines.append("Branches that can be written: " + ", ".join(policy.branches) + ".")
-        lines.append("Paths that cannot be written: " + ", ".join(policy.deny_paths) + ".")
-        if "merge" not in policy.allow:
-            lines.append("Pull requests cannot be merged here.")
-    lines.append("Search takes plain words and qualifiers; and, or, not and ( ) are refused.")
-    return "\n".join(lines)
-
-
-def server_version(result: Object) -> tuple[int, ...]:
-    """(major, minor, …) of a self-hosted github-mcp-server; () of any other."""
-    info = result.get("serverInfo") or {}
-    match = re.match(r"v?(\d+)\.(\d+)", str(info.get("version")))
-    return tuple(map(int, match.groups())) if match and "github" in str(info.get("name")) else ()
+    defaults = " and ".join(sorted(seen.defaults | {policy.default_branch} - {""}))
+    defaults = defaults or "the default branch"
+    branches, paths = ", ".join(policy.branches), ", ".join(policy.deny_paths)
+    writes = not policy.readonly
+    told = {
+        f"This server gives access to one GitHub repository, {scope}, and to nothing else.": True,
+        "Leave out owner and repo: they are filled in.": True,
+        "It is read-only.": policy.readonly,
+        f"{defaults} cannot be written: use a branch and open a pull request.": writes
+        and "default-branch" not in policy.allow,
+        f"Branches that can be written: {branches}.": writes and branches != "**",
+        f"Paths that cannot be written: {paths}.": writes,
+        "Pull requests cannot be merged here.": writes and "merge" not in policy.allow,
+        "Search takes plain words and qualifiers; and, or, not and ( ) are refused.": True,
+    }
+    return "\n".join(sentence for sentence, holds in told.items() if holds)
 
 
 # --- pure: git's answers to a push (gitprotocol-common, gitprotocol-pack) ---
@@ -2063,21 +2026,21 @@ def target_of(message: Object) -> Object:
     return target
 
 
-def outcome(message: Object) -> tuple[str, str]:
-    """What became of a write: ("done", an address if the answer has one) or ("failed", "").
+def outcome(message: Object) -> tuple[str, str, str]:
+    """What became of a write: ("done", "", an address if the answer has one), or "failed" and why.
 
     The answers are github-mcp-server's: {"id", "url"} of what was made, or GitHub's own objects.
     """
     result = message.get("result")
     if not isinstance(result, dict) or result.get("isError"):
-        return "failed", ""
+        return "failed", "GitHub's server answered with an error", ""
     try:
         made = json.loads(result["content"][0]["text"])
         found = [part.get("html_url") or part.get("url") for part in (made, made.get("commit", {}))]
         url = next(str(url) for url in found if url)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, StopIteration):
         url = ""
-    return "done", url if PLAIN_URL(url) else ""
+    return "done", "", url if PLAIN_URL(url) else ""
 
 
 def summary(method: str, tool: str, target: Mapping[str, Json]) -> str:
@@ -2089,17 +2052,6 @@ def summary(method: str, tool: str, target: Mapping[str, Json]) -> str:
         for key, value in target.items()
     ]
     return " ".join([name, *pairs])[:300]
-
-
-def written(counts: Mapping[str, int], lines: Sequence[Object], left_out: int) -> str:
-    """The receipt in JSON Lines: the counts, what was done and refused in order, how much is left
-    out. Where not all has room, writes go before refusals: none is hidden by others."""
-    places = range(len(lines))
-    first = sorted(places, key=lambda at: lines[at]["verdict"] in ("refused", "withheld"))
-    shown = [lines[at] for at in sorted(first[:MAX_RECEIPT])]
-    more = left_out + len(lines) - len(shown)
-    rows = [counts, *shown, *([{"more": more}] if more else [])]
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 # --- the audit ---
@@ -2125,7 +2077,17 @@ class Audit:
         self.left_out = 0
 
     def receipt(self) -> str:
-        return written(self.counts, list(self.lines.values()), self.left_out)
+        """In JSON Lines: the counts, what was done and refused in order, how much is left out.
+
+        Where not all has room, writes go before refusals: none is hidden by others.
+        """
+        lines = list(self.lines.values())
+        refusals = ("refused", "withheld")
+        first = sorted(range(len(lines)), key=lambda at: lines[at]["verdict"] in refusals)
+        rows = [self.counts, *(lines[at] for at in sorted(first[:MAX_RECEIPT]))]
+        more = self.left_out + len(lines[MAX_RECEIPT:])
+        rows += [{"more": more}] if more else []
+        return "".join(json.dumps(row) + "\n" for row in rows)
 
     def about(self, message: Object) -> Object:
         """What a call is about: numbers, names and paths; never text."""
@@ -2145,9 +2107,7 @@ class Audit:
 
     def answered(self, deed: Deed, message: Object) -> None:
         """Record what the answer to a write says of it."""
-        verdict, url = outcome(message)
-        reason = "" if verdict == "done" else "GitHub's server answered with an error"
-        self.became(deed, verdict, reason, url)
+        self.became(deed, *outcome(message))
 
     def became(self, deed: Deed, verdict: str, reason: str, url: str = "") -> None:
         """Record what became of it: done, failed, unknown, or its answer withheld."""
@@ -2229,10 +2189,12 @@ class Wire(asyncio.Protocol):
     transport: asyncio.Transport
     head: Head
 
-    def __init__(self, wires: set[Any], patience: float, *, is_client: bool = False) -> None:
+    def __init__(self, wires: set[Any], patience: float, story: Any = None) -> None:
         self.wires = wires  # all of its side
         self.patience = patience  # seconds that one wait may take
-        self.is_client = is_client
+        self.story = story  # what is done with a client's, once it is there
+        self.is_client = story is not None
+        self.task: asyncio.Future[Any] | None = None
         self.buffer = bytearray()
         self.came = asyncio.Event()
         self.room = asyncio.Event()  # not set while the peer reads too slowly
@@ -2249,6 +2211,7 @@ class Wire(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         self.wires.add(self)
+        self.task = asyncio.ensure_future(self.story(self)) if self.story else None
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data
@@ -2267,6 +2230,8 @@ class Wire(asyncio.Protocol):
         self.wires.discard(self)
         self.room.set()
         self.allow(0)
+        if self.task:
+            self.task.cancel()
 
     def pause_writing(self) -> None:
         self.room.clear()
@@ -2328,13 +2293,10 @@ class Wire(asyncio.Protocol):
             length = body_length(self.head, is_request=self.is_client)
         except ProtocolError as error:
             raise self.fault(str(error), error.status) from None
-        if not self.is_client and self.head.first[1] in EARLY:
-            return await self.read_head(limit)
         self.limit = limit
         self.is_chunked = length == CHUNKED
         self.left = self.size = max(0, length)
         self.is_over = length == 0
-        return None
 
     async def part(self) -> bytes:
         """Some more of the body; b"" when it is over."""
@@ -2382,19 +2344,10 @@ class Client(Wire):
     """What a client of the VM's asks, one request at a time, and how it is answered."""
 
     def __init__(self, wires: set[Any], story: Callable[[Client], Any]) -> None:
-        super().__init__(wires, IDLE_SECONDS, is_client=True)
-        self.story = story
+        super().__init__(wires, IDLE_SECONDS, story)
         self.is_probe = False
         self.is_last = False  # close after this answer
         self.is_streaming = False
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self.task = asyncio.ensure_future(self.story(self))
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self.task.cancel()
 
     async def next_request(self) -> None:
         self.is_streaming = self.is_busy = False
@@ -2507,31 +2460,20 @@ class Exchange(Wire):
     def __init__(self, upstream: Upstream) -> None:
         super().__init__(upstream.wires, upstream.timeout)
         self.upstream = upstream
+        self.status = 0
 
     async def begin(self) -> None:
         """Wait for the answer's head."""
+        self.status = 0
         await self.read_head(MAX_ANSWER)
         self.status = int(self.head.first[1]) if LENGTH(self.head.first[1]) else 502
         self.events = bytearray()
         self.scanned = 0
+        session = self.head.headers.get("mcp-session-id", "")
+        self.session = session if VISIBLE(session) else ""
         self.is_stream = EVENT_STREAM in self.head.headers.get("content-type", "")
         if self.is_stream:
             self.limit = float("inf")  # each event has a limit of its own
-
-    def check_status(self) -> None:
-        """UpstreamError for the answers that are between the proxy and the upstream."""
-        if 300 <= self.status < 400:
-            raise UpstreamError("it redirects elsewhere, which is not followed")
-        if self.status in (401, 403):
-            raise UpstreamError(f"it does not accept the host's token (HTTP {self.status})")
-        if self.status == 429:
-            raise UpstreamError("its rate limit is reached (HTTP 429): try again in some minutes")
-        if not 200 <= self.status < 500:
-            raise AnswerLost(f"it answered HTTP {self.status}")
-
-    def session(self) -> str:
-        session = self.head.headers.get("mcp-session-id", "")
-        return session if VISIBLE(session) else ""
 
     async def is_coming(self, limit: int = PAUSE_AT) -> int:
         """Read a stream on until an event is whole: its length, or 0 when there is no more of it,
@@ -2641,7 +2583,7 @@ class Upstream:
         After a 401 anything else may be sent with a new token: it was not carried out.
         """
         sent = {**self.headers, **headers, **({"Content-Length": str(len(body))} if body else {})}
-        sent = {key: encode_header(value) for key, value in sent.items() if value}
+        sent = {key: value for key, value in sent.items() if value}
         renewed = False
         while True:
             credential = self.scheme(await self.token.fresh())
@@ -2654,14 +2596,16 @@ class Upstream:
                 if upload:
                     await upload(exchange)
                 await exchange.begin()
+                stale = exchange.status == 401 and self.token.command and not (renewed or upload)
+                if not stale:
+                    check_status(exchange.status)
+                    return exchange
             except BaseException as error:
                 exchange.abort()
-                dead = used and again and isinstance(error, UpstreamError) and not exchange.buffer
-                if not dead:
+                dead = isinstance(error, AnswerLost) and exchange.status == 0
+                if not (dead and used and again and not exchange.buffer):
                     raise
                 continue
-            if exchange.status != 401 or renewed or upload or not self.token.command:
-                return exchange
             renewed = True
             exchange.abort()
             await self.token.renew()
@@ -2690,7 +2634,6 @@ class Upstream:
             method, path, headers, again=is_get, upload=None if is_get else upload
         )
         try:
-            exchange.check_status()
             if exchange.status != 200:
                 hint = ", is it there?" if exchange.status == 404 else ""
                 raise UpstreamError(f"HTTP {exchange.status}{hint}")
@@ -2715,13 +2658,16 @@ class Upstream:
             exchange.release()
 
 
-def bearer(token: str) -> str:
-    return f"Bearer {token}"
-
-
-def basic(token: str) -> str:
-    """As git sends it."""
-    return "Basic " + base64.b64encode(f"x-access-token:{token}".encode()).decode()
+def check_status(status: int) -> None:
+    """UpstreamError for the answers that are between the proxy and the upstream."""
+    if 300 <= status < 400:
+        raise UpstreamError("it redirects elsewhere, which is not followed")
+    if status in (401, 403):
+        raise UpstreamError(f"it does not accept the host's token (HTTP {status})")
+    if status == 429:
+        raise UpstreamError("its rate limit is reached (HTTP 429): try again in some minutes")
+    if not 200 <= status < 500:
+        raise AnswerLost(f"it answered HTTP {status}")
 
 
 TOKEN_TEXT = re.compile("[!-~]{1,4096}").fullmatch
@@ -2749,12 +2695,10 @@ def parse_token_output(output: bytes) -> tuple[str, float]:
 
 # --- plumbing: what is asked of the upstream ---
 
-OWN_VERSION = "2025-06-18"
-OWN_INITIALIZE: Object = {
-    "protocolVersion": OWN_VERSION,
-    "capabilities": {},
-    "clientInfo": {**CLIENT, "name": "agent-vm-github-mcp-proxy"},
-}
+# GitHub's server keeps no sessions: a request needs no initialize before it.
+OWN_HEADERS = {
+    "MCP-Protocol-Version": "2025-06-18", "X-MCP-Toolsets": "repos", "X-MCP-Readonly": "true",
+}  # fmt: skip
 HEAD_REF = re.compile(rb" HEAD symref-target:refs/heads/([^\n ]+)")
 
 
@@ -2767,10 +2711,9 @@ async def learn(repository: Repository) -> None:
     for ask in (ask_search, ask_git):
         try:
             found, default_branch = await ask(repository)
-        except UpstreamError as error:
-            log(f"{repository.upstream.address.name}: {error}")
-            continue
-        except Exception:  # whatever the upstream made of its answer: then it is not known
+        except Exception as error:  # whatever came: then it is not known
+            said = str(error) if isinstance(error, UpstreamError) else "a malformed answer"
+            log(f"{repository.upstream.address.name}: {said}")
             continue
         if found:
             repository.moved = bool(repository.id and repository.id != found)
@@ -2783,47 +2726,32 @@ async def learn(repository: Repository) -> None:
 async def ask_search(repository: Repository) -> tuple[int, str]:
     """(id, default branch), 0 and "" where it is not found. Forks are left out of a search that
     does not ask for them."""
-    scope = repository.scope
-    arguments = {"query": f"repo:{scope} fork:true", "perPage": 5}
-    headers = {"X-MCP-Toolsets": "repos", "X-MCP-Readonly": "true"}
-    _, session = await own_request(repository.upstream, "initialize", OWN_INITIALIZE, headers)
-    headers.update({"Mcp-Session-Id": session, "MCP-Protocol-Version": OWN_VERSION})
+    arguments = {"query": f"repo:{repository.scope} fork:true", "perPage": 5}
     params = {"name": "search_repositories", "arguments": arguments}
-    result, _ = await own_request(repository.upstream, "tools/call", params, headers)
-    for item in json.loads(result["content"][0]["text"])["items"]:
-        if scope.is_named(item["full_name"]):
-            return int(item["id"]), item.get("default_branch") or ""
-    return 0, ""
-
-
-async def own_request(
-    upstream: Upstream, method: str, params: Object, headers: Mapping[str, str]
-) -> tuple[Object, str]:
-    """(result, session) of a request of the proxy's own."""
-    forward = Forward({"jsonrpc": "2.0", "id": 1, "method": method, "params": params})
-    exchange = await upstream.post(forward, headers)
+    forward = Forward({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params})
+    exchange = await repository.upstream.post(forward, OWN_HEADERS)
     try:
-        exchange.check_status()
-        kind, found = "", Forward({}).message
+        kind, found = "", forward.message
         while kind != "answer":
             kind, found, _ = await exchange.next_message(forward)
         await exchange.finish()
-        return found["result"], exchange.session()
     finally:
         exchange.release()
+    for item in json.loads(found["result"]["content"][0]["text"])["items"]:
+        if repository.scope.is_named(item["full_name"]):
+            return int(item["id"]), item.get("default_branch") or ""
+    return 0, ""
 
 
 async def ask_git(repository: Repository) -> tuple[int, str]:
     """0 and the default branch: that is git's HEAD (gitprotocol-v2)."""
     if repository.git is None:
         return 0, ""
-    arguments = (b"symrefs\n", b"ref-prefix HEAD\n")
-    body = pkt(b"command=ls-refs\n") + b"0001" + b"".join(map(pkt, arguments)) + b"0000"
+    body = pkt(b"command=ls-refs\n") + b"0001" + pkt(b"symrefs\n") + pkt(b"ref-prefix HEAD\n")
     headers = {"Git-Protocol": "version=2", "Content-Type": "application/x-git-upload-pack-request"}
     path = f"/{repository.scope}.git/git-upload-pack"
-    exchange = await repository.git.send("POST", path, headers, body, again=True)
+    exchange = await repository.git.send("POST", path, headers, body + b"0000", again=True)
     try:
-        exchange.check_status()
         head = HEAD_REF.search(await exchange.whole())
         return 0, head[1].decode() if head else ""
     finally:
@@ -2999,6 +2927,14 @@ def build_repository(options: argparse.Namespace) -> Repository:
     }
     token = env_token(options.token_command)
     address, git = parse_address(options.upstream, "--upstream"), None
+
+    def bearer(value: str) -> str:
+        return f"Bearer {value}"
+
+    def basic(value: str) -> str:
+        """As git sends it."""
+        return "Basic " + base64.b64encode(f"x-access-token:{value}".encode()).decode()
+
     try:
         tls = ssl.create_default_context(cafile=options.ca_file or None)
     except OSError:  # ssl.SSLError is one

@@ -1381,13 +1381,14 @@ class MessageTest(unittest.TestCase):
         made: Any
         for made in ({"url": url}, {"html_url": url, "url": "https://api.github.com/x"},
                      {"content": None, "commit": {"html_url": url}}):  # fmt: skip
-            self.assertEqual(became(made), ("done", url))
+            self.assertEqual(became(made), ("done", "", url))
         for made in (1, [], None, "x", {}, {"url": 1}, {"url": "javascript:x"}, {"commit": 1},
                      {"url": url + "\n"}, {"url": url + "\x1b[2J"}, {"url": url + "x" * 300}):  # fmt: skip
-            self.assertEqual(became(made), ("done", ""), made)
-        self.assertEqual(became({"url": url}, isError=True), ("failed", ""))
-        self.assertEqual(proxy.outcome({"id": 1, "error": {"code": 1}}), ("failed", ""))
-        self.assertEqual(proxy.outcome({"id": 1, "result": {}}), ("done", ""))
+            self.assertEqual(became(made), ("done", "", ""), made)
+        failed = ("failed", "GitHub's server answered with an error", "")
+        self.assertEqual(became({"url": url}, isError=True), failed)
+        self.assertEqual(proxy.outcome({"id": 1, "error": {"code": 1}}), failed)
+        self.assertEqual(proxy.outcome({"id": 1, "result": {}}), ("done", "", ""))
 
     def test_a_name_that_becomes_another_repository(self) -> None:
         verdict = proxy.decide(SCOPE, POLICY, call("list_tags"), Seen(moved=True))
@@ -1421,7 +1422,6 @@ class MirrorTest(unittest.TestCase):
     def test_headers_that_agree(self) -> None:
         for headers, message in (
             (self.headers(owner="GOOD"), self.message(owner="GOOD")),
-            (self.headers(owner="=?base64?Z29vZA==?="), self.message(owner="good")),
             (self.headers(), self.message(owner="good")),
         ):
             self.assertEqual(proxy.version_headers_of(headers, message), {})
@@ -1445,13 +1445,9 @@ class MirrorTest(unittest.TestCase):
         assert isinstance(verdict, Forward)
         self.assertEqual(
             proxy.mirrored_headers(verdict.message),
-            {"MCP-Protocol-Version": MODERN, "Mcp-Method": "tools/call",
-             "Mcp-Name": "get_file_contents", "Mcp-Param-owner": "good", "Mcp-Param-repo": "r"},
+            {"mcp-protocol-version": MODERN, "mcp-method": "tools/call",
+             "mcp-name": "get_file_contents", "mcp-param-owner": "good", "mcp-param-repo": "r"},
         )  # fmt: skip
-        for value in ("ünï", "=?base64?x?=", " a"):
-            encoded = proxy.encode_header(value)
-            self.assertTrue(encoded.isascii())
-            self.assertEqual(proxy.decode_header(encoded), value)
 
 
 class PolicyTest(unittest.TestCase):

@@ -19,12 +19,23 @@ import github_mcp_proxy as proxy
 TABLE_MADE_FROM = "github-mcp-server v1.10.1"
 
 
+async def ask(upstream: proxy.Upstream, method: str, params: proxy.Object) -> proxy.Object:
+    forward = proxy.Forward({"jsonrpc": "2.0", "id": 1, "method": method, "params": params})
+    exchange = await upstream.post(forward, {"X-MCP-Toolsets": "all"})
+    kind, found = "", forward.message
+    while kind != "answer":
+        kind, found, _ = await exchange.next_message(forward)
+    exchange.abort()
+    result: proxy.Object = found["result"]
+    return result
+
+
 async def differences(options: argparse.Namespace) -> int:
     upstream = proxy.build_repository(options).upstream
-    headers = {"X-MCP-Toolsets": "all"}
-    begun, session = await proxy.own_request(upstream, "initialize", proxy.OWN_INITIALIZE, headers)
-    headers.update({"Mcp-Session-Id": session, "MCP-Protocol-Version": proxy.OWN_VERSION})
-    listed, _ = await proxy.own_request(upstream, "tools/list", {}, headers)
+    client = {"name": "agent-vm-github-mcp-proxy", "version": proxy.__version__}
+    initialize = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": client}
+    begun = await ask(upstream, "initialize", initialize)
+    listed = await ask(upstream, "tools/list", {})
     version = (begun.get("serverInfo") or {}).get("version")
     print(f"upstream {version}, table made from {TABLE_MADE_FROM}")
     offered = {
