@@ -175,12 +175,6 @@ class Forward(NamedTuple):
     write: bool = False
     check: str = ""  # how the answer is checked: Tool.check
 
-    def without_arguments(self) -> Forward:
-        """What is needed of a request once it is sent: to know its answer."""
-        kept = {key: value for key, value in self.message.items() if key != "params"}
-        meta = (self.message.get("params") or {}).get("_meta")
-        return self._replace(message={**kept, "params": {"_meta": meta}} if meta else kept)
-
 
 class Refuse(NamedTuple):
     """Why a message does not pass, and how its sender is told."""
@@ -1228,7 +1222,14 @@ async def open_connection(
     opening = asyncio.get_running_loop().create_connection(
         made, address.host, address.port, ssl=tls, server_hostname=name
     )
-    return (await asyncio.wait_for(opening, CONNECT_SECONDS))[1]
+    try:
+        return (await asyncio.wait_for(opening, CONNECT_SECONDS))[1]
+    except asyncio.TimeoutError:
+        raise UpstreamError("it does not accept connections") from None
+    except ssl.SSLError as error:
+        raise UpstreamError(f"its certificate is not trusted: {error.reason}") from None
+    except OSError as error:
+        raise UpstreamError(f"it cannot be reached: {error.strerror}") from None
 
 
 def request_head(
@@ -1376,185 +1377,168 @@ class Repository:
 # --- the story: a message of MCP ---
 
 
-class Mcp:
-    """Reads a message, judges it, sends on what it has rebuilt, and checks the answer."""
-
-    def __init__(self, repository: Repository) -> None:
-        self.repository = repository
-        self.audit = repository.audit
-        self.upstream = repository.upstream
-
-    async def serve(self, client: Client) -> None:
-        repository, audit, policy = self.repository, self.audit, self.repository.policy
-        async with self.upstream.places:
-            message = parse_message(await client.receive())
-            method = message["method"]
-            headers = client.mcp_headers(message)
-            verdict = decide(repository.scope, policy, message, NOT_ASKED)
-            if isinstance(verdict, Forward):
-                # Judged again, when it is known what may be written: of a message that passes
-                # the rebuilt one is small, and only that is held while others are asked.
-                message = verdict.message
-                if method == "tools/call":
-                    await repository.know(wait=verdict.write)
-                verdict = repository.judge(message)
-        if isinstance(verdict, Forward) and client.is_probe:
-            verdict = Refuse("a probe is not passed on", UPSTREAM_FAILED, verdict.tool)
-        if isinstance(verdict, Forward) and verdict.write and policy.approve:
-            asked = {"tool": verdict.tool, "target": audit.about(message)}
-            asked["arguments"] = message["params"]["arguments"]
-            reason = await repository.ask_user(asked)
-            verdict = Refuse(reason, tool=verdict.tool) if reason else repository.judge(message)
-        deed = None
+async def serve_mcp(repository: Repository, client: Client) -> None:
+    """Read a message, judge it, send on what was rebuilt of it, and give back the answer."""
+    audit, policy, upstream = repository.audit, repository.policy, repository.upstream
+    async with upstream.places:
+        message = parse_message(await client.receive())
+        method = message["method"]
+        headers = client.mcp_headers(message)
+        verdict = decide(repository.scope, policy, message, NOT_ASKED)
         if isinstance(verdict, Forward):
-            target = audit.about(verdict.message)
-            deed = audit.passed(method, verdict.tool, target, verdict.write)
-            if deed is None:
-                verdict = Refuse(UNRECORDED, UPSTREAM_FAILED, verdict.tool)
-        if isinstance(verdict, Refuse) or deed is None:
-            assert isinstance(verdict, Refuse)
-            if not client.is_probe:
-                audit.refused(method, verdict.tool, verdict.reason, audit.about(message))
-            return client.tell(message, verdict)
-        if verdict.write:
-            repository.wrote(1)
-        sending = self.upstream.post(verdict, headers)
-        forward = verdict.without_arguments()
-        del message, verdict  # megabytes, maybe, that the connection has now
+            # Judged again, when it is known what may be written: of a message that passes
+            # the rebuilt one is small, and only that is held while others are asked.
+            message = verdict.message
+            if method == "tools/call":
+                await repository.know(wait=verdict.write)
+            verdict = repository.judge(message)
+    target = audit.about(message)
+    if isinstance(verdict, Forward) and client.is_probe:
+        verdict = Refuse("a probe is not passed on", UPSTREAM_FAILED, verdict.tool)
+    if isinstance(verdict, Forward) and verdict.write and policy.approve:
+        arguments = message["params"]["arguments"]
+        reason = await repository.ask_user(
+            {"tool": verdict.tool, "target": target, "arguments": arguments}
+        )
+        verdict = Refuse(reason, tool=verdict.tool) if reason else repository.judge(message)
+    deed = None
+    if isinstance(verdict, Forward):
+        deed = audit.passed(method, verdict.tool, target, verdict.write)
+    if deed is None and isinstance(verdict, Forward):
+        verdict = Refuse(UNRECORDED, UPSTREAM_FAILED, verdict.tool)
+    if isinstance(verdict, Refuse) or deed is None:
+        assert isinstance(verdict, Refuse)
+        if not client.is_probe:
+            audit.refused(method, verdict.tool, verdict.reason, target)
+        return client.tell(message, verdict)
+    if verdict.write:
+        repository.wrote(1)
+    try:
+        exchange = await upstream.post(verdict, headers)
         try:
-            exchange = await sending
-            try:
-                await self.relay(client, exchange, forward, deed, headers)
-            finally:
-                exchange.release()
-        except UpstreamError as error:
-            lost = deed.write and isinstance(error, AnswerLost)
-            audit.became(deed, "unknown" if lost else "failed", str(error))
-            failed = f"GitHub's MCP server cannot be used: {error}"
-            client.tell(forward.message, Refuse(failed, UPSTREAM_FAILED))
+            await relay_mcp(repository, client, exchange, verdict, deed, headers)
+        finally:
+            exchange.release()
+    except UpstreamError as error:
+        lost = deed.write and isinstance(error, AnswerLost)
+        audit.became(deed, "unknown" if lost else "failed", str(error))
+        failed = f"GitHub's MCP server cannot be used: {error}"
+        client.tell(message, Refuse(failed, UPSTREAM_FAILED))
 
-    async def relay(
-        self, client: Client, exchange: Exchange, forward: Forward, deed: Deed, sent: Object
-    ) -> None:
-        """Give the upstream's answer to the client, checked; what comes before it as it comes."""
-        hide = self.upstream.hide
-        if exchange.status >= 300:
-            self.audit.became(deed, "failed", f"HTTP {exchange.status}")
-            return client.tell_error(exchange.status, forward, hide(await exchange.whole()))
-        if exchange.status != 200 or "id" not in forward.message:
-            return client.answer(202, b"")
-        headers = [f"Mcp-Session-Id: {exchange.session}"] if exchange.session else []
-        kind = ""
-        while kind != "answer":
-            await exchange.is_coming()
-            async with self.upstream.places:
-                kind, message, data = await exchange.next_message(forward)
-                if kind == "question":
-                    await self.upstream.decline(message, sent)
-                elif kind in ("note", "alive"):
-                    client.event(hide(data), *headers)
-                elif kind == "answer":
-                    shown = self.shown(client, forward, deed, message)
+
+async def relay_mcp(
+    repository: Repository, client: Client, exchange: Exchange, forward: Forward, deed: Deed,
+    sent: Object,
+) -> None:  # fmt: skip
+    """Give the upstream's answer to the client, checked; what comes before it as it comes."""
+    audit, upstream, hide = repository.audit, repository.upstream, repository.upstream.hide
+    if exchange.status >= 300:
+        audit.became(deed, "failed", f"HTTP {exchange.status}")
+        return client.tell_error(exchange.status, forward, hide(await exchange.whole()))
+    if exchange.status != 200 or "id" not in forward.message:
+        return client.answer(202, b"")
+    headers = [f"Mcp-Session-Id: {exchange.session}"] if exchange.session else []
+    kind = ""
+    while kind != "answer":
+        await exchange.is_coming()
+        async with upstream.places:
+            kind, message, data = await exchange.next_message(forward)
+            if kind == "question":
+                await upstream.decline(message, sent)
+            elif kind in ("note", "alive"):
+                client.event(hide(data), *headers)
+            elif kind == "answer":
+                if forward.write:
+                    audit.answered(deed, message)
+                try:
+                    shown = client.shown(repository.bounds(), forward, message)
                     client.finish(hide(data if shown is message else dumps(shown)), *headers)
-                await client.drain()
-        return await exchange.finish()
-
-    def shown(self, client: Client, forward: Forward, deed: Deed, message: Object) -> Object:
-        """What the VM gets of the upstream's answer; whatever is wrong with it is not shown."""
-        if forward.write:
-            self.audit.answered(deed, message)
-        try:
-            return client.shown(self.repository.bounds(), forward, message)
-        except Exception as error:
-            reason = str(error) if isinstance(error, Refusal) else "the answer is malformed"
-        self.audit.became(deed, "withheld", reason)
-        return client.told(forward.message, Refuse(reason, UPSTREAM_FAILED, forward.tool))
+                except Exception as error:  # whatever is wrong with it: then it is not shown
+                    is_known = isinstance(error, Refusal)
+                    reason = str(error) if is_known else "the answer is malformed"
+                    audit.became(deed, "withheld", reason)
+                    client.tell(forward.message, Refuse(reason, UPSTREAM_FAILED, forward.tool))
+            await client.drain()
+    return await exchange.finish()
 
 
 # --- the story: a request of git ---
 
 
-class Git:
-    """A fetch, or a push that is within the policy, passed on both ways as it comes."""
+async def serve_git(repository: Repository, client: Client) -> None:
+    """Pass a fetch, or a push that is within the policy, on both ways as it comes."""
+    client.is_last = True  # the rest of a body that is not wanted is not read
+    method, target, _ = client.head.first
+    audit = repository.audit
+    service, push = "", Push()
+    deeds: list[Deed | None] = []
+    try:
+        insist(repository.git, "git is not served here (--git)")
+        assert repository.git
+        await repository.know(wait=False)
+        service = git_service(repository.bounds(), method, target)
+        lengths = client.head.headers.keys() & {"content-length", "transfer-encoding"}
+        insist(method == "POST" or not lengths, "a GET has no body")
+        if method == "POST" and service == "git-receive-pack":
+            push = await read_push(client)
+            refused = await refused_refs(repository, client, push)
+            if refused:
+                while await client.part():
+                    pass  # git reads no answer before it has sent all
+                return client.refuse_push(push, refused)
+        insist(not client.is_probe, "a probe is not passed on")
+        targets = [{"ref": command.ref} for command in push.commands]
+        deeds = [audit.passed("git", service, about, bool(targets)) for about in targets or [{}]]
+        insist(all(deeds), UNRECORDED)
+        repository.wrote(len(targets))
+        await repository.git.relay(client, repository, service, push, deeds)
+    except Refusal as refusal:
+        if not client.is_probe:
+            audit.refused("git", service, str(refusal), {"path": target[:200]})
+        client.answer(403, f"refused: {refusal}\n".encode(), kind="text/plain")
+    except UpstreamError as error:
+        lost = bool(push.commands) and isinstance(error, AnswerLost)
+        for deed in filter(None, deeds):
+            audit.became(deed, "unknown" if lost else "failed", str(error))
+        client.answer(502, f"GitHub: {error}\n".encode(), kind="text/plain")
 
-    def __init__(self, repository: Repository) -> None:
-        self.repository = repository
 
-    async def serve(self, client: Client) -> None:
-        client.is_last = True  # the rest of a body that is not wanted is not read
-        method, target, _ = client.head.first
-        repository = self.repository
-        audit = repository.audit
-        service, push = "", Push()
-        deeds: list[Deed | None] = []
-        try:
-            insist(repository.git, "git is not served here (--git)")
-            assert repository.git
-            await repository.know(wait=False)
-            service = git_service(repository.bounds(), method, target)
-            lengths = client.head.headers.keys() & {"content-length", "transfer-encoding"}
-            insist(method == "POST" or not lengths, "a GET has no body")
-            if method == "POST" and service == "git-receive-pack":
-                push = await self.read_push(client)
-                refused = await self.refused_refs(client, push)
-                if refused:
-                    while await client.part():
-                        pass  # git reads no answer before it has sent all
-                    return client.refuse_push(push, refused)
-            insist(not client.is_probe, "a probe is not passed on")
-            targets = [{"ref": command.ref} for command in push.commands]
-            deeds = [
-                audit.passed("git", service, target, bool(targets)) for target in targets or [{}]
-            ]
-            insist(all(deeds), UNRECORDED)
-            repository.wrote(len(targets))
-            await repository.git.relay(client, repository, service, push, deeds)
-        except Refusal as refusal:
-            if not client.is_probe:
-                audit.refused("git", service, str(refusal), {"path": target[:200]})
-            client.answer(403, f"refused: {refusal}\n".encode(), kind="text/plain")
-        except UpstreamError as error:
-            lost = bool(push.commands) and isinstance(error, AnswerLost)
-            for deed in filter(None, deeds):
-                audit.became(deed, "unknown" if lost else "failed", str(error))
-            client.answer(502, f"GitHub: {error}\n".encode(), kind="text/plain")
+async def read_push(client: Client) -> Push:
+    """A push, read as far as its commands go; what follows them is still to come."""
+    insist("content-encoding" not in client.head.headers, "a push must not be compressed whole")
+    begun, push = b"", None
+    while push is None:
+        more = await client.part()
+        insist(more and len(begun) <= MAX_COMMANDS, "this push has no end of its commands")
+        begun += more
+        push = parse_push(begun)
+    if not push.commands:  # git asks so whether it may, before it sends much
+        alone = begun == b"0000" and not await client.part()
+        insist(alone, "this push has no commands")
+    return push
 
-    async def read_push(self, client: Client) -> Push:
-        """A push, read as far as its commands go; what follows them is still to come."""
-        insist("content-encoding" not in client.head.headers, "a push must not be compressed whole")
-        begun, push = b"", None
-        while push is None:
-            more = await client.part()
-            insist(more and len(begun) <= MAX_COMMANDS, "this push has no end of its commands")
-            begun += more
-            push = parse_push(begun)
-        if not push.commands:  # git asks so whether it may, before it sends much
-            alone = begun == b"0000" and not await client.part()
-            insist(alone, "this push has no commands")
-        return push
 
-    async def refused_refs(self, client: Client, push: Push) -> dict[str, str]:
-        """Why refs may not be pushed, by ref; where one may not, none is."""
-        repository = self.repository
-        if not push.commands:
-            return {}
-        await repository.know(wait=True)
+async def refused_refs(repository: Repository, client: Client, push: Push) -> dict[str, str]:
+    """Why refs may not be pushed, by ref; where one may not, none is."""
+    if not push.commands:
+        return {}
+    await repository.know(wait=True)
+    refused = judge_push(repository.bounds(), push.commands)
+    refs = " ".join(command.ref for command in push.commands)
+    if not refused and repository.policy.approve and not client.is_probe:
+        moves = [command._asdict() for command in push.commands]
+        asked = {"tool": "git push", "target": {"ref": refs}, "refs": moves}
+        reason = await repository.ask_user(asked)
         refused = judge_push(repository.bounds(), push.commands)
-        refs = " ".join(command.ref for command in push.commands)
-        if not refused and repository.policy.approve and not client.is_probe:
-            moves = [command._asdict() for command in push.commands]
-            asked = {"tool": "git push", "target": {"ref": refs}, "refs": moves}
-            reason = await repository.ask_user(asked)
-            refused = judge_push(repository.bounds(), push.commands)
-            if reason:
-                refused = {command.ref: reason for command in push.commands}
-        if refused and not client.is_probe:
-            why = "; ".join(f"{quoted(ref)}: {why}" for ref, why in refused.items())
-            repository.audit.refused("git", "git-receive-pack", why[:1000], {"ref": refs[:1000]})
-        return refused
+        if reason:
+            refused = {command.ref: reason for command in push.commands}
+    if refused and not client.is_probe:
+        why = "; ".join(f"{quoted(ref)}: {why}" for ref, why in refused.items())
+        repository.audit.refused("git", "git-receive-pack", why[:1000], {"ref": refs[:1000]})
+    return refused
 
 
-async def serve_client(mcp: Mcp, git: Git, gate: Gate, client: Client) -> None:
+async def serve_client(repository: Repository, gate: Gate, client: Client) -> None:
     """The requests of one connection, one after the other, each checked anew."""
     try:
         while not client.is_last:
@@ -1562,11 +1546,11 @@ async def serve_client(mcp: Mcp, git: Git, gate: Gate, client: Client) -> None:
                 await client.next_request()
                 client.is_probe = gate.is_probe(client.head)
                 gate.check(client.head)
-                story = git if client.head.first[1].startswith(GIT) else mcp
-                await story.serve(client)
+                is_git = client.head.first[1].startswith(GIT)
+                await (serve_git if is_git else serve_mcp)(repository, client)
             except ProtocolError as error:
                 if not client.is_probe:
-                    mcp.audit.refused("", "", str(error), {})
+                    repository.audit.refused("", "", str(error), {})
                 client.refuse(error)
             await client.drain()
     except UpstreamError:
@@ -2412,10 +2396,7 @@ class Client(Wire):
     def refuse(self, error: ProtocolError) -> None:
         """Say what is wrong with what came; where it cannot be read to its end, it is the last."""
         self.is_last = self.is_last or not self.is_over
-        self.answer(error.status, dumps(self.told({}, Refuse(str(error), error.code))))
-
-    def told(self, message: Object, refuse: Refuse) -> Object:
-        return told_of(message, refuse)[1]
+        self.answer(error.status, dumps(told_of({}, Refuse(str(error), error.code))[1]))
 
     def tell(self, message: Object, refuse: Refuse) -> None:
         """Why there is no answer: in the stream, where one has begun."""
@@ -2537,7 +2518,7 @@ class Upstream:
         self.address = address
         self.token = token
         self.headers = headers
-        self.tls = tls if address.secure else None
+        self.opened = (address, tls if address.secure else None, lambda: Exchange(self))
         self.timeout = timeout  # seconds that it may be silent
         self.scheme = scheme  # how the token is sent
         self.wires: set[Exchange] = set()
@@ -2545,25 +2526,13 @@ class Upstream:
         # Whoever holds a message whole needs a place: that bounds the memory.
         self.places = asyncio.Semaphore(MAX_PLACES)
 
-    async def connect(self) -> Exchange:
-        try:
-            return await open_connection(self.address, self.tls, lambda: Exchange(self))
-        except asyncio.TimeoutError:
-            raise UpstreamError("it does not accept connections") from None
-        except OSError as error:
-            log(f"upstream {self.address.name}: {error}")
-            untrusted = "certificate" in str(error).lower()
-            reason = "its certificate is not trusted" if untrusted else "it cannot be reached"
-            raise UpstreamError(reason) from None
-
     def hide(self, data: bytes) -> Bytes:
         """What came, without tokens and signed URLs."""
         return redact(data, self.token.value.encode(), self.token.earlier.encode())
 
-    def post(self, forward: Forward, headers: Mapping[str, str]) -> Awaitable[Exchange]:
-        """Send a message: what is returned holds it, and nobody else need."""
+    async def post(self, forward: Forward, headers: Mapping[str, str]) -> Exchange:
         sent = {**POSTED, **headers, **mirrored_headers(forward.message)}
-        return self.send("POST", "", sent, dumps(forward.message), again=not forward.write)
+        return await self.send("POST", "", sent, dumps(forward.message), again=not forward.write)
 
     async def decline(self, question: Object, sent: Mapping[str, str]) -> None:
         """What the upstream asks its client (to fill a form, to sample) is not passed."""
@@ -2589,7 +2558,7 @@ class Upstream:
             credential = self.scheme(await self.token.fresh())
             self.pool = [wire for wire in self.pool if not (wire.buffer or wire.ended)]
             used = bool(self.pool) and not upload
-            exchange = self.pool.pop() if used else await self.connect()
+            exchange = self.pool.pop() if used else await open_connection(*self.opened)
             exchange.allow(0)
             try:
                 exchange.write(request_head(method, self.address, path, sent, credential) + body)
@@ -2774,13 +2743,6 @@ def listen_address(value: str) -> tuple[str, int]:
     return match[1].strip("[]"), int(match[2])
 
 
-def not_empty(value: str) -> str:
-    """As a shell's unset variable is."""
-    if not value:
-        raise argparse.ArgumentTypeError("it is empty")
-    return value
-
-
 def positive_seconds(value: str) -> float:
     if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]+)?", value) or not float(value):
         raise argparse.ArgumentTypeError(f"{value!r} is not a number of seconds")
@@ -2897,8 +2859,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="default 127.0.0.1:0, any free port")  # fmt: skip
     add("--token-command", metavar="CMD", default="",
         help='prints {"token": …, "expires_at": …}; asked again in time')  # fmt: skip
-    add("--policy", metavar="FILE", type=not_empty, help="what may be written: an INI file")
-    add("--audit", metavar="FILE", type=not_empty,
+    add("--policy", metavar="FILE", help="what may be written: an INI file")
+    add("--audit", metavar="FILE",
         help="append every decision to FILE, as JSON Lines")  # fmt: skip
     add("--ca-file", metavar="FILE", default="", help="CA certificates for the upstream")
     add("--timeout", metavar="SECONDS", type=positive_seconds, default=300.0,
@@ -2915,7 +2877,7 @@ def build_parser() -> argparse.ArgumentParser:
 def build_repository(options: argparse.Namespace) -> Repository:
     owner = env("GITHUB_MCP_OWNER", "a user or an organization", "[A-Za-z0-9_-]{1,100}")
     repo = env("GITHUB_MCP_REPO", "a repository's name", r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,100}")
-    policy = read_policy(options.policy) if options.policy else Policy()
+    policy = Policy() if options.policy is None else read_policy(options.policy)
     if env_flag("GITHUB_MCP_READONLY", "0"):
         policy = policy._replace(readonly=True)
     # What GitHub's server is told to offer; a second line behind the table.
@@ -2944,7 +2906,7 @@ def build_repository(options: argparse.Namespace) -> Repository:
         git_address = parse_address(options.git, "--git")
         git = Upstream(git_address, token, {}, tls, options.timeout, basic)
     try:
-        audit = Audit(open_audit(options.audit) if options.audit else -1)
+        audit = Audit(-1 if options.audit is None else open_audit(options.audit))
     except OSError as error:
         reason = f"cannot write the audit file {options.audit}: {error.strerror}"
         raise ProxyError(reason) from None
@@ -3002,13 +2964,12 @@ async def serve(
     address, port = options.listen
     hosts = {*LOOPBACK, f"[{address}]" if ":" in address else address}
     gate = Gate(hosts=hosts, secret=secret, probe=probe)
-    mcp, git = Mcp(repository), Git(repository)
     clients: set[Client] = set()
     try:
         server = await listen(
             address,
             port,
-            lambda: Client(clients, lambda client: serve_client(mcp, git, gate, client)),
+            lambda: Client(clients, lambda client: serve_client(repository, gate, client)),
         )
     except OSError as error:
         raise ProxyError(f"cannot listen on {address}:{port}: {error.strerror}", status=1) from None

@@ -1014,7 +1014,6 @@ class AnswerTest(unittest.TestCase):
             verdict = proxy.decide(SCOPE, POLICY, message)
             assert isinstance(verdict, Forward)
             self.assertEqual(verdict.check, check, message)
-            self.assertEqual(verdict.without_arguments().check, check)
         labels = call("issue_read", method="get_labels", issue_number=1)
         self.assertIsInstance(proxy.decide(SCOPE, POLICY, labels), Refuse)
 

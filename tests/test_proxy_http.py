@@ -1353,6 +1353,8 @@ class CommandLineTest(unittest.TestCase):
             ("--upstream is not an address", ("--upstream", "https://user@example.com/"), {}),
             ("--upstream is not an address", ("--upstream", "https://example.com/?x"), {}),
             ("cannot read the policy file", ("--policy", "/nonexistent"), {}),
+            ("cannot read the policy file", ("--policy", ""), {}),
+            ("cannot write the audit file", ("--audit", ""), {}),
             ("cannot read certificates", ("--ca-file", "/nonexistent"), {}),
             ("cannot read certificates", ("--ca-file", "/"), {}),
             ("cannot read certificates", ("--ca-file", "/dev/null"), {}),
@@ -1378,8 +1380,6 @@ class CommandLineTest(unittest.TestCase):
             ("not ADDRESS:PORT", ["--listen", "x"]),
             ("not a number of seconds", ["--timeout", "-1"]),
             ("not a number of seconds", ["--timeout", "0"]),
-            ("it is empty", ["--policy", ""]),
-            ("it is empty", ["--audit", ""]),
         ):
             said = io.StringIO()
             with contextlib.redirect_stderr(said), self.assertRaises(SystemExit) as caught:
