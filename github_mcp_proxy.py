@@ -30,6 +30,7 @@ import re
 import select
 import signal
 import ssl
+import subprocess
 import sys
 import time
 import unicodedata
@@ -1200,14 +1201,16 @@ async def start(
     argv = ("/bin/sh", "-c", command)
     if os.path.basename(argv[0]) not in STARTS:
         raise AssertionError(f"{argv[0]} is not started here")
-    pipe = asyncio.subprocess.PIPE
-    child = await asyncio.create_subprocess_exec(
-        *argv, stdin=pipe, stdout=pipe, cwd=cwd, env=env, start_new_session=True
+    pipe = subprocess.PIPE
+    # At once, so that there is no moment at which it runs and nobody knows its number.
+    child = subprocess.Popen(
+        argv, stdin=pipe, stdout=pipe, cwd=cwd, env=env, start_new_session=True
     )
+    loop = asyncio.get_running_loop()
     try:
-        output, _ = await asyncio.wait_for(child.communicate(given), seconds)
+        output, _ = await loop.run_in_executor(None, child.communicate, given, seconds)
         return child.returncode, output
-    except asyncio.TimeoutError:
+    except subprocess.TimeoutExpired:
         return None, b""
     finally:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -1432,9 +1435,11 @@ async def relay_mcp(
 ) -> None:  # fmt: skip
     """Give the upstream's answer to the client, checked; what comes before it as it comes."""
     audit, upstream, hide = repository.audit, repository.upstream, repository.upstream.hide
+    message = forward.message
     if exchange.status >= 300:
         audit.became(deed, "failed", f"HTTP {exchange.status}")
-        return client.tell_error(exchange.status, forward, hide(await exchange.whole()))
+        refuse = Refuse("by the upstream", INVALID_REQUEST)
+        return client.tell(message, refuse, hide(await exchange.whole()), exchange.status)
     if exchange.status != 200 or "id" not in forward.message:
         return client.answer(202, b"")
     headers = [f"Mcp-Session-Id: {exchange.session}"] if exchange.session else []
@@ -1673,16 +1678,14 @@ def told_of(message: Object, refuse: Refuse) -> tuple[int, Object]:
     return 404 if modern and refuse.code == NO_METHOD else 400, made
 
 
-def relayed_error(body: Bytes, forward: Forward) -> Object:
-    """An upstream's 4xx as JSON-RPC: clients tell the protocol's era from its body."""
-    made = told_of(forward.message, Refuse("by the upstream", INVALID_REQUEST))[1]
+def error_in(said: Bytes) -> Object:
+    """The error of an upstream's 4xx: clients tell the protocol's era from it. {} if it is none."""
     try:
-        error = json.loads(body)["error"]
-        said = {"code": int(error["code"]), "message": str(error["message"])[:1000]}
-        made["error"] = {**said, **{key: error[key] for key in ("data",) if key in error}}
+        error = json.loads(said)["error"]
+        made = {"code": int(error["code"]), "message": str(error["message"])[:1000]}
     except (ValueError, KeyError, TypeError, RecursionError):
-        pass  # it is not JSON-RPC's
-    return made
+        return {}
+    return {"error": {**made, **({"data": error["data"]} if "data" in error else {})}}
 
 
 def is_modern(message: Object) -> bool:
@@ -1933,8 +1936,6 @@ def push_report(push: Push, refused: Mapping[str, str]) -> bytes:
     for ref, why in rows:
         status += pkt(f"ng {ref} refused: {why}\n".encode()[:1000])
     status += b"0000"
-    if "side-band-64k" not in push.capabilities:
-        return status
     remarks = "".join(f"refused: {ref}: {why}\n" for ref, why in rows if ref in refused)
     return pkt(b"\x02" + remarks.encode()[:60_000]) + pkt(b"\x01" + status[:60_000]) + b"0000"
 
@@ -2396,16 +2397,13 @@ class Client(Wire):
     def refuse(self, error: ProtocolError) -> None:
         """Say what is wrong with what came; where it cannot be read to its end, it is the last."""
         self.is_last = self.is_last or not self.is_over
-        self.answer(error.status, dumps(told_of({}, Refuse(str(error), error.code))[1]))
+        self.tell({}, Refuse(str(error), error.code), status=error.status)
 
-    def tell(self, message: Object, refuse: Refuse) -> None:
-        """Why there is no answer: in the stream, where one has begun."""
-        status, said = told_of(message, refuse)
-        self.finish(dumps(said), status=status)
-
-    def tell_error(self, status: int, forward: Forward, said: Bytes) -> None:
-        """The upstream's own error."""
-        self.answer(status, dumps(relayed_error(said, forward)))
+    def tell(self, message: Object, refuse: Refuse, said: Bytes = b"", status: int = 0) -> None:
+        """Why there is no answer: in the stream, where one has begun. `said`: by the upstream."""
+        usual, made = told_of(message, refuse)
+        made.update(error_in(said))
+        self.finish(dumps(made), status=status or usual)
 
     def refuse_push(self, push: Push, refused: Mapping[str, str]) -> None:
         kind = "application/x-git-receive-pack-result"
@@ -2513,14 +2511,14 @@ class Upstream:
 
     def __init__(
         self, address: Address, token: Token, headers: Mapping[str, str],
-        tls: ssl.SSLContext | None, timeout: float, scheme: Callable[[str], str],
+        tls: ssl.SSLContext | None, timeout: float, *, is_git: bool = False,
     ) -> None:  # fmt: skip
         self.address = address
         self.token = token
         self.headers = headers
         self.opened = (address, tls if address.secure else None, lambda: Exchange(self))
         self.timeout = timeout  # seconds that it may be silent
-        self.scheme = scheme  # how the token is sent
+        self.is_git = is_git
         self.wires: set[Exchange] = set()
         self.pool: list[Exchange] = []  # those that are open and free
         # Whoever holds a message whole needs a place: that bounds the memory.
@@ -2555,7 +2553,9 @@ class Upstream:
         sent = {key: value for key, value in sent.items() if value}
         renewed = False
         while True:
-            credential = self.scheme(await self.token.fresh())
+            token = await self.token.fresh()
+            as_user = base64.b64encode(f"x-access-token:{token}".encode()).decode()
+            credential = f"Basic {as_user}" if self.is_git else f"Bearer {token}"
             self.pool = [wire for wire in self.pool if not (wire.buffer or wire.ended)]
             used = bool(self.pool) and not upload
             exchange = self.pool.pop() if used else await open_connection(*self.opened)
@@ -2671,7 +2671,7 @@ OWN_HEADERS = {
 HEAD_REF = re.compile(rb" HEAD symref-target:refs/heads/([^\n ]+)")
 
 
-async def learn(repository: Repository) -> None:
+async def learn_of(repository: Repository) -> None:
     """Ask GitHub's search, which does not find every repository and may be behind, and git.
 
     The default branch is what either says.
@@ -2798,7 +2798,7 @@ def policy_value(path: str, key: str, value: str) -> Json:
     raise ProxyError(f"{path}: {key} = {value!r:.100} is not {wrong}", f"known: {known}")
 
 
-def env(name: str, what: str, regex: str, default: str = "") -> str:
+def variable(name: str, what: str, regex: str, default: str = "") -> str:
     value = os.environ.get(name, default).strip()
     if not value and not re.fullmatch(regex, ""):
         raise ProxyError(f"{name} is not set", f"it is {what}")
@@ -2808,7 +2808,7 @@ def env(name: str, what: str, regex: str, default: str = "") -> str:
 
 
 def env_flag(name: str, default: str) -> bool:
-    return FLAGS[env(name, "0 or 1", f"(?i:{'|'.join(FLAGS)})", default).lower()]
+    return FLAGS[variable(name, "0 or 1", f"(?i:{'|'.join(FLAGS)})", default).lower()]
 
 
 def env_token(command: str) -> Token:
@@ -2875,42 +2875,35 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def build_repository(options: argparse.Namespace) -> Repository:
-    owner = env("GITHUB_MCP_OWNER", "a user or an organization", "[A-Za-z0-9_-]{1,100}")
-    repo = env("GITHUB_MCP_REPO", "a repository's name", r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,100}")
+    owner = variable("GITHUB_MCP_OWNER", "a user or an organization", "[A-Za-z0-9_-]{1,100}")
+    repo = variable("GITHUB_MCP_REPO", "a repository's name", r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,100}")
     policy = Policy() if options.policy is None else read_policy(options.policy)
     if env_flag("GITHUB_MCP_READONLY", "0"):
         policy = policy._replace(readonly=True)
     # What GitHub's server is told to offer; a second line behind the table.
     names = "([a-z0-9_-]+(,[a-z0-9_-]+)*)?"
+    toolsets = variable("GITHUB_MCP_TOOLSETS", "a list of names", names, DEFAULT_TOOLSETS)
     headers = {
-        "X-MCP-Toolsets": env("GITHUB_MCP_TOOLSETS", "a list of names", names, DEFAULT_TOOLSETS),
+        "X-MCP-Toolsets": toolsets,
         "X-MCP-Readonly": "true" if policy.readonly else "",
         "X-MCP-Lockdown": "true" if env_flag("GITHUB_MCP_LOCKDOWN", "1") else "",
     }
     token = env_token(options.token_command)
     address, git = parse_address(options.upstream, "--upstream"), None
-
-    def bearer(value: str) -> str:
-        return f"Bearer {value}"
-
-    def basic(value: str) -> str:
-        """As git sends it."""
-        return "Basic " + base64.b64encode(f"x-access-token:{value}".encode()).decode()
-
     try:
         tls = ssl.create_default_context(cafile=options.ca_file or None)
     except OSError:  # ssl.SSLError is one
         raise ProxyError(f"cannot read certificates from {options.ca_file}") from None
-    upstream = Upstream(address, token, headers, tls, options.timeout, bearer)
+    upstream = Upstream(address, token, headers, tls, options.timeout)
     if options.git:
         git_address = parse_address(options.git, "--git")
-        git = Upstream(git_address, token, {}, tls, options.timeout, basic)
+        git = Upstream(git_address, token, {}, tls, options.timeout, is_git=True)
     try:
         audit = Audit(-1 if options.audit is None else open_audit(options.audit))
     except OSError as error:
         reason = f"cannot write the audit file {options.audit}: {error.strerror}"
         raise ProxyError(reason) from None
-    return Repository(Scope(owner, repo), policy, upstream, git, audit, learn)
+    return Repository(Scope(owner, repo), policy, upstream, git, audit, learn_of)
 
 
 async def run_proxy(options: argparse.Namespace) -> int:

@@ -303,7 +303,7 @@ class FramingTest(unittest.TestCase):
         async def read(size: int) -> list[bytes]:
             address = proxy.Address(secure=False, host="", port=0, path="", name="")
             token = proxy.Token(TOKEN, "", proxy.parse_token_output)
-            exchange = proxy.Exchange(proxy.Upstream(address, token, {}, None, 1, str))
+            exchange = proxy.Exchange(proxy.Upstream(address, token, {}, None, 1))
             exchange.transport = Pipe()  # type: ignore[assignment]
 
             async def feed() -> None:
@@ -964,6 +964,10 @@ class ApproveTest(OwnProxyTest):
                 "default", text_of(self.client.ask(call("", name="create_branch", branch="main")))
             )
             self.assertFalse(Path(folder, "asked").exists(), "neither is a question")
+
+    def test_sh_is_not_looked_for_in_the_path(self) -> None:
+        message = call("", name="create_branch", branch="fix")
+        self.assertEqual(self.ask("exit 0", message, PATH="/nonexistent"), "ok create_branch")
 
     def test_no_is_a_reason_and_silence_is_a_no(self) -> None:
         message = call("", name="create_branch", branch="fix")
