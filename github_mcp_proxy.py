@@ -2181,7 +2181,7 @@ class Wire(asyncio.Protocol):
         self.is_client = story is not None
         self.task: asyncio.Future[Any] | None = None
         self.buffer = bytearray()
-        self.came = asyncio.Event()
+        self.reader: asyncio.Future[None] | None = None  # set while somebody waits for more
         self.room = asyncio.Event()  # not set while the peer reads too slowly
         self.room.set()
         self.ended = False
@@ -2204,11 +2204,15 @@ class Wire(asyncio.Protocol):
             self.abort()  # to pause it would hide that the client leaves
         elif len(self.buffer) > PAUSE_AT:
             self.transport.pause_reading()
-        self.came.set()
+        self.wake()
+
+    def wake(self) -> None:
+        if self.reader and not self.reader.done():
+            self.reader.set_result(None)
 
     def eof_received(self) -> None:
         self.ended = True
-        self.came.set()
+        self.wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.eof_received()
@@ -2243,10 +2247,13 @@ class Wire(asyncio.Protocol):
         """Wait for more; AnswerLost when there will be none."""
         had = len(self.buffer)
         if not self.ended:
-            self.came.clear()
-            self.allow(self.patience)
-            await self.came.wait()
-            self.allow(0)
+            loop = asyncio.get_running_loop()
+            self.reader = loop.create_future()
+            timer = loop.call_later(self.patience, self.expire)
+            try:
+                await self.reader
+            finally:
+                timer.cancel()
         if len(self.buffer) == had:
             raise AnswerLost(self.failure)
 
@@ -2890,13 +2897,15 @@ def build_repository(options: argparse.Namespace) -> Repository:
     }
     token = env_token(options.token_command)
     address, git = parse_address(options.upstream, "--upstream"), None
+    git_address = parse_address(options.git, "--git") if options.git else address
+    tls = None
     try:
-        tls = ssl.create_default_context(cafile=options.ca_file or None)
+        if options.ca_file or address.secure or git_address.secure:
+            tls = ssl.create_default_context(cafile=options.ca_file or None)
     except OSError:  # ssl.SSLError is one
         raise ProxyError(f"cannot read certificates from {options.ca_file}") from None
     upstream = Upstream(address, token, headers, tls, options.timeout)
     if options.git:
-        git_address = parse_address(options.git, "--git")
         git = Upstream(git_address, token, {}, tls, options.timeout, is_git=True)
     try:
         audit = Audit(-1 if options.audit is None else open_audit(options.audit))
