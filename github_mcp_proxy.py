@@ -2984,7 +2984,8 @@ async def serve(
     except OSError as error:
         raise ProxyError(f"cannot write to stdout: {error.strerror}", status=1) from None
     await repository.know(wait=False)
-    await server.serve_forever()
+    # Until this is cancelled; serve_forever would then wait for all clients to leave.
+    await asyncio.get_running_loop().create_future()
 
 
 def main(argv: list[str] | None = None) -> int:
