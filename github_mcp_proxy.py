@@ -1230,9 +1230,9 @@ async def open_connection(
     except asyncio.TimeoutError:
         raise UpstreamError("it does not accept connections") from None
     except ssl.SSLError as error:
-        raise UpstreamError(f"its certificate is not trusted: {error.reason}") from None
+        raise UpstreamError(f"no TLS, or no certificate to trust: {error.reason}") from None
     except OSError as error:
-        raise UpstreamError(f"it cannot be reached: {error.strerror}") from None
+        raise UpstreamError(f"it cannot be reached: {error.strerror or error}") from None
 
 
 def request_head(
