@@ -1383,6 +1383,8 @@ class Repository:
 async def serve_mcp(repository: Repository, client: Client) -> None:
     """Read a message, judge it, send on what was rebuilt of it, and give back the answer."""
     audit, policy, upstream = repository.audit, repository.policy, repository.upstream
+    if client.head.first[0] == "DELETE":
+        return await end_session(repository, client)
     async with upstream.places:
         message = parse_message(await client.receive())
         method = message["method"]
@@ -1427,6 +1429,20 @@ async def serve_mcp(repository: Repository, client: Client) -> None:
         audit.became(deed, "unknown" if lost else "failed", str(error))
         failed = f"GitHub's MCP server cannot be used: {error}"
         client.tell(message, Refuse(failed, UPSTREAM_FAILED))
+
+
+async def end_session(repository: Repository, client: Client) -> None:
+    """Pass on that a client is done with its session."""
+    session = client.head.headers.get("mcp-session-id", "")
+    demand(session and not client.is_probe, "there is no session to end")
+    await client.receive()
+    try:
+        sent = {"Mcp-Session-Id": session}
+        exchange = await repository.upstream.send("DELETE", "", sent, again=True)
+        exchange.abort()  # what it says besides is of no use
+        client.answer(200 if exchange.status < 300 else exchange.status, b"")
+    except UpstreamError as error:
+        client.tell({}, Refuse(f"GitHub's MCP server cannot be used: {error}", UPSTREAM_FAILED))
 
 
 async def relay_mcp(
@@ -1742,10 +1758,11 @@ class Gate(NamedTuple):
         known = [b"Bearer " + secret for secret in (self.secret, self.probe) if secret]
         allowed = not self.secret or any(hmac.compare_digest(given, secret) for secret in known)
         demand(allowed, "the proxy's secret is missing or wrong (Authorization)", 403)
-        methods = ("GET", "POST") if is_git else ("POST",)
+        methods = ("GET", "POST") if is_git else ("DELETE", "POST")
         demand(method in methods, f"the method {quoted(method)} is not served", 405)
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        demand(is_git or kind == JSON_TYPE, "Content-Type must be application/json", 415)
+        is_json = is_git or method == "DELETE" or kind == JSON_TYPE
+        demand(is_json, "Content-Type must be application/json", 415)
         demand(VISIBLE(headers.get("mcp-session-id", "")), "Mcp-Session-Id is malformed")
 
 
@@ -2372,7 +2389,7 @@ class Client(Wire):
         lines = [f"HTTP/1.1 {status} ", *headers]  # no reason phrase: RFC 9112, 4
         lines += [f"Content-Type: {kind}"] if kind else []
         lines += ["Connection: close"] if self.is_last else []
-        lines += ["Allow: POST"] if status == 405 else []
+        lines += ["Allow: POST, DELETE"] if status == 405 else []
         self.write("\r\n".join([*lines, "", ""]).encode("latin-1"))
 
     def answer(self, status: int, body: Bytes, *headers: str, kind: str = JSON_TYPE) -> None:

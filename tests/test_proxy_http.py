@@ -401,14 +401,14 @@ class GateTest(LiveTest):
             (413, good.replace(b"Content-Length: ", b"Content-Length: 99999999")),
             (400, good.replace(b"Host:", b"Mcp-Session-Id: a b\r\nHost:")),
             (400, good.replace(b"Host:", b"Mcp-Session-Id: " + b"s" * 257 + b"\r\nHost:")),
-            (405, good.replace(b"POST", b"DELETE")),
+            (400, good.replace(b"POST", b"DELETE")),
             (400, good.replace(b'"ping"', b'"pi\xffg"')),
         ):
             with self.subTest(data[:200]):
                 got, headers, _ = self.connect().raw(data)
                 self.assertEqual(got, status)
                 if status == 405:
-                    self.assertEqual(headers["allow"], "POST")
+                    self.assertEqual(headers["allow"], "POST, DELETE")
         self.assertEqual(self.upstream.calls(), [])
 
     def test_names_that_are_its_own(self) -> None:
@@ -728,9 +728,20 @@ class StreamTest(LiveTest):
         self.assertEqual(other.read()[0], 404, "the upstream knows its sessions")
 
     def test_there_is_no_stream_to_get(self) -> None:
-        for method in ("GET", "DELETE"):
-            status, headers, _ = self.connect().raw(self.client.head(method))
-            self.assertEqual((status, headers["allow"]), (405, "POST"))
+        status, headers, _ = self.connect().raw(self.client.head("GET"))
+        self.assertEqual((status, headers["allow"]), (405, "POST, DELETE"))
+
+    def test_the_end_of_a_session(self) -> None:
+        status, _, body = self.connect().raw(self.client.head("DELETE"))
+        self.assertEqual((status, b"no session" in body), (400, True))
+        self.upstream.stateful = True
+        self.client.send(request("initialize", **INITIALIZE))
+        session = self.client.read()[1]["mcp-session-id"]
+        ended = self.client.head("DELETE", "/mcp", f"Mcp-Session-Id: {session}")
+        self.assertEqual(self.connect().raw(ended)[0], 200)
+        self.assertNotIn(session, self.upstream.sessions)
+        self.upstream.stateful = False
+        self.assertEqual(self.connect().raw(ended)[0], 405, "what the upstream answers")
 
     def test_many_clients_at_once_and_nothing_is_left(self) -> None:
         if not Path("/proc/self/fd").exists():

@@ -446,7 +446,7 @@ class GitHubRunTest(GitHubWorld):
         asked = self.box.root / "asked"
         executable(
             self.box.home / "approve",
-            f"tee -a {asked} | grep -q good && exit 0; echo no good; exit 1",
+            f"PATH=/usr/bin:/bin; tee -a {asked} | grep -q good && exit 0; echo no good; exit 1",
         )
         policy = f"[policy]\napprove = {self.box.home}/approve\n"
         path = self.box.write(self.box.home / "policy.ini", policy)
