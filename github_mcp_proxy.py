@@ -36,7 +36,6 @@ import time
 import unicodedata
 from collections.abc import Awaitable
 from collections.abc import Callable
-from collections.abc import Container
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -316,6 +315,7 @@ class Rule(NamedTuple):
     needs: str = ""  # a word of Policy.allow
     choices: tuple[str, ...] = ()
     constant: tuple[Json, ...] = ()  # the one value, sent even when the parameter is left out
+    required: bool = False  # a parameter that must be given
 
 
 def insist(condition: object, sentence: str) -> None:
@@ -432,10 +432,7 @@ def is_plain(value: Json, limit: int) -> bool:
     return (
         isinstance(value, str)
         and len(value) <= limit
-        and (
-            (value.isascii() and value.isprintable())
-            or not UNSEEN & set(map(unicodedata.category, value))
-        )
+        and not UNSEEN & set(map(unicodedata.category, value))
     )
 
 
@@ -528,33 +525,30 @@ def glob_match(glob: str, name: str) -> bool:
 
 # --- pure: search queries ---
 
-# Which qualifiers a query may have. What names a scope (org:, user:, enterprise:, …), or could tell
-# of other repositories (project:, team:, is:private, …), is absent.
-ISSUE_QUALIFIERS = frozenset(
+# Which qualifiers a query may have, of issues, code or commits; what the one search has and another
+# has not, that one ignores. What names a scope (org:, user:, enterprise:, …), or could tell of other
+# repositories (project:, team:, is:private, …), is absent.
+QUALIFIERS = frozenset(
     """
     is type state reason label author assignee mentions commenter involves in linked milestone
     created updated closed merged comments interactions reactions draft review reviewed-by
     review-requested head base status no sort archived sha
-    """.split()
-)
-CODE_QUALIFIERS = frozenset("language path filename extension in size symbol content".split())
-COMMIT_QUALIFIERS = frozenset(
-    """
-    author committer author-name author-email committer-name committer-email author-date
-    committer-date merge hash parent tree sort
+    language path filename extension size symbol content
+    committer author-name author-email committer-name committer-email author-date committer-date
+    merge hash parent tree
     """.split()
 )
 SCOPES = "repo|repository|org|organization|user|owner|enterprise|saved|team|project"
 SCOPE_IN_TEXT = re.compile(rf"(?:{SCOPES})\s*:")
 QUERY_FORBIDDEN = re.compile(r"[()\\|;{}\[\]`^]")
-QUERY_TOKEN = re.compile(r'(?:([A-Za-z][A-Za-z-]*):)?("[^"]*"|[^\s"]+)(?= |$)')
+QUERY_TOKEN = re.compile(r' *((?:([A-Za-z][A-Za-z-]*):)?("[^"]*"|[^\s"]+))(?= |$)')
 QUERY_DATE = re.compile(r"[<>=.*\d:TZ+-]+")
 WIDENING = re.compile(r"(?<!\w)(?<!\w-)(?:or|and|not)(?!\w|-\w)")  # but not do-not-merge
 IS_VALUES = frozenset("open closed issue pr merged unmerged draft queued locked unlocked".split())
 SEARCHED = "it has to be a search text of up to 256 visible characters"
 
 
-def narrow_query(scope: Scope, query: Json, qualifiers: Container[str]) -> str:
+def narrow_query(query: Json, bounds: Bounds) -> str:
     """The query confined to the repository, or Refusal.
 
     `OR`, parentheses, negation and a second scope all lead out of `repo:O/R`; github.com takes
@@ -563,48 +557,39 @@ def narrow_query(scope: Scope, query: Json, qualifiers: Container[str]) -> str:
     """
     insist(is_plain(query, 256), SEARCHED)
     insist(all(c == " " or not c.isspace() for c in query), SEARCHED)
-    kept = query_tokens(scope, query, qualifiers)
+    kept = query_tokens(bounds.scope, query)
     normal = unicodedata.normalize("NFKC", query)
     if normal != query:
         insist(is_plain(normal, 1024), SEARCHED)
-        query_tokens(scope, normal, qualifiers)
-    return " ".join([f"repo:{scope}", *kept])
+        query_tokens(bounds.scope, normal)
+    return " ".join([f"repo:{bounds.scope}", *kept])
 
 
-def query_tokens(scope: Scope, query: str, qualifiers: Container[str]) -> list[str]:
+def query_tokens(scope: Scope, query: str) -> list[str]:
     found = QUERY_FORBIDDEN.search(query)
     insist(not found, f"searches here go without {found and found[0]}")
-    kept = []
-    for name, value, whole in iter_tokens(query):
+    kept, position, query = [], 0, query.rstrip(" ")
+    while position < len(query):
+        match = QUERY_TOKEN.match(query, position)
+        if not match:
+            raise Refusal('put quotes around a whole word or phrase only, or after "name:"')
+        position = match.end()
+        name, value = (match[2] or "").lower(), match[3]
         if name == "repo":
             insist(scope.is_named(value), f"only repo:{scope} is searched, and that is added here")
             continue
         if (name, value.lower()) != ("reason", '"not planned"'):
             check_query_text(value.strip('"').casefold())
         if name:
-            insist(name in qualifiers, f"searches here go without the qualifier {name}:")
+            insist(name in QUALIFIERS, f"searches here go without the qualifier {name}:")
             in_quotes = value.startswith('"')
             dated = QUERY_DATE.fullmatch(value)
             insist(in_quotes or ":" not in value or dated, f"put {name}: before one value")
             insist(name != "is" or value.lower() in IS_VALUES, "is: goes with a state only")
         elif ":" in value and not value.startswith('"'):
             raise Refusal(f"put {quoted(value)} in quotes, or leave the colon out")
-        kept.append(whole)
+        kept.append(match[1])
     return kept
-
-
-def iter_tokens(query: str) -> Iterator[tuple[str, str, str]]:
-    """(qualifier in lower case or "", value, the token as written) of each word of a query."""
-    position = 0
-    while position < len(query):
-        if query[position] == " ":
-            position += 1
-            continue
-        match = QUERY_TOKEN.match(query, position)
-        if not match:
-            raise Refusal('put quotes around a whole word or phrase only, or after "name:"')
-        position = match.end()
-        yield (match[1] or "").lower(), match[2], match[0]
 
 
 def check_query_text(folded: str) -> None:
@@ -613,13 +598,6 @@ def check_query_text(folded: str) -> None:
     insist(not starts & set("/,:;&+-"), "no word of a search here begins with / , : ; & + or -")
     insist(not WIDENING.search(folded), "searches here go without the words and, or, not")
     insist(not SCOPE_IN_TEXT.search(folded), "searches here name no scope with a colon")
-
-
-def query_of(qualifiers: frozenset[str]) -> Rule:
-    def check(value: Json, bounds: Bounds) -> Json:
-        return narrow_query(bounds.scope, value, qualifiers)
-
-    return Rule("a search text", check)
 
 
 # --- pure: the tables of what passes ---
@@ -645,9 +623,7 @@ RULES: dict[str, Rule] = {
     "always": only(True),
     "body": free_text(65_536),  # GitHub's limit
     "branch": Rule("a branch that may be written", check_branch),
-    "code_query": query_of(CODE_QUALIFIERS),
     "color": pattern("six hex digits", r"#?[0-9a-fA-F]{6}"),
-    "commit_query": query_of(COMMIT_QUALIFIERS),
     "content": CONTENT,
     "cursor": pattern("a cursor", r"[A-Za-z0-9+/=_:.-]{0,512}"),
     "date": pattern("an ISO 8601 date", DATE),
@@ -659,7 +635,6 @@ RULES: dict[str, Rule] = {
     "head_filter": pattern("branch or user:branch", HEAD_FILTER),
     "id": integer(1, 2**53),
     "issue_fields": list_of(FIELD),
-    "issue_query": query_of(ISSUE_QUALIFIERS),
     "jobs_filter": record(filter=choice("latest", "all")),
     "labels": list_of(LINE),
     "line": LINE,
@@ -669,6 +644,7 @@ RULES: dict[str, Rule] = {
     "path": Rule(FILE, check_file),
     "people": list_of(WHO)._replace(needs="people"),
     "per_page": integer(1, 100),
+    "query": Rule("a search text", narrow_query),
     "reaction": choice("+1", "-1", "laugh", "confused", "heart", "hooray", "rocket", "eyes"),
     "ref": COMMITISH,
     "reviewers": list_of(
@@ -701,7 +677,7 @@ GROUPS = {
     "@pull": "pullNumber!:number",
     "@pull_methods": "method!=get|get_diff|get_status|get_files|get_commits|get_review_comments|"
     "get_reviews|get_comments|get_check_runs",
-    "@found": "query!:issue_query fields:fields order=asc|desc sort=comments|reactions|"
+    "@found": "query!:query fields:fields order=asc|desc sort=comments|reactions|"
     "reactions-+1|reactions--1|reactions-smile|reactions-thinking_face|reactions-heart|"
     "reactions-tada|interactions|created|updated @pages",
 }
@@ -731,9 +707,9 @@ list_releases              read     -  fields:fields @pages
 get_latest_release         read     -
 get_release_by_tag         read     -  tag!:ref
 get_repository_tree        read     -  tree_sha:ref path_filter:path recursive:flag
-search_code                query    -  query!:code_query fields:fields sort=indexed order=asc|desc
+search_code                query    -  query!:query fields:fields sort=indexed order=asc|desc
     @pages
-search_commits             query    -  query!:commit_query sort=author-date|committer-date
+search_commits             query    -  query!:query sort=author-date|committer-date
     order=asc|desc @pages
 create_branch              write    -  branch!:branch from_branch:ref
 create_or_update_file      write    -  branch!:branch path!:written content:content message:body
@@ -819,17 +795,10 @@ notifications/roots/list_changed
 """
 
 
-class Parameters(NamedTuple):
-    """What a tool or a method may be given."""
-
-    rules: Mapping[str, Rule]
-    required: frozenset[str]
-
-
 class Tool(NamedTuple):
     """A row of the table."""
 
-    parameters: Parameters
+    parameters: Mapping[str, Rule]
     write: bool
     needs: str  # a word of Policy.allow
     scoped: bool  # it has owner and repo; else the query is the only scope
@@ -844,21 +813,16 @@ def parse_rows(table: str) -> Iterator[list[str]]:
         yield row.split()
 
 
-def parse_parameters(words: Sequence[str]) -> Parameters:
+def parse_parameters(words: Sequence[str]) -> dict[str, Rule]:
     rules: dict[str, Rule] = {}
-    required: set[str] = set()
     for word in words:
         if word in GROUPS:
-            more = parse_parameters(GROUPS[word].split())
-            rules.update(more.rules)
-            required |= more.required
+            rules.update(parse_parameters(GROUPS[word].split()))
             continue
         key, how, value = re.split("([:=])", word, maxsplit=1)
-        name = key.rstrip("!")
-        rules[name] = RULES[value] if how == ":" else choice(*value.split("|"))
-        if name != key:
-            required.add(name)
-    return Parameters(rules, frozenset(required))
+        rule = RULES[value] if how == ":" else choice(*value.split("|"))
+        rules[key.rstrip("!")] = rule._replace(required=key.endswith("!"))
+    return rules
 
 
 def parse_tool(kind: str, needs: str, *words: str) -> Tool:
@@ -936,7 +900,7 @@ def decide_call(message: Object, bounds: Bounds) -> Verdict:
 def tool_arguments(name: str, tool: Tool, arguments: Object, bounds: Bounds) -> Object:
     """The arguments to send, or Refusal. owner and repo are always the configured ones."""
     scope = bounds.scope
-    known = ("owner", "repo", *tool.parameters.rules)
+    known = ("owner", "repo", *tool.parameters)
     for key, given in arguments.items():
         near = [k for k in known if k.lower() == key.lower()]
         hint = f"(spelled {near[0]})" if near else f"; {name} takes {', '.join(known)}"
@@ -955,13 +919,11 @@ def tool_arguments(name: str, tool: Tool, arguments: Object, bounds: Bounds) -> 
     return checked
 
 
-def checked_values(name: str, parameters: Parameters, given: Object, bounds: Bounds) -> Object:
+def checked_values(name: str, rules: Mapping[str, Rule], given: Object, bounds: Bounds) -> Object:
     """The values to send, each as its rule makes it, and no other."""
-    rules, required = parameters
     checked: Object = {}
     for key, rule in rules.items():
-        optional = key not in required
-        if key in given and not (optional and is_left_out(rule, given[key], bounds)):
+        if key in given and (rule.required or not is_left_out(rule, given[key], bounds)):
             needed = f"needs `allow = {rule.needs}` in the host's policy file"
             insist(bounds.policy.has(rule.needs), f"{name}: {key} {needed}")
             try:
@@ -971,7 +933,7 @@ def checked_values(name: str, parameters: Parameters, given: Object, bounds: Bou
         elif rule.constant:
             checked[key] = rule.constant[0]
         else:
-            insist(optional, f"{name}: the parameter {key} is missing: {rule.what}")
+            insist(not rule.required, f"{name}: the parameter {key} is missing: {rule.what}")
     return checked
 
 
@@ -982,7 +944,7 @@ def checked_params(message: Object, bounds: Bounds) -> Object:
     meta = given.pop("_meta", None)
     meta = {} if meta is None else meta
     insist(isinstance(meta, dict), f"{method}: _meta must be an object")
-    for key in given.keys() - METHODS[method].rules.keys():
+    for key in given.keys() - METHODS[method].keys():
         # Clients put all sorts into initialize, too.
         insist(method == "initialize", f"{method}: the parameter {quoted(key)} is not passed")
     params = checked_values(method, METHODS[method], given, bounds)
@@ -1006,6 +968,7 @@ NOT_OWNERS = frozenset(
     "sponsors teams topics u user-attachments users".split()
 )
 FOREIGN = object()  # in place of what is left out
+PLAIN_URL = re.compile(r"https?://[!-~]{1,200}").fullmatch
 
 
 def repository_in(address: Json) -> str:
@@ -1095,6 +1058,23 @@ def checked_result(scope: Scope, check: str, result: Object) -> Object:
         content.append({"type": "text", "text": json.dumps(data)})
     kept: Object = {key: result[key] for key in ("resultType",) if key in result}
     return {**kept, "content": content}
+
+
+def outcome(message: Object) -> tuple[str, str, str]:
+    """What became of a write: ("done", "", an address if the answer has one), or "failed" and why.
+
+    The answers are github-mcp-server's: {"id", "url"} of what was made, or GitHub's own objects.
+    """
+    result = message.get("result")
+    if not isinstance(result, dict) or result.get("isError"):
+        return "failed", "GitHub's server answered with an error", ""
+    try:
+        made = json.loads(result["content"][0]["text"])
+        found = [part.get("html_url") or part.get("url") for part in (made, made.get("commit", {}))]
+        url = next(str(url) for url in found if url)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, StopIteration):
+        url = ""
+    return "done", "", url if PLAIN_URL(url) else ""
 
 
 # --- pure: what git may do (gitprotocol-http, gitprotocol-pack) ---
@@ -1264,6 +1244,14 @@ def open_audit(path: str) -> int:
     return fd
 
 
+def log(said: str) -> None:
+    """A line on stderr; dropped rather than to wait for a reader: the VM chooses when it comes."""
+    shown = "".join(c if c.isprintable() else "?" for c in said[:1000])  # some of it, too
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        if select.select([], [sys.stderr], [], 0)[1]:
+            print(f"github_mcp_proxy: {shown}", file=sys.stderr, flush=True)
+
+
 class Token:
     """GitHub's token: given once, or asked of a command again and again. Never printed."""
 
@@ -1318,7 +1306,6 @@ class Repository:
 
     def __init__(
         self, scope: Scope, policy: Policy, upstream: Upstream, git: Upstream | None, audit: Audit,
-        learn: Callable[[Repository], Awaitable[None]],
     ) -> None:  # fmt: skip
         self.scope = scope
         self.policy = policy
@@ -1329,7 +1316,6 @@ class Repository:
         self.defaults: frozenset[str] = frozenset()  # the default branch
         self.id = 0
         self.moved = False
-        self.learn = learn  # asks the upstream for those three
         self.asked_at = float("-inf")
         self.learning: asyncio.Future[None] | None = None
         self.turn = asyncio.Lock()  # a person is asked: one question at a time
@@ -1351,7 +1337,7 @@ class Repository:
         age = time.monotonic() - self.asked_at
         if self.learning is None or age > (KNOWN_SECONDS if self.defaults else RETRY_SECONDS):
             self.asked_at = time.monotonic()
-            self.learning = asyncio.ensure_future(self.learn(self))
+            self.learning = asyncio.ensure_future(self.upstream.learn(self))
         if wait:
             await asyncio.shield(self.learning)
 
@@ -1470,7 +1456,7 @@ async def relay_mcp(
                 client.event(hide(data), *headers)
             elif kind == "answer":
                 if forward.write:
-                    audit.answered(deed, message)
+                    audit.became(deed, *outcome(message))
                 try:
                     shown = client.shown(repository.bounds(), forward, message)
                     client.finish(hide(data if shown is message else dumps(shown)), *headers)
@@ -1577,7 +1563,8 @@ async def serve_client(repository: Repository, gate: Gate, client: Client) -> No
     except UpstreamError:
         pass  # it is the client that has gone
     except Exception as error:
-        client.fault_of_ours(error)
+        log(f"a fault of the proxy: {type(error).__name__}")  # no text: it may hold a value
+        client.abort()
     client.close()
 
 
@@ -1651,8 +1638,6 @@ def chunk_of(data: Bytes) -> bytes:
 
 def event_data(event: bytes) -> bytes:
     """The data of an event: its data lines, joined. Empty for comments and priming events."""
-    if event.startswith(b"event: message\ndata: ") and event.count(b"\n") == 3:
-        return event[21:-2]  # what nearly all events look like
     data = [line[5:] for line in LINE_END.split(event) if line.startswith(b"data:")]
     return b" ".join(line[1:] if line.startswith(b" ") else line for line in data)
 
@@ -1846,10 +1831,6 @@ def redact(data: Bytes, *tokens: bytes) -> Bytes:
 # --- pure: the list of tools, and what the agent is told ---
 
 
-# Before v0.32 the server matched JSON keys case-insensitively (CVE-2026-27896).
-OLDEST_SERVER = (0, 32)
-
-
 def checked_answer(bounds: Bounds, forward: Forward, message: Object) -> Object:
     """The upstream's answer to `forward` as the VM gets it, the same object when nothing changes;
     Refusal when it cannot be shown."""
@@ -1881,13 +1862,17 @@ def narrow_tool(offered: Object, policy: Policy) -> Object:
     if tool is None or not policy.has(tool.needs) or (tool.write and policy.readonly):
         return {}
     schema = offered["inputSchema"]
-    rules = {key: rule for key, rule in tool.parameters.rules.items() if policy.has(rule.needs)}
+    rules = {key: rule for key, rule in tool.parameters.items() if policy.has(rule.needs)}
     required = [key for key in schema.get("required", []) if key not in ("owner", "repo")]
-    properties = {
-        key: narrow_property(prop, rules[key]) if key in rules else prop
-        for key, prop in schema.get("properties", {}).items()
-        if key in rules or key in ("owner", "repo")
-    }
+    properties = {}
+    for key, prop in schema.get("properties", {}).items():
+        if key in rules and rules[key].choices and "enum" in prop:
+            prop = {
+                **prop,
+                "enum": [value for value in prop["enum"] if value in rules[key].choices],
+            }
+        if key in rules or key in ("owner", "repo"):
+            properties[key] = prop
     if not rules.keys() >= set(required):
         return {}
     told = ("name", "title", "description", "annotations")
@@ -1896,20 +1881,8 @@ def narrow_tool(offered: Object, policy: Policy) -> Object:
     return {**kept, "inputSchema": {**narrow, "additionalProperties": False}}
 
 
-def narrow_property(prop: Object, rule: Rule) -> Object:
-    """A property's schema; its enum holds only the choices that pass."""
-    if not rule.choices or "enum" not in prop:
-        return prop
-    return {**prop, "enum": [value for value in prop["enum"] if value in rule.choices]}
-
-
 def introduction(bounds: Bounds, result: Object) -> Object:
-    """The answer to initialize, with the capabilities that pass; Refusal of an unsafe server."""
-    info = result.get("serverInfo") or {}
-    version = re.match(r"v?(\d+)\.(\d+)", str(info.get("version")))
-    if version and "github" in str(info.get("name")):
-        safe = (int(version[1]), int(version[2])) >= OLDEST_SERVER
-        insist(safe, "the upstream's github-mcp-server is older than v0.32 and is not safe")
+    """The answer to initialize, with the capabilities that pass."""
     offered = result.get("capabilities") or {}
     kept = {key: offered[key] for key in ("tools", "logging") if key in offered}
     return {**result, "capabilities": kept, "instructions": instructions(bounds)}
@@ -1943,18 +1916,6 @@ GIT_PROTOCOL = re.compile("version=[0-2]").fullmatch
 
 def pkt(data: bytes) -> bytes:
     return b"%04x%b" % (len(data) + 4, data)
-
-
-def push_report(push: Push, refused: Mapping[str, str]) -> bytes:
-    """The answer to a push that is refused: git shows why, at each ref and as `remote:` lines."""
-    whole = "not pushed, because another ref of this push is refused"
-    rows = [(command.ref, refused.get(command.ref, whole)) for command in push.commands]
-    status = pkt(b"unpack ok\n")
-    for ref, why in rows:
-        status += pkt(f"ng {ref} refused: {why}\n".encode()[:1000])
-    status += b"0000"
-    remarks = "".join(f"refused: {ref}: {why}\n" for ref, why in rows if ref in refused)
-    return pkt(b"\x02" + remarks.encode()[:60_000]) + pkt(b"\x01" + status[:60_000]) + b"0000"
 
 
 def pkt_lines(data: Bytes) -> Iterator[bytes]:
@@ -2008,41 +1969,9 @@ TARGETS = (
 ).split()
 PLAIN_WORD = re.compile(r"[\w./@+-]+", re.ASCII).fullmatch
 PLAIN_NAME = re.compile(r"[\w/$-]*", re.ASCII).fullmatch
-PLAIN_URL = re.compile(r"https?://[!-~]{1,200}").fullmatch
 GIT_NAMES = {"git-upload-pack": "git fetch", "git-receive-pack": "git push"}
 MAX_RECEIPT = 20  # lines about what was done and refused
 MAX_KINDS = 1000  # of refusals that are told apart
-
-
-def target_of(message: Object) -> Object:
-    """What a call is about, asked for or passed: numbers, names and paths; never text."""
-    arguments = as_object(as_object(message.get("params")).get("arguments"))
-    target: Object = {
-        key: value if isinstance(value, int) or len(value) <= 300 else value[:299] + "…"
-        for key, value in arguments.items()
-        if key in TARGETS and isinstance(value, (int, str))
-    }
-    files = arguments.get("files")
-    if isinstance(files, list):
-        target["paths"] = [str(as_object(file).get("path"))[:300] for file in files[:100]]
-    return target
-
-
-def outcome(message: Object) -> tuple[str, str, str]:
-    """What became of a write: ("done", "", an address if the answer has one), or "failed" and why.
-
-    The answers are github-mcp-server's: {"id", "url"} of what was made, or GitHub's own objects.
-    """
-    result = message.get("result")
-    if not isinstance(result, dict) or result.get("isError"):
-        return "failed", "GitHub's server answered with an error", ""
-    try:
-        made = json.loads(result["content"][0]["text"])
-        found = [part.get("html_url") or part.get("url") for part in (made, made.get("commit", {}))]
-        url = next(str(url) for url in found if url)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, StopIteration):
-        url = ""
-    return "done", "", url if PLAIN_URL(url) else ""
 
 
 def summary(method: str, tool: str, target: Mapping[str, Json]) -> str:
@@ -2092,8 +2021,17 @@ class Audit:
         return "".join(json.dumps(row) + "\n" for row in rows)
 
     def about(self, message: Object) -> Object:
-        """What a call is about: numbers, names and paths; never text."""
-        return target_of(message)
+        """What a call is about, asked for or passed: numbers, names and paths; never text."""
+        arguments = as_object(as_object(message.get("params")).get("arguments"))
+        target: Object = {
+            key: value if isinstance(value, int) or len(value) <= 300 else value[:299] + "…"
+            for key, value in arguments.items()
+            if key in TARGETS and isinstance(value, (int, str))
+        }
+        files = arguments.get("files")
+        if isinstance(files, list):
+            target["paths"] = [str(as_object(file).get("path"))[:300] for file in files[:100]]
+        return target
 
     def passed(self, method: str, tool: str, target: Object, write: bool = False) -> Deed | None:
         """Record that it is let pass; None when that cannot be: then it may not."""
@@ -2106,10 +2044,6 @@ class Audit:
         elif method in ("tools/call", "git"):
             self.counts["reads"] += 1
         return Deed(method=method, tool=tool, target=target, write=write, line=line)
-
-    def answered(self, deed: Deed, message: Object) -> None:
-        """Record what the answer to a write says of it."""
-        self.became(deed, *outcome(message))
 
     def became(self, deed: Deed, verdict: str, reason: str, url: str = "") -> None:
         """Record what became of it: done, failed, unknown, or its answer withheld."""
@@ -2161,14 +2095,6 @@ class Audit:
         except OSError as error:
             log(f"cannot write the audit file: {error.strerror}")
             return False
-
-
-def log(said: str) -> None:
-    """A line on stderr; dropped rather than to wait for a reader: the VM chooses when it comes."""
-    shown = "".join(c if c.isprintable() else "?" for c in said[:1000])  # some of it, too
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        if select.select([], [sys.stderr], [], 0)[1]:
-            print(f"github_mcp_proxy: {shown}", file=sys.stderr, flush=True)
 
 
 # --- plumbing: connections, bodies and answers; nothing is decided here ---
@@ -2430,16 +2356,20 @@ class Client(Wire):
         self.finish(dumps(made), status=status or usual)
 
     def refuse_push(self, push: Push, refused: Mapping[str, str]) -> None:
-        kind = "application/x-git-receive-pack-result"
-        self.answer(200, push_report(push, refused), kind=kind)
+        """The answer to a push: git shows why, at each ref and as `remote:` lines."""
+        whole = "not pushed, because another ref of this push is refused"
+        rows = [(command.ref, refused.get(command.ref, whole)) for command in push.commands]
+        status = pkt(b"unpack ok\n")
+        for ref, why in rows:
+            status += pkt(f"ng {ref} refused: {why}\n".encode()[:1000])
+        status += b"0000"
+        remarks = "".join(f"refused: {ref}: {why}\n" for ref, why in rows if ref in refused)
+        report = pkt(b"\x02" + remarks.encode()[:60_000]) + pkt(b"\x01" + status[:60_000])
+        self.answer(200, report + b"0000", kind="application/x-git-receive-pack-result")
 
     def shown(self, bounds: Bounds, forward: Forward, message: Object) -> Object:
         """The answer as the VM gets it; Refusal when it cannot be shown."""
         return checked_answer(bounds, forward, message)
-
-    def fault_of_ours(self, error: Exception) -> None:
-        log(f"a fault of the proxy: {type(error).__name__}")  # no text: it may hold a value
-        self.abort()
 
     def close(self) -> None:
         if not self.ended:
@@ -2650,6 +2580,26 @@ class Upstream:
         finally:
             exchange.release()
 
+    async def learn(self, repository: Repository) -> None:
+        """Ask GitHub's search, which does not find every repository and may be behind, and git.
+
+        The default branch is what either says.
+        """
+        names = set()
+        for ask in (ask_search, ask_git):
+            try:
+                found, default_branch = await ask(repository)
+            except Exception as error:  # whatever came: then it is not known
+                said = str(error) if isinstance(error, UpstreamError) else "a malformed answer"
+                log(f"{self.address.name}: {said}")
+                continue
+            if found:
+                repository.moved = bool(repository.id and repository.id != found)
+                repository.id = repository.id or found
+            if default_branch and is_plain(default_branch, 255):
+                names.add(default_branch)
+        repository.defaults = frozenset(names) or repository.defaults
+
 
 def check_status(status: int) -> None:
     """UpstreamError for the answers that are between the proxy and the upstream."""
@@ -2693,27 +2643,6 @@ OWN_HEADERS = {
     "MCP-Protocol-Version": "2025-06-18", "X-MCP-Toolsets": "repos", "X-MCP-Readonly": "true",
 }  # fmt: skip
 HEAD_REF = re.compile(rb" HEAD symref-target:refs/heads/([^\n ]+)")
-
-
-async def learn_of(repository: Repository) -> None:
-    """Ask GitHub's search, which does not find every repository and may be behind, and git.
-
-    The default branch is what either says.
-    """
-    names = set()
-    for ask in (ask_search, ask_git):
-        try:
-            found, default_branch = await ask(repository)
-        except Exception as error:  # whatever came: then it is not known
-            said = str(error) if isinstance(error, UpstreamError) else "a malformed answer"
-            log(f"{repository.upstream.address.name}: {said}")
-            continue
-        if found:
-            repository.moved = bool(repository.id and repository.id != found)
-            repository.id = repository.id or found
-        if default_branch and is_plain(default_branch, 255):
-            names.add(default_branch)
-    repository.defaults = frozenset(names) or repository.defaults
 
 
 async def ask_search(repository: Repository) -> tuple[int, str]:
@@ -2929,19 +2858,20 @@ def build_repository(options: argparse.Namespace) -> Repository:
     except OSError as error:
         reason = f"cannot write the audit file {options.audit}: {error.strerror}"
         raise ProxyError(reason) from None
-    return Repository(Scope(owner, repo), policy, upstream, git, audit, learn_of)
+    return Repository(Scope(owner, repo), policy, upstream, git, audit)
 
 
 async def run_proxy(options: argparse.Namespace) -> int:
     """Listen until stdin closes (with --exit-with-stdin), SIGTERM or Ctrl-C."""
     loop = asyncio.get_running_loop()
-    stopped: asyncio.Future[int] = loop.create_future()
     secret, probe = env_secret("GITHUB_MCP_SECRET"), env_secret("GITHUB_MCP_PROBE_SECRET")
     repository = build_repository(options)
+    serving = asyncio.ensure_future(serve(options, repository, secret, probe))
+    statuses: list[int] = []
 
     def stop(status: int) -> None:
-        if not stopped.done():
-            stopped.set_result(status)
+        statuses.append(status)
+        serving.cancel()
 
     def read_stdin() -> None:
         with contextlib.suppress(OSError):
@@ -2957,12 +2887,9 @@ async def run_proxy(options: argparse.Namespace) -> int:
             loop.add_reader(0, read_stdin)
         except OSError:  # a file, or /dev/null: nobody is there
             stop(0)
-    serving = asyncio.ensure_future(serve(options, repository, secret, probe))
-    either: set[asyncio.Future[Any]] = {serving, stopped}
-    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-    if not stopped.done():
-        serving.result()  # why it could not begin
-    status = await stopped
+    with contextlib.suppress(asyncio.CancelledError):
+        await serving  # or why it could not begin
+    status = statuses[0]
     if options.exit_with_stdin and status == 0:
         with contextlib.suppress(OSError):
             os.write(1, repository.audit.receipt().encode())

@@ -998,9 +998,6 @@ class AnswerTest(unittest.TestCase):
         self.assertEqual(shown["capabilities"], {"tools": {}})
         self.assertIn("good/r", shown["instructions"])
         self.assertNotIn("get_me", shown["instructions"])
-        result["serverInfo"] = {"name": "github-mcp-server", "version": "v0.31.0"}
-        with self.assertRaises(proxy.Refusal):
-            proxy.checked_answer(BOUNDS, forward, {"id": 1, "result": result})
 
     def test_which_answers_are_checked(self) -> None:
         """get_comments is asked of the issue of that number, and that may have been transferred."""
@@ -1211,7 +1208,7 @@ class EveryToolTest(unittest.TestCase):
 
     def test_what_must_be_given(self) -> None:
         for name, tool in proxy.TOOLS.items():
-            required = {key: tool.parameters.rules[key] for key in tool.parameters.required}
+            required = {key: rule for key, rule in tool.parameters.items() if rule.required}
             methods = required["method"].choices if "method" in required else ("",)
             for method in methods:
                 with self.subTest(name, method=method):
@@ -1221,7 +1218,7 @@ class EveryToolTest(unittest.TestCase):
                     expected = {**given, **(OURS if tool.scoped else {})}
                     expected.update({"query": "repo:good/r x"} if "query" in given else {})
                     expected.update(
-                        {k: r.constant[0] for k, r in tool.parameters.rules.items() if r.constant}
+                        {k: r.constant[0] for k, r in tool.parameters.items() if r.constant}
                     )
                     self.assertEqual(sent(call(name, **given), EVERYTHING), expected)
                     self.assertEqual(sent(call(name, **OURS, **given), EVERYTHING), expected)
@@ -1233,7 +1230,7 @@ class EveryToolTest(unittest.TestCase):
     def test_no_parameter_takes_what_is_odd(self) -> None:
         """An object where the table has none, and a list of lists, pass nowhere."""
         for name, tool in proxy.TOOLS.items():
-            for key in tool.parameters.rules:
+            for key in tool.parameters:
                 for value in ({"a": {"b": 1}}, [[1]], 10**16, "a\0b"):
                     with self.subTest(name, key=key, value=value):
                         verdict = proxy.decide(SCOPE, EVERYTHING, call(name, **{key: value}))

@@ -46,7 +46,7 @@ async def differences(options: argparse.Namespace) -> int:
     status = 0
     for name in sorted(offered.keys() & proxy.TOOLS.keys()):
         tool = proxy.TOOLS[name]
-        known = {*tool.parameters.rules, *(("owner", "repo") if tool.scoped else ())}
+        known = {*tool.parameters, *(("owner", "repo") if tool.scoped else ())}
         for mark, keys in (("+", offered[name] - known), ("-", known - offered[name])):
             for key in sorted(keys):
                 status = 1

@@ -113,9 +113,7 @@ def check_forward(forward: Forward, policy: Policy, received: Any) -> None:
         return
     params = message["params"]
     insist(set(params) <= {"name", "arguments", "_meta"}, "params", params)
-    insist(
-        all(key in proxy.META_PARAMETERS.rules for key in params.get("_meta", {})), "_meta", params
-    )
+    insist(all(key in proxy.META_PARAMETERS for key in params.get("_meta", {})), "_meta", params)
     check_call(params["name"], params["arguments"], policy)
 
 
@@ -124,7 +122,7 @@ def check_call(name: str, arguments: Mapping[str, Any], policy: Policy) -> None:
     tool = proxy.TOOLS[name]
     own = set() if name in SCOPED_BY_QUERY else {"owner", "repo"}
     insist(own <= set(arguments), "without its repository", arguments)
-    insist(set(arguments) <= set(tool.parameters.rules) | own, "a key that no table has", arguments)
+    insist(set(arguments) <= set(tool.parameters) | own, "a key that no table has", arguments)
     for key in own:
         insist(arguments[key] == getattr(SCOPE, key), "another repository", arguments)
     insist(not (tool.write and policy.readonly), "a write", name)
@@ -258,8 +256,8 @@ class Maker:
         )
         arguments: dict[str, Any] = {}
         strange = self.random.random() < 0.5
-        for key, rule in parameters.rules.items():
-            if key in parameters.required or self.random.random() < 0.4:
+        for key, rule in parameters.items():
+            if rule.required or self.random.random() < 0.4:
                 arguments[self.key(key, strange)] = self.value(key, rule, strange)
         for key, ours in (("owner", "good"), ("repo", "r")):
             if self.random.random() < 0.4:
