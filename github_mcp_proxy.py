@@ -34,7 +34,6 @@ import subprocess
 import sys
 import time
 import unicodedata
-from collections.abc import Awaitable
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
@@ -525,9 +524,9 @@ def glob_match(glob: str, name: str) -> bool:
 
 # --- pure: search queries ---
 
-# Which qualifiers a query may have, of issues, code or commits; what the one search has and another
-# has not, that one ignores. What names a scope (org:, user:, enterprise:, …), or could tell of other
-# repositories (project:, team:, is:private, …), is absent.
+# Which qualifiers a query may have, be it of issues, code or commits. What names a scope (org:,
+# user:, enterprise:, …), or could tell of other repositories (project:, team:, is:private, …), is
+# absent.
 QUALIFIERS = frozenset(
     """
     is type state reason label author assignee mentions commenter involves in linked milestone
@@ -579,7 +578,12 @@ def query_tokens(scope: Scope, query: str) -> list[str]:
             insist(scope.is_named(value), f"only repo:{scope} is searched, and that is added here")
             continue
         if (name, value.lower()) != ("reason", '"not planned"'):
-            check_query_text(value.strip('"').casefold())
+            # github.com sees a phrase's words without the quotes.
+            text = value.strip('"').casefold()
+            starts = {word[0] for word in text.split()} or {":"}
+            insist(not starts & set("/,:;&+-"), "no word here begins with / , : ; & + or -")
+            insist(not WIDENING.search(text), "searches here go without the words and, or, not")
+            insist(not SCOPE_IN_TEXT.search(text), "searches here name no scope with a colon")
         if name:
             insist(name in QUALIFIERS, f"searches here go without the qualifier {name}:")
             in_quotes = value.startswith('"')
@@ -590,14 +594,6 @@ def query_tokens(scope: Scope, query: str) -> list[str]:
             raise Refusal(f"put {quoted(value)} in quotes, or leave the colon out")
         kept.append(match[1])
     return kept
-
-
-def check_query_text(folded: str) -> None:
-    """What a word or a phrase may say: github.com sees a phrase's words without the quotes."""
-    starts = {word[0] for word in folded.split()} or {":"}
-    insist(not starts & set("/,:;&+-"), "no word of a search here begins with / , : ; & + or -")
-    insist(not WIDENING.search(folded), "searches here go without the words and, or, not")
-    insist(not SCOPE_IN_TEXT.search(folded), "searches here name no scope with a colon")
 
 
 # --- pure: the tables of what passes ---
@@ -1252,14 +1248,20 @@ def log(said: str) -> None:
             print(f"github_mcp_proxy: {shown}", file=sys.stderr, flush=True)
 
 
+TOKEN_TEXT = re.compile("[!-~]{1,4096}").fullmatch
+
+
+def check_token(value: Json) -> str:
+    if not isinstance(value, str) or not TOKEN_TEXT(value):
+        raise ProxyError("the GitHub token has characters that no token has (it is not shown)")
+    return value
+
+
 class Token:
     """GitHub's token: given once, or asked of a command again and again. Never printed."""
 
-    def __init__(
-        self, value: str, command: str, parse: Callable[[bytes], tuple[str, float]]
-    ) -> None:
+    def __init__(self, value: str, command: str) -> None:
         self.value = value
-        self.parse = parse  # what the command prints: the token, and when it expires
         self.earlier = ""  # the one before: still to be redacted
         self.command = command
         self.expires = 0.0 if command else float("inf")  # seconds since the epoch
@@ -1287,7 +1289,16 @@ class Token:
         status, output = await start(self.command, b"", TOKEN_SECONDS, cwd=None, env=env)
         if status != 0:
             raise UpstreamError("the host's token command failed: its user has to look at it")
-        value, self.expires = self.parse(output)
+        try:
+            said = json.loads(output)
+            value, expires = check_token(said["token"]), said.get("expires_at")
+            if isinstance(expires, str):
+                from datetime import datetime
+
+                expires = datetime.fromisoformat(expires.replace("Z", "+00:00")).timestamp()
+            self.expires = float(expires) if expires else float("inf")
+        except (ValueError, KeyError, TypeError, AttributeError, ProxyError):
+            raise UpstreamError("the host's token command gave no usable token") from None
         if value != self.value:
             self.earlier, self.value = self.value, value
 
@@ -1328,9 +1339,6 @@ class Repository:
     def judge(self, message: Object) -> Verdict:
         scope, policy, seen = self.bounds()
         return decide(scope, policy, message, seen)
-
-    def wrote(self, count: int) -> None:
-        self.writes += [time.monotonic()] * count
 
     async def know(self, *, wait: bool) -> None:
         """Learn the repository's id and default branch, anew each minute that it is used."""
@@ -1403,7 +1411,7 @@ async def serve_mcp(repository: Repository, client: Client) -> None:
             audit.refused(method, verdict.tool, verdict.reason, target)
         return client.tell(message, verdict)
     if verdict.write:
-        repository.wrote(1)
+        repository.writes.append(time.monotonic())
     try:
         exchange = await upstream.post(verdict, headers)
         try:
@@ -1424,7 +1432,7 @@ async def end_session(repository: Repository, client: Client) -> None:
     await client.receive()
     try:
         sent = {"Mcp-Session-Id": session}
-        exchange = await repository.upstream.send("DELETE", "", sent, again=True)
+        exchange = await repository.upstream.send("DELETE", "", sent)
         exchange.abort()  # what it says besides is of no use
         client.answer(200 if exchange.status < 300 else exchange.status, b"")
     except UpstreamError as error:
@@ -1459,7 +1467,7 @@ async def relay_mcp(
                     audit.became(deed, *outcome(message))
                 try:
                     shown = client.shown(repository.bounds(), forward, message)
-                    client.finish(hide(data if shown is message else dumps(shown)), *headers)
+                    client.answer(200, hide(data if shown is message else dumps(shown)), *headers)
                 except Exception as error:  # whatever is wrong with it: then it is not shown
                     is_known = isinstance(error, Refusal)
                     reason = str(error) if is_known else "the answer is malformed"
@@ -1497,7 +1505,7 @@ async def serve_git(repository: Repository, client: Client) -> None:
         targets = [{"ref": command.ref} for command in push.commands]
         deeds = [audit.passed("git", service, about, bool(targets)) for about in targets or [{}]]
         insist(all(deeds), UNRECORDED)
-        repository.wrote(len(targets))
+        repository.writes += [time.monotonic() for _ in targets]
         await repository.git.relay(client, repository, service, push, deeds)
     except Refusal as refusal:
         if not client.is_probe:
@@ -1612,24 +1620,19 @@ def parse_head(data: Bytes, *, is_request: bool) -> Head:
             demand(not (is_request and name in SINGLE), f"the header {name} is given twice")
             value = headers[name] + ", " + value
         headers[name] = value
-    return Head((words[0], words[1], words[2]), headers)
-
-
-def body_length(head: Head, *, is_request: bool) -> int:
-    """How long a message's body is, or CHUNKED. One that ends with its connection is refused: it
-    could not be told from half of it."""
-    coding = head.headers.get("transfer-encoding")
-    length = head.headers.get("content-length")
+    coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+    first, size = (words[0], words[1], words[2]), 0
     if coding is not None:
         known = coding.lower() == "chunked" and length is None
         demand(known, "a body with an unknown or a double length")
-        return CHUNKED
-    if length is not None:
+        size = CHUNKED
+    elif length is not None:
         demand(LENGTH(length), "a Content-Length that is not a number")
-        return int(length)
-    has_none = is_request or head.first[1] in ("204", "304")
-    demand(has_none, "a body without a length")
-    return 0
+        size = int(length)
+    else:
+        # One that ends with its connection could not be told from half of it.
+        demand(is_request or first[1] in ("204", "304"), "a body without a length")
+    return Head(first, headers, size)
 
 
 def chunk_of(data: Bytes) -> bytes:
@@ -1679,16 +1682,6 @@ def told_of(message: Object, refuse: Refuse) -> tuple[int, Object]:
     return 404 if modern and refuse.code == NO_METHOD else 400, made
 
 
-def error_in(said: Bytes) -> Object:
-    """The error of an upstream's 4xx: clients tell the protocol's era from it. {} if it is none."""
-    try:
-        error = json.loads(said)["error"]
-        made = {"code": int(error["code"]), "message": str(error["message"])[:1000]}
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return {}
-    return {"error": {**made, **({"data": error["data"]} if "data" in error else {})}}
-
-
 def is_modern(message: Object) -> bool:
     """Whether a request says its protocol version itself: 2026-07-28 and later."""
     return MODERN in as_object(as_object(message.get("params")).get("_meta"))
@@ -1703,10 +1696,11 @@ VISIBLE = re.compile("[!-~]{0,256}").fullmatch
 
 
 class Head(NamedTuple):
-    """The first line of an HTTP message, in its three words, and its headers."""
+    """What an HTTP message begins with: its first line, in three words, and its headers."""
 
     first: tuple[str, str, str]
     headers: Mapping[str, str]  # names in lower case
+    length: int  # of the body, or CHUNKED
 
 
 def host_name(authority: str) -> str:
@@ -1843,7 +1837,9 @@ def checked_answer(bounds: Bounds, forward: Forward, message: Object) -> Object:
     elif method == "tools/list":
         shown = listed_tools(bounds.policy, result)
     elif method in ("initialize", "server/discover"):
-        shown = introduction(bounds, result)
+        offered = result.get("capabilities") or {}
+        kept = {key: offered[key] for key in ("tools", "logging") if key in offered}
+        shown = {**result, "capabilities": kept, "instructions": instructions(bounds)}
     else:
         shown = result
     return message if shown is result else {**message, "result": shown}
@@ -1879,13 +1875,6 @@ def narrow_tool(offered: Object, policy: Policy) -> Object:
     kept = {key: value for key, value in offered.items() if key in told}
     narrow = {"type": "object", "properties": properties, "required": required}
     return {**kept, "inputSchema": {**narrow, "additionalProperties": False}}
-
-
-def introduction(bounds: Bounds, result: Object) -> Object:
-    """The answer to initialize, with the capabilities that pass."""
-    offered = result.get("capabilities") or {}
-    kept = {key: offered[key] for key in ("tools", "logging") if key in offered}
-    return {**result, "capabilities": kept, "instructions": instructions(bounds)}
 
 
 def instructions(bounds: Bounds) -> str:
@@ -1944,21 +1933,6 @@ def pushed_refs(report: Bytes, push: Push) -> dict[str, str]:
         if word in ("ok", "ng") and ref in refs:
             found.setdefault(ref, (why or "?") if word == "ng" else "")
     return found
-
-
-def git_headers(head: Head, service: str) -> dict[str, str]:
-    sent = head.headers
-    is_post = head.first[0] == "POST"
-    length = sent.get("content-length", "")
-    protocol = sent.get("git-protocol", "")
-    return {
-        "Accept": "*/*",
-        "Git-Protocol": protocol if GIT_PROTOCOL(protocol) else "",
-        "Content-Type": f"application/x-{service}-request" if is_post else "",
-        "Content-Encoding": "gzip" if sent.get("content-encoding") == "gzip" else "",
-        "Content-Length": length if is_post else "",
-        "Transfer-Encoding": "chunked" if is_post and not length else "",
-    }
 
 
 # --- pure: what the audit and the receipt say ---
@@ -2225,13 +2199,12 @@ class Wire(asyncio.Protocol):
         data = await self.until(b"\r\n\r\n", MAX_HEAD, f"a head of more than {MAX_HEAD} bytes", 431)
         try:
             self.head = parse_head(data + b"\r\n", is_request=self.is_client)
-            length = body_length(self.head, is_request=self.is_client)
         except ProtocolError as error:
             raise self.fault(str(error), error.status) from None
         self.limit = limit
-        self.is_chunked = length == CHUNKED
-        self.left = self.size = max(0, length)
-        self.is_over = length == 0
+        self.is_chunked = self.head.length == CHUNKED
+        self.left = self.size = max(0, self.head.length)
+        self.is_over = self.head.length == 0
 
     async def part(self) -> bytes:
         """Some more of the body; b"" when it is over."""
@@ -2319,10 +2292,16 @@ class Client(Wire):
         self.write("\r\n".join([*lines, "", ""]).encode("latin-1"))
 
     def answer(self, status: int, body: Bytes, *headers: str, kind: str = JSON_TYPE) -> None:
-        if self.is_streaming:
-            return self.abort()  # half an answer is none
-        self.begin(status, kind if body else "", f"Content-Length: {len(body)}", *headers)
-        return self.write(body)
+        """The answer. One that comes first goes as plain JSON: an SSE event of more than 1 MiB is
+        refused by the Python SDK 2.x."""
+        if self.is_streaming and kind != JSON_TYPE:
+            self.abort()  # half an answer of git's is none
+        elif self.is_streaming:
+            self.event(body)
+            self.write(LAST_CHUNK)
+        else:
+            self.begin(status, kind if body else "", f"Content-Length: {len(body)}", *headers)
+            self.write(body)
 
     def stream(self, kind: str, *headers: str) -> None:
         self.is_streaming = True
@@ -2336,14 +2315,6 @@ class Client(Wire):
             shown = b"event: message\ndata: " + data.replace(b"\n", b" ") if data else b": alive"
             self.write(chunk_of(shown + b"\n\n"))
 
-    def finish(self, data: Bytes, *headers: str, status: int = 200) -> None:
-        """The answer. One that comes first goes as plain JSON: an SSE event of more than 1 MiB is
-        refused by the Python SDK 2.x."""
-        if not self.is_streaming:
-            return self.answer(status, data, *headers)
-        self.event(data)
-        return self.write(LAST_CHUNK)
-
     def refuse(self, error: ProtocolError) -> None:
         """Say what is wrong with what came; where it cannot be read to its end, it is the last."""
         self.is_last = self.is_last or not self.is_over
@@ -2352,8 +2323,13 @@ class Client(Wire):
     def tell(self, message: Object, refuse: Refuse, said: Bytes = b"", status: int = 0) -> None:
         """Why there is no answer: in the stream, where one has begun. `said`: by the upstream."""
         usual, made = told_of(message, refuse)
-        made.update(error_in(said))
-        self.finish(dumps(made), status=status or usual)
+        # The error of an upstream's 4xx: clients tell the protocol's era from it.
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            error = json.loads(said)["error"]
+            more = {"data": error["data"]} if "data" in error else {}
+            code, text = int(error["code"]), str(error["message"])[:1000]
+            made["error"] = {"code": code, "message": text, **more}
+        self.answer(status or usual, dumps(made))
 
     def refuse_push(self, push: Push, refused: Mapping[str, str]) -> None:
         """The answer to a push: git shows why, at each ref and as `remote:` lines."""
@@ -2491,11 +2467,11 @@ class Upstream:
         error = {"code": INVALID_REQUEST, "message": "declined by the proxy"}
         said: Object = {"result": {}} if question["method"] == "ping" else {"error": error}
         made = dumps({"jsonrpc": "2.0", "id": question["id"], **said})
-        (await self.send("POST", "", {**POSTED, **sent}, made, again=True)).release()
+        (await self.send("POST", "", {**POSTED, **sent}, made)).release()
 
     async def send(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes = b"", *,
-        again: bool = False, upload: Callable[[Exchange], Awaitable[None]] | None = None,
+        again: bool = True, upload: Callable[[Exchange], Any] | None = None,
     ) -> Exchange:  # fmt: skip
         """Send a request: the exchange, with the head of its answer in. `release` it.
 
@@ -2538,9 +2514,18 @@ class Upstream:
         deeds: Sequence[Deed | None],
     ) -> None:  # fmt: skip
         """Pass a request of git on, and its answer; of neither more than a little is held."""
-        method, headers = client.head.first[0], git_headers(client.head, service)
+        method, given = client.head.first[0], client.head.headers
+        is_post, protocol = method == "POST", given.get("git-protocol", "")
+        headers = {
+            "Accept": "*/*",
+            "Git-Protocol": protocol if GIT_PROTOCOL(protocol) else "",
+            "Content-Type": f"application/x-{service}-request" if is_post else "",
+            "Content-Encoding": "gzip" if given.get("content-encoding") == "gzip" else "",
+            "Content-Length": given.get("content-length", "") if is_post else "",
+            "Transfer-Encoding": "chunked" if is_post and client.is_chunked else "",
+        }
         path = f"/{repository.scope}.git/"
-        path += f"info/refs?service={service}" if method == "GET" else service
+        path += service if is_post else f"info/refs?service={service}"
 
         async def upload(exchange: Exchange) -> None:
             """Until it ends, or the upstream has answered."""
@@ -2552,10 +2537,7 @@ class Upstream:
             if client.is_chunked and not data:
                 exchange.write(LAST_CHUNK)
 
-        is_get = method == "GET"
-        exchange = await self.send(
-            method, path, headers, again=is_get, upload=None if is_get else upload
-        )
+        exchange = await self.send(method, path, headers, upload=upload if is_post else None)
         try:
             if exchange.status != 200:
                 hint = ", is it there?" if exchange.status == 404 else ""
@@ -2613,29 +2595,6 @@ def check_status(status: int) -> None:
         raise AnswerLost(f"it answered HTTP {status}")
 
 
-TOKEN_TEXT = re.compile("[!-~]{1,4096}").fullmatch
-
-
-def check_token(value: Json) -> str:
-    if not isinstance(value, str) or not TOKEN_TEXT(value):
-        raise ProxyError("the GitHub token has characters that no token has (it is not shown)")
-    return value
-
-
-def parse_token_output(output: bytes) -> tuple[str, float]:
-    """(token, when it expires) from {"token": …, "expires_at": ISO 8601 or seconds}."""
-    try:
-        said = json.loads(output)
-        expires = said.get("expires_at")
-        if isinstance(expires, str):
-            from datetime import datetime
-
-            expires = datetime.fromisoformat(expires.replace("Z", "+00:00")).timestamp()
-        return check_token(said["token"]), float(expires) if expires else float("inf")
-    except (ValueError, KeyError, TypeError, AttributeError, ProxyError):
-        raise UpstreamError("the host's token command gave no usable token") from None
-
-
 # --- plumbing: what is asked of the upstream ---
 
 # GitHub's server keeps no sessions: a request needs no initialize before it.
@@ -2667,12 +2626,12 @@ async def ask_search(repository: Repository) -> tuple[int, str]:
 
 async def ask_git(repository: Repository) -> tuple[int, str]:
     """0 and the default branch: that is git's HEAD (gitprotocol-v2)."""
-    if repository.git is None:
+    if not repository.git:
         return 0, ""
     body = pkt(b"command=ls-refs\n") + b"0001" + pkt(b"symrefs\n") + pkt(b"ref-prefix HEAD\n")
     headers = {"Git-Protocol": "version=2", "Content-Type": "application/x-git-upload-pack-request"}
     path = f"/{repository.scope}.git/git-upload-pack"
-    exchange = await repository.git.send("POST", path, headers, body + b"0000", again=True)
+    exchange = await repository.git.send("POST", path, headers, body + b"0000")
     try:
         head = HEAD_REF.search(await exchange.whole())
         return 0, head[1].decode() if head else ""
@@ -2764,13 +2723,6 @@ def env_flag(name: str, default: str) -> bool:
     return FLAGS[variable(name, "0 or 1", f"(?i:{'|'.join(FLAGS)})", default).lower()]
 
 
-def env_token(command: str) -> Token:
-    value = os.environ.pop("GITHUB_MCP_TOKEN", "").strip()  # out of the children's environment
-    if not value and not command:
-        raise ProxyError("GITHUB_MCP_TOKEN is not set", "or give --token-command")
-    return Token("" if command else check_token(value), command, parse_token_output)
-
-
 def env_secret(name: str) -> bytes:
     """What requests must carry; b"" for none. Taken out of the children's environment."""
     secret = os.environ.pop(name, "").strip()
@@ -2813,8 +2765,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--token-command", metavar="CMD", default="",
         help='prints {"token": …, "expires_at": …}; asked again in time')  # fmt: skip
     add("--policy", metavar="FILE", help="what may be written: an INI file")
-    add("--audit", metavar="FILE",
-        help="append every decision to FILE, as JSON Lines")  # fmt: skip
+    add("--audit", metavar="FILE", help="append every decision to FILE, as JSON Lines")
     add("--ca-file", metavar="FILE", default="", help="CA certificates for the upstream")
     add("--timeout", metavar="SECONDS", type=positive_seconds, default=300.0,
         help="how long the upstream may be silent in a call (default 300)")  # fmt: skip
@@ -2841,7 +2792,10 @@ def build_repository(options: argparse.Namespace) -> Repository:
         "X-MCP-Readonly": "true" if policy.readonly else "",
         "X-MCP-Lockdown": "true" if env_flag("GITHUB_MCP_LOCKDOWN", "1") else "",
     }
-    token = env_token(options.token_command)
+    value = os.environ.pop("GITHUB_MCP_TOKEN", "").strip()  # out of the children's environment
+    if not value and not options.token_command:
+        raise ProxyError("GITHUB_MCP_TOKEN is not set", "or give --token-command")
+    token = Token("" if options.token_command else check_token(value), options.token_command)
     address, git = parse_address(options.upstream, "--upstream"), None
     git_address = parse_address(options.git, "--git") if options.git else address
     tls = None
@@ -2864,9 +2818,14 @@ def build_repository(options: argparse.Namespace) -> Repository:
 async def run_proxy(options: argparse.Namespace) -> int:
     """Listen until stdin closes (with --exit-with-stdin), SIGTERM or Ctrl-C."""
     loop = asyncio.get_running_loop()
-    secret, probe = env_secret("GITHUB_MCP_SECRET"), env_secret("GITHUB_MCP_PROBE_SECRET")
+    address = options.listen[0]
+    gate = Gate(
+        hosts={*LOOPBACK, f"[{address}]" if ":" in address else address},
+        secret=env_secret("GITHUB_MCP_SECRET"),
+        probe=env_secret("GITHUB_MCP_PROBE_SECRET"),
+    )
     repository = build_repository(options)
-    serving = asyncio.ensure_future(serve(options, repository, secret, probe))
+    serving = asyncio.ensure_future(serve(options, repository, gate))
     statuses: list[int] = []
 
     def stop(status: int) -> None:
@@ -2896,9 +2855,7 @@ async def run_proxy(options: argparse.Namespace) -> int:
     return status
 
 
-async def serve(
-    options: argparse.Namespace, repository: Repository, secret: bytes, probe: bytes
-) -> None:
+async def serve(options: argparse.Namespace, repository: Repository, gate: Gate) -> None:
     """Say where it listens, and serve who comes."""
     import resource
 
@@ -2908,8 +2865,6 @@ async def serve(
         resource.setrlimit(resource.RLIMIT_NOFILE, (2 * MAX_CLIENTS + 64, most))
     await repository.upstream.token.fresh()  # what does not work is said at once
     address, port = options.listen
-    hosts = {*LOOPBACK, f"[{address}]" if ":" in address else address}
-    gate = Gate(hosts=hosts, secret=secret, probe=probe)
     clients: set[Client] = set()
     try:
         server = await listen(

@@ -302,7 +302,7 @@ class FramingTest(unittest.TestCase):
 
         async def read(size: int) -> list[bytes]:
             address = proxy.Address(secure=False, host="", port=0, path="", name="")
-            token = proxy.Token(TOKEN, "", proxy.parse_token_output)
+            token = proxy.Token(TOKEN, "")
             exchange = proxy.Exchange(proxy.Upstream(address, token, {}, None, 1))
             exchange.transport = Pipe()  # type: ignore[assignment]
 
