@@ -1391,24 +1391,20 @@ async def serve_mcp(repository: Repository, client: Client) -> None:
             if method == "tools/call":
                 await repository.know(wait=verdict.write)
             verdict = repository.judge(message)
-    target = audit.about(message)
+    arguments = as_object(as_object(message.get("params")).get("arguments"))
+    is_write = isinstance(verdict, Forward) and verdict.write
+    deed = audit.about(method, verdict.tool, arguments, is_write)
     if isinstance(verdict, Forward) and client.is_probe:
         verdict = Refuse("a probe is not passed on", UPSTREAM_FAILED, verdict.tool)
-    if isinstance(verdict, Forward) and verdict.write and policy.approve:
-        arguments = message["params"]["arguments"]
-        reason = await repository.ask_user(
-            {"tool": verdict.tool, "target": target, "arguments": arguments}
-        )
+    if isinstance(verdict, Forward) and is_write and policy.approve:
+        asked = {"tool": verdict.tool, "target": deed.target, "arguments": arguments}
+        reason = await repository.ask_user(asked)
         verdict = Refuse(reason, tool=verdict.tool) if reason else repository.judge(message)
-    deed = None
-    if isinstance(verdict, Forward):
-        deed = audit.passed(method, verdict.tool, target, verdict.write)
-    if deed is None and isinstance(verdict, Forward):
+    if isinstance(verdict, Forward) and not audit.record(deed, "forward"):
         verdict = Refuse(UNRECORDED, UPSTREAM_FAILED, verdict.tool)
-    if isinstance(verdict, Refuse) or deed is None:
-        assert isinstance(verdict, Refuse)
+    if isinstance(verdict, Refuse):
         if not client.is_probe:
-            audit.refused(method, verdict.tool, verdict.reason, target)
+            audit.record(deed, "refuse", verdict.reason)
         return client.tell(message, verdict)
     if verdict.write:
         repository.writes.append(time.monotonic())
@@ -1420,7 +1416,7 @@ async def serve_mcp(repository: Repository, client: Client) -> None:
             exchange.release()
     except UpstreamError as error:
         lost = deed.write and isinstance(error, AnswerLost)
-        audit.became(deed, "unknown" if lost else "failed", str(error))
+        audit.record(deed, "unknown" if lost else "failed", str(error))
         failed = f"GitHub's MCP server cannot be used: {error}"
         client.tell(message, Refuse(failed, UPSTREAM_FAILED))
 
@@ -1447,7 +1443,7 @@ async def relay_mcp(
     audit, upstream, hide = repository.audit, repository.upstream, repository.upstream.hide
     message = forward.message
     if exchange.status >= 300:
-        audit.became(deed, "failed", f"HTTP {exchange.status}")
+        audit.record(deed, "failed", f"HTTP {exchange.status}")
         refuse = Refuse("by the upstream", INVALID_REQUEST)
         return client.tell(message, refuse, hide(await exchange.whole()), exchange.status)
     if exchange.status != 200 or "id" not in forward.message:
@@ -1464,14 +1460,14 @@ async def relay_mcp(
                 client.event(hide(data), *headers)
             elif kind == "answer":
                 if forward.write:
-                    audit.became(deed, *outcome(message))
+                    audit.record(deed, *outcome(message))
                 try:
                     shown = client.shown(repository.bounds(), forward, message)
                     client.answer(200, hide(data if shown is message else dumps(shown)), *headers)
                 except Exception as error:  # whatever is wrong with it: then it is not shown
                     is_known = isinstance(error, Refusal)
                     reason = str(error) if is_known else "the answer is malformed"
-                    audit.became(deed, "withheld", reason)
+                    audit.record(deed, "withheld", reason)
                     client.tell(forward.message, Refuse(reason, UPSTREAM_FAILED, forward.tool))
             await client.drain()
     return await exchange.finish()
@@ -1486,7 +1482,7 @@ async def serve_git(repository: Repository, client: Client) -> None:
     method, target, _ = client.head.first
     audit = repository.audit
     service, push = "", Push()
-    deeds: list[Deed | None] = []
+    deeds: list[Deed] = []
     try:
         insist(repository.git, "git is not served here (--git)")
         assert repository.git
@@ -1503,18 +1499,19 @@ async def serve_git(repository: Repository, client: Client) -> None:
                 return client.refuse_push(push, refused)
         insist(not client.is_probe, "a probe is not passed on")
         targets = [{"ref": command.ref} for command in push.commands]
-        deeds = [audit.passed("git", service, about, bool(targets)) for about in targets or [{}]]
-        insist(all(deeds), UNRECORDED)
+        deeds = [audit.about("git", service, about, bool(targets)) for about in targets or [{}]]
+        insist(all(audit.record(deed, "forward") for deed in deeds), UNRECORDED)
         repository.writes += [time.monotonic() for _ in targets]
         await repository.git.relay(client, repository, service, push, deeds)
     except Refusal as refusal:
         if not client.is_probe:
-            audit.refused("git", service, str(refusal), {"path": target[:200]})
+            deed = audit.about("git", service, {"path": target[:200]})
+            audit.record(deed, "refuse", str(refusal))
         client.answer(403, f"refused: {refusal}\n".encode(), kind="text/plain")
     except UpstreamError as error:
         lost = bool(push.commands) and isinstance(error, AnswerLost)
-        for deed in filter(None, deeds):
-            audit.became(deed, "unknown" if lost else "failed", str(error))
+        for deed in deeds:
+            audit.record(deed, "unknown" if lost else "failed", str(error))
         client.answer(502, f"GitHub: {error}\n".encode(), kind="text/plain")
 
 
@@ -1549,7 +1546,8 @@ async def refused_refs(repository: Repository, client: Client, push: Push) -> di
             refused = {command.ref: reason for command in push.commands}
     if refused and not client.is_probe:
         why = "; ".join(f"{quoted(ref)}: {why}" for ref, why in refused.items())
-        repository.audit.refused("git", "git-receive-pack", why[:1000], {"ref": refs[:1000]})
+        deed = repository.audit.about("git", "git-receive-pack", {"ref": refs})
+        repository.audit.record(deed, "refuse", why[:1000])
     return refused
 
 
@@ -1565,7 +1563,8 @@ async def serve_client(repository: Repository, gate: Gate, client: Client) -> No
                 await (serve_git if is_git else serve_mcp)(repository, client)
             except ProtocolError as error:
                 if not client.is_probe:
-                    repository.audit.refused("", "", str(error), {})
+                    audit = repository.audit
+                    audit.record(audit.about("", "", {}), "refuse", str(error))
                 client.refuse(error)
             await client.drain()
     except UpstreamError:
@@ -1948,22 +1947,11 @@ MAX_RECEIPT = 20  # lines about what was done and refused
 MAX_KINDS = 1000  # of refusals that are told apart
 
 
-def summary(method: str, tool: str, target: Mapping[str, Json]) -> str:
-    """What a line of the receipt is about. What the guest chose is quoted, so that it does not
-    read like words of ours."""
-    name = GIT_NAMES.get(tool, tool) or method or "a request"
-    pairs = [
-        f"{key}={value if PLAIN_WORD(str(value)) else json.dumps(value)}"
-        for key, value in target.items()
-    ]
-    return " ".join([name, *pairs])[:300]
-
-
 # --- the audit ---
 
 
 class Deed(NamedTuple):
-    """Something that was let pass: what it is, and its line of the receipt if it writes."""
+    """Something that is asked for: what it is, and what the receipt says of it if it writes."""
 
     method: str
     tool: str
@@ -1994,9 +1982,10 @@ class Audit:
         rows += [{"more": more}] if more else []
         return "".join(json.dumps(row) + "\n" for row in rows)
 
-    def about(self, message: Object) -> Object:
-        """What a call is about, asked for or passed: numbers, names and paths; never text."""
-        arguments = as_object(as_object(message.get("params")).get("arguments"))
+    def about(self, method: str, tool: str, arguments: Object, write: bool = False) -> Deed:
+        """What is asked for: its numbers, names and paths; never text."""
+        tool = tool if PLAIN_NAME(tool) else "?"  # the guest's word for no tool of ours
+        method = method if PLAIN_NAME(method) else "?"
         target: Object = {
             key: value if isinstance(value, int) or len(value) <= 300 else value[:299] + "…"
             for key, value in arguments.items()
@@ -2005,60 +1994,49 @@ class Audit:
         files = arguments.get("files")
         if isinstance(files, list):
             target["paths"] = [str(as_object(file).get("path"))[:300] for file in files[:100]]
-        return target
-
-    def passed(self, method: str, tool: str, target: Object, write: bool = False) -> Deed | None:
-        """Record that it is let pass; None when that cannot be: then it may not."""
-        if method != "ping" and not self.write(method, tool, "forward", "", target):
-            return None
-        line: Object = {}
-        if write:
-            self.counts["writes"] += 1
-            line = self.line(object(), "unknown", summary(method, tool, target), "")
-        elif method in ("tools/call", "git"):
-            self.counts["reads"] += 1
+        # What the guest chose is quoted, so that it does not read like words of ours.
+        what = GIT_NAMES.get(tool, tool) or method or "a request"
+        for key, value in target.items():
+            what += f" {key}={value if PLAIN_WORD(str(value)) else json.dumps(value)}"
+        line = {"verdict": "unknown", "what": what[:300], "reason": "", "url": "", "count": 1}
         return Deed(method=method, tool=tool, target=target, write=write, line=line)
 
-    def became(self, deed: Deed, verdict: str, reason: str, url: str = "") -> None:
-        """Record what became of it: done, failed, unknown, or its answer withheld."""
+    def record(self, deed: Deed, verdict: str, reason: str = "", url: str = "") -> bool:
+        """Record that it is let pass ("forward") or not ("refuse"), or what became of it: done,
+        failed, unknown, or its answer withheld. False when it cannot be: then it may not pass."""
         target = {**deed.target, "url": url} if url else deed.target
-        self.write(deed.method, deed.tool, verdict, reason, target)
-        if verdict == "withheld":
-            self.count_refusal(verdict, summary(deed.method, deed.tool, deed.target), reason)
-        elif deed.write:
+        is_ping = deed.method == "ping" and verdict == "forward"
+        if not (is_ping or self.append(deed, verdict, reason, target)) and verdict == "forward":
+            return False
+        if verdict in ("refuse", "withheld"):
+            self.counts["refused"] += 1
+            said = {"verdict": "refused" if verdict == "refuse" else verdict, "reason": reason}
+            kind = (verdict, deed.line["what"], reason)
+            if kind in self.lines or len(self.lines) < MAX_KINDS:
+                self.lines.setdefault(kind, {**deed.line, **said, "count": 0})["count"] += 1
+            else:
+                self.left_out += 1
+        elif verdict != "forward":
             deed.line.update(verdict=verdict, reason=reason, url=url)
+        elif deed.write:
+            self.counts["writes"] += 1
+            self.lines[object()] = deed.line
+        elif deed.method in ("tools/call", "git"):
+            self.counts["reads"] += 1
+        return True
 
-    def refused(self, method: str, tool: str, reason: str, target: Object) -> None:
-        tool = tool if PLAIN_NAME(tool) else "?"  # the guest's word for no tool of ours
-        method = method if PLAIN_NAME(method) else "?"
-        self.write(method, tool, "refuse", reason, target)
-        self.count_refusal("refused", summary(method, tool, target), reason)
-
-    def count_refusal(self, *kind: str) -> None:
-        self.counts["refused"] += 1
-        if kind in self.lines or len(self.lines) < MAX_KINDS:
-            self.line(kind, *kind)
-        else:
-            self.left_out += 1
-
-    def line(self, key: object, verdict: str, what: str, reason: str) -> Object:
-        made = {"verdict": verdict, "what": what, "reason": reason, "url": "", "count": 0}
-        kept = self.lines.setdefault(key, made)
-        kept["count"] += 1
-        return kept
-
-    def write(self, method: str, tool: str, verdict: str, reason: str, target: Object) -> bool:
+    def append(self, deed: Deed, verdict: str, reason: str, target: Object) -> bool:
         """Whether the line could be written."""
         if verdict not in ("forward", "done"):
-            log(f"{' '.join(filter(None, [method, tool, verdict]))}: {reason}")
+            log(f"{' '.join(filter(None, [deed.method, deed.tool, verdict]))}: {reason}")
         if self.fd < 0:
             return True
         now = time.time()
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
         line = {
             "time": f"{stamp}.{int(now % 1 * 1000):03d}Z",
-            "method": method,
-            "tool": tool,
+            "method": deed.method,
+            "tool": deed.tool,
             "verdict": verdict,
             "reason": reason,
             "target": target,
@@ -2511,7 +2489,7 @@ class Upstream:
 
     async def relay(
         self, client: Client, repository: Repository, service: str, push: Push,
-        deeds: Sequence[Deed | None],
+        deeds: Sequence[Deed],
     ) -> None:  # fmt: skip
         """Pass a request of git on, and its answer; of neither more than a little is held."""
         method, given = client.head.first[0], client.head.headers
@@ -2554,10 +2532,10 @@ class Upstream:
                 client.write(chunk_of(data))
                 await client.drain()
             became = pushed_refs(report, push)
-            for deed in filter(None, deeds):
+            for deed in deeds:
                 why = became.get(deed.target.get("ref", ""))
                 if why is not None:
-                    repository.audit.became(deed, "failed" if why else "done", why)
+                    repository.audit.record(deed, "failed" if why else "done", why)
             client.write(LAST_CHUNK)
         finally:
             exchange.release()

@@ -1170,7 +1170,7 @@ class FaultTest(OwnProxyTest):
         self.upstream.on("search_issues", fake.text(deep))
         self.upstream.on("issue_read", fake.text('{"number":1,"html_url":[],"repository":7}'))
         self.upstream.on("tools/list", lambda x: x.answer(x.result({"tools": [null]})))
-        info = {"serverInfo": "github", "capabilities": []}
+        info = {"serverInfo": "github", "capabilities": "tools"}
         self.upstream.on("initialize", lambda x: x.answer(x.result(info)))
         self.upstream.on("own", lambda x: x.answer(x.text('{"items":[{"full_name":null}]}')))
         for message in (
