@@ -40,6 +40,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
+from typing import NoReturn
 from typing import Union
 
 __version__ = "0.1.0"
@@ -1308,7 +1309,7 @@ class Token:
 APPROVE_SECONDS = 60  # the TypeScript SDK's clients give a call up then, too
 MAX_ASKED = 8  # writes that wait for the user
 # Of the environment, what a command that only says yes or no has no need of.
-SECRET_NAME = re.compile("GITHUB_MCP_|TOKEN|SECRET|PASSW|API_KEY")
+SECRET_NAME = re.compile("GITHUB_MCP_|TOKEN|SECRET|PASSW|PASSP|API_?KEY|ACCESS_?KEY", re.I)
 UNRECORDED = "the proxy cannot write its audit file: the host's user has to look at it"
 
 
@@ -1489,7 +1490,7 @@ async def serve_git(repository: Repository, client: Client) -> None:
         await repository.know(wait=False)
         service = git_service(repository.bounds(), method, target)
         lengths = client.head.headers.keys() & {"content-length", "transfer-encoding"}
-        insist(method == "POST" or not lengths, "a GET has no body")
+        insist(bool(lengths) == (method == "POST"), "a POST has a body, and a GET has none")
         if method == "POST" and service == "git-receive-pack":
             push = await read_push(client)
             refused = await refused_refs(repository, client, push)
@@ -1507,6 +1508,8 @@ async def serve_git(repository: Repository, client: Client) -> None:
         if not client.is_probe:
             deed = audit.about("git", service, {"path": target[:200]})
             audit.record(deed, "refuse", str(refusal))
+        for deed in deeds:  # those before the one that could not be recorded
+            audit.record(deed, "failed", str(refusal))
         client.answer(403, f"refused: {refusal}\n".encode(), kind="text/plain")
     except UpstreamError as error:
         lost = bool(push.commands) and isinstance(error, AnswerLost)
@@ -1518,12 +1521,18 @@ async def serve_git(repository: Repository, client: Client) -> None:
 async def read_push(client: Client) -> Push:
     """A push, read as far as its commands go; what follows them is still to come."""
     insist("content-encoding" not in client.head.headers, "a push must not be compressed whole")
-    begun, push = b"", None
-    while push is None:
+    begun, at = bytearray(), 0  # at: where a line begins; all is parsed once, when it is there
+    while begun[at : at + 4] != b"0000":
+        size = bytes(begun[at : at + 4])
+        insist(len(size) < 4 or PKT_SIZE(size), NO_PUSH)
+        if len(size) == 4 and len(begun) >= at + int(size, 16):
+            at += max(4, int(size, 16))
+            continue
         more = await client.part()
         insist(more and len(begun) <= MAX_COMMANDS, "this push has no end of its commands")
         begun += more
-        push = parse_push(begun)
+    push = parse_push(bytes(begun))
+    assert push
     if not push.commands:  # git asks so whether it may, before it sends much
         alone = begun == b"0000" and not await client.part()
         insist(alone, "this push has no commands")
@@ -1559,6 +1568,7 @@ async def serve_client(repository: Repository, gate: Gate, client: Client) -> No
                 await client.next_request()
                 client.is_probe = gate.is_probe(client.head)
                 gate.check(client.head)
+                client.is_known = True
                 is_git = client.head.first[1].startswith(GIT)
                 await (serve_git if is_git else serve_mcp)(repository, client)
             except ProtocolError as error:
@@ -1658,7 +1668,7 @@ def kind_of(message: Json, forward: Forward) -> str:
     if "method" in message:
         if "id" in message:
             return "question" if is_id(message["id"]) else ""
-        return "note" if message["method"] in NOTES else ""
+        return "note" if str(message["method"]) in NOTES else ""
     whole = "id" in forward.message and ("result" in message or "error" in message)
     return "answer" if whole and message.get("id") == forward.message["id"] else ""
 
@@ -1941,10 +1951,11 @@ TARGETS = (
     "ref sha tag head base name state"
 ).split()
 PLAIN_WORD = re.compile(r"[\w./@+-]+", re.ASCII).fullmatch
-PLAIN_NAME = re.compile(r"[\w/$-]*", re.ASCII).fullmatch
+PLAIN_NAME = re.compile(r"[\w/$-]{0,64}", re.ASCII).fullmatch
 GIT_NAMES = {"git-upload-pack": "git fetch", "git-receive-pack": "git push"}
 MAX_RECEIPT = 20  # lines about what was done and refused
 MAX_KINDS = 1000  # of refusals that are told apart
+MAX_REFUSALS = 10_000  # that are written; the rest is counted: a VM shall not fill the disk
 
 
 # --- the audit ---
@@ -1968,6 +1979,7 @@ class Audit:
         self.counts = {"reads": 0, "writes": 0, "refused": 0}
         self.lines: dict[object, Object] = {}  # of the receipt: each write, each kind of refusal
         self.left_out = 0
+        self.torn = b""  # what ends a line that is there by half, when the disk was full
 
     def receipt(self) -> str:
         """In JSON Lines: the counts, what was done and refused in order, how much is left out.
@@ -1993,7 +2005,7 @@ class Audit:
         }
         files = arguments.get("files")
         if isinstance(files, list):
-            target["paths"] = [str(as_object(file).get("path"))[:300] for file in files[:100]]
+            target["paths"] = [str(as_object(file).get("path"))[:200] for file in files[:20]]
         # What the guest chose is quoted, so that it does not read like words of ours.
         what = GIT_NAMES.get(tool, tool) or method or "a request"
         for key, value in target.items():
@@ -2006,7 +2018,9 @@ class Audit:
         failed, unknown, or its answer withheld. False when it cannot be: then it may not pass."""
         target = {**deed.target, "url": url} if url else deed.target
         is_ping = deed.method == "ping" and verdict == "forward"
-        if not (is_ping or self.append(deed, verdict, reason, target)) and verdict == "forward":
+        is_flood = verdict == "refuse" and self.counts["refused"] >= MAX_REFUSALS
+        written = is_ping or is_flood or self.append(deed, verdict, reason, target)
+        if verdict == "forward" and not written:
             return False
         if verdict in ("refuse", "withheld"):
             self.counts["refused"] += 1
@@ -2041,9 +2055,11 @@ class Audit:
             "reason": reason,
             "target": target,
         }
-        data = redact(dumps(line)) + b"\n"
+        data = self.torn + redact(dumps(line)) + b"\n"
         try:
-            return os.write(self.fd, data) == len(data)
+            written = os.write(self.fd, data)
+            self.torn = b"" if written == len(data) else b"\n"
+            return written == len(data)
         except OSError as error:
             log(f"cannot write the audit file: {error.strerror}")
             return False
@@ -2052,9 +2068,10 @@ class Audit:
 # --- plumbing: connections, bodies and answers; nothing is decided here ---
 
 PAUSE_AT = 128 * 1024  # bytes that wait before their sender is paused
-REQUEST_SECONDS = 15  # a client that goes on with its request
+REQUEST_SECONDS = 15  # a whole request of MCP, from its first byte on
+READ_SECONDS = 30  # a client that does not read its answer, and so takes a place
 IDLE_SECONDS = 300  # a connection without a request
-STALL_SECONDS = 120  # a client that does not read its answer, or send its push
+STALL_SECONDS = 120  # each wait for a client that pushes or fetches
 LINGER_SECONDS = 0.5  # for the end of a stream whose answer is there
 POOL_SECONDS = 60  # shorter than servers keep idle connections
 MAX_PACK = 4 * 1024**3  # GitHub refuses more than 2 GiB
@@ -2208,11 +2225,11 @@ class Wire(asyncio.Protocol):
         self.is_over = not (self.left or self.is_chunked)
         return data
 
-    async def whole(self) -> bytes:
-        parts = []
+    async def whole(self) -> Bytes:
+        whole = bytearray()  # a list of what came in chunks of a byte would take 50 times as much
         while data := await self.part():
-            parts.append(data)
-        return b"".join(parts)
+            whole += data
+        return whole
 
     def write(self, data: Bytes) -> None:
         if not self.ended:
@@ -2232,27 +2249,31 @@ class Client(Wire):
     def __init__(self, wires: set[Any], story: Callable[[Client], Any]) -> None:
         super().__init__(wires, IDLE_SECONDS, story)
         self.is_probe = False
+        self.is_known = False  # it has shown the secret
         self.is_last = False  # close after this answer
         self.is_streaming = False
 
     async def next_request(self) -> None:
         self.is_streaming = self.is_busy = False
         self.is_last = True  # unless it can be read to its end
-        self.patience = IDLE_SECONDS
-        if len(self.wires) > MAX_CLIENTS:
+        self.allow(0)
+        self.patience = IDLE_SECONDS if self.is_known else REQUEST_SECONDS
+        if len(self.wires) > MAX_CLIENTS and not self.is_known:
             raise ProtocolError("too many clients", 503)
         if not self.buffer:
             await self.more()
-        self.patience = REQUEST_SECONDS
+        self.allow(REQUEST_SECONDS)
         await self.read_head(MAX_REQUEST)
         self.is_last = self.head.headers.get("connection", "").lower() == "close"
         if self.head.first[1].startswith(GIT):  # however long it takes, while it goes on
+            self.allow(0)
             self.limit, self.patience = MAX_PACK, STALL_SECONDS
 
-    async def receive(self) -> bytes:
+    async def receive(self) -> Bytes:
         """The whole body; afterwards the client waits for its answer."""
         data = await self.whole()
-        self.is_busy, self.patience = True, STALL_SECONDS
+        self.allow(0)
+        self.is_busy, self.patience = True, READ_SECONDS
         return data
 
     def mcp_headers(self, message: Object) -> Object:
@@ -2348,6 +2369,7 @@ class Exchange(Wire):
         super().__init__(upstream.wires, upstream.timeout)
         self.upstream = upstream
         self.status = 0
+        self.is_half = False  # it answered before it had the whole request
 
     async def begin(self) -> None:
         """Wait for the answer's head."""
@@ -2376,7 +2398,7 @@ class Exchange(Wire):
             self.events += more
         return 0
 
-    async def next_message(self, forward: Forward) -> tuple[str, Json, bytes]:
+    async def next_message(self, forward: Forward) -> tuple[str, Json, Bytes]:
         """(kind, message, its bytes) of the next one of an answer, be it JSON or a stream.
 
         The kind is that of `kind_of`, or "alive" for a comment in a stream.
@@ -2407,7 +2429,7 @@ class Exchange(Wire):
     def release(self) -> None:
         """Back to the pool when the exchange is over; closed at once when it was broken off."""
         closing = self.head.headers.get("connection", "").lower() == "close"
-        if self.is_over and not (closing or self.buffer or self.ended):
+        if self.is_over and not (closing or self.is_half or self.buffer or self.ended):
             self.allow(POOL_SECONDS)
             self.upstream.pool.append(self)
         else:
@@ -2432,7 +2454,7 @@ class Upstream:
         # Whoever holds a message whole needs a place: that bounds the memory.
         self.places = asyncio.Semaphore(MAX_PLACES)
 
-    def hide(self, data: bytes) -> Bytes:
+    def hide(self, data: Bytes) -> Bytes:
         """What came, without tokens and signed URLs."""
         return redact(data, self.token.value.encode(), self.token.earlier.encode())
 
@@ -2512,6 +2534,7 @@ class Upstream:
                 exchange.write(chunk_of(data) if client.is_chunked else data)
                 await exchange.drain()
                 data = await client.part()
+            exchange.is_half = bool(data)
             if client.is_chunked and not data:
                 exchange.write(LAST_CHUNK)
 
@@ -2527,7 +2550,7 @@ class Upstream:
             exchange.limit = MAX_PACK
             report = bytearray()  # the beginning of what became of a push
             while data := await exchange.part():
-                if len(report) < MAX_REPORT:
+                if push.commands and len(report) < MAX_REPORT:
                     report += data
                 client.write(chunk_of(data))
                 await client.drain()
@@ -2548,9 +2571,9 @@ class Upstream:
         names = set()
         for ask in (ask_search, ask_git):
             try:
-                found, default_branch = await ask(repository)
+                found, default_branch = await asyncio.wait_for(ask(repository), CONNECT_SECONDS)
             except Exception as error:  # whatever came: then it is not known
-                said = str(error) if isinstance(error, UpstreamError) else "a malformed answer"
+                said = str(error) if isinstance(error, UpstreamError) else "no answer of use"
                 log(f"{self.address.name}: {said}")
                 continue
             if found:
@@ -2677,7 +2700,7 @@ def policy_value(path: str, key: str, value: str) -> Json:
         return words
     if key == "allow" and ALLOW.issuperset(words):
         return frozenset(words)
-    if key in ("default_branch", "approve"):
+    if key == "approve" or (key == "default_branch" and not value.startswith(("refs/", "heads/"))):
         return value.strip()
     if key == "readonly" and value.lower() in FLAGS:
         return FLAGS[value.lower()]
@@ -2793,7 +2816,7 @@ def build_repository(options: argparse.Namespace) -> Repository:
     return Repository(Scope(owner, repo), policy, upstream, git, audit)
 
 
-async def run_proxy(options: argparse.Namespace) -> int:
+async def run_proxy(options: argparse.Namespace) -> NoReturn:
     """Listen until stdin closes (with --exit-with-stdin), SIGTERM or Ctrl-C."""
     loop = asyncio.get_running_loop()
     address = options.listen[0]
@@ -2817,6 +2840,8 @@ async def run_proxy(options: argparse.Namespace) -> int:
         loop.remove_reader(0)
         stop(0)
 
+    # asyncio's own shows a traceback, of too many open files for example.
+    loop.set_exception_handler(lambda _loop, context: log(str(context["message"])))
     loop.add_signal_handler(signal.SIGTERM, stop, 0)
     loop.add_signal_handler(signal.SIGINT, stop, 130)
     if options.exit_with_stdin:  # when it is closed, whoever started this is gone
@@ -2830,7 +2855,14 @@ async def run_proxy(options: argparse.Namespace) -> int:
     if options.exit_with_stdin and status == 0:
         with contextlib.suppress(OSError):
             os.write(1, repository.audit.receipt().encode())
-    return status
+    others = asyncio.all_tasks() - {serving, asyncio.current_task()}
+    for task in others:  # so that the commands are ended
+        task.cancel()
+    if others:
+        await asyncio.wait(others, timeout=1)
+    # Python would wait for its threads: for a name that is looked up, or for a reader of the
+    # output of what a command left behind.
+    os._exit(status)
 
 
 async def serve(options: argparse.Namespace, repository: Repository, gate: Gate) -> None:
@@ -2840,7 +2872,9 @@ async def serve(options: argparse.Namespace, repository: Repository, gate: Gate)
     # Each client may need two sockets, and some hosts allow 256 files by default.
     with contextlib.suppress(ValueError, OSError):
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (2 * MAX_CLIENTS + 64, most))
+        wanted = 2 * MAX_CLIENTS + 64
+        wanted = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
     await repository.upstream.token.fresh()  # what does not work is said at once
     address, port = options.listen
     clients: set[Client] = set()

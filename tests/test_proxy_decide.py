@@ -1468,6 +1468,7 @@ class PolicyTest(unittest.TestCase):
             ("not a value", "[policy]\nallow = all\n"),
             ("not a policy setting", "[policy]\nbranch = x\n"),
             ("not a value", "[policy]\nreadonly = maybe\n"),
+            ("not a value", "[policy]\ndefault_branch = refs/heads/main\n"),
             ("not a value", "[policy]\nwrites_per_hour = many\n"),
         ):
             with self.subTest(text), self.assertRaisesRegex(proxy.ProxyError, word):

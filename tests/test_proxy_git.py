@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
 import shutil
+import socket
+import socketserver
 import subprocess
 import tempfile
+import threading
 import time
 import unittest
 from functools import partial
@@ -242,6 +246,66 @@ class GitTest(unittest.TestCase):
         return set(
             self.git("-C", str(self.bare), "for-each-ref", "--format=%(refname)").stdout.split()
         )
+
+    def raw(self, request: bytes, path: str = "git-receive-pack") -> bytes:
+        """What a request, of which this is the end of its head and its body, is answered."""
+        head = (
+            f"POST /git/good/r.git/{path} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+            f"Authorization: Bearer {SECRET}\r\n"
+        )
+        with socket.create_connection(("127.0.0.1", self.running.port), 20) as client:
+            client.sendall(head.encode() + request)
+            with client.makefile("rb") as file:
+                return file.read()
+
+    def test_a_push_in_the_smallest_chunks_holds_up_nobody(self) -> None:
+        line = proxy.pkt(f"{ZERO} {ONE} refs/heads/a".encode())
+        parts = [proxy.chunk_of(line * 2000 + b"ffff"), *[b"1\r\nx\r\n"] * 60_000]
+        body = b"Transfer-Encoding: chunked\r\n\r\n" + b"".join(parts) + proxy.LAST_CHUNK
+        with contextlib.suppress(OSError):  # it closes before it has read all
+            self.raw(body)
+        other = Client(self.running.port)
+        self.addCleanup(other.close)
+        self.assertIn("result", other.ask({"jsonrpc": "2.0", "id": 1, "method": "ping"}))
+
+    def test_a_request_without_a_body_is_not_waited_for(self) -> None:
+        for service in ("git-upload-pack", "git-receive-pack"):
+            self.assertIn(b"a POST has a body", self.raw(b"\r\n", service))
+        self.assertEqual(self.server.seen, [])
+
+    def test_a_connection_with_half_a_request_is_not_used_again(self) -> None:
+        answer = (
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/x-git-upload-pack-result\r\n"
+            b"Content-Length: 4\r\n\r\n0000"
+        )
+        seen: list[bytes] = []
+
+        class Early(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                while data := self.request.recv(65536):
+                    seen.append(data)
+                    self.request.sendall(answer)
+
+        with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Early) as server:
+            server.daemon_threads = True
+            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+            url = f"http://127.0.0.1:{server.server_address[1]}"
+            running = Proxy(self.upstream.url, "--git", url, "--timeout", "5")
+            self.addCleanup(running.stop)
+            client = Client(running.port)
+            self.addCleanup(client.close)
+            head = client.head("POST", "/git/good/r.git/git-upload-pack", length=5000)
+            client.socket.sendall(head + b"half")
+            while not any(b"half" in data for data in seen):
+                time.sleep(0.01)
+            time.sleep(0.2)  # until the answer is at the proxy
+            client.socket.sendall(b"x")
+            self.assertEqual(client.read()[2], b"0000")
+            self.running = running
+            self.assertIn(b"0000", self.raw(b"Content-Length: 4\r\n\r\n0000", "git-upload-pack"))
+            self.assertTrue(seen[-1].startswith(b"POST "), seen)
+            running.stop()
+            server.shutdown()
 
     def test_clone_fetch_and_push(self) -> None:
         work = self.clone()

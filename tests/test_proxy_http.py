@@ -203,7 +203,7 @@ class FramingTest(unittest.TestCase):
             await asyncio.wait_for(wire.read_head(1000), 1)
             data = await asyncio.wait_for(wire.whole(), 1)
             await feeding
-            return data, bytes(wire.buffer)
+            return bytes(data), bytes(wire.buffer)
 
         return asyncio.run(read())
 
@@ -781,6 +781,30 @@ class AuditTest(LiveTest):
         for word in (TOKEN, SECRET, "wrong-secret", "words of the agent"):
             self.assertNotIn(word, everything)
 
+    def test_what_is_refused_does_not_fill_the_disk(self) -> None:
+        before = self.audit.stat().st_size if self.audit.exists() else 0
+        self.client.ask({"jsonrpc": "2.0", "id": 1, "method": "a" * 1_000_000})
+        files = [{"path": "\U0001f600" * 300, "content": ""}] * 100
+        self.client.ask(call("", name="push_files", branch="main", message="m", files=files))
+        self.assertLess(self.audit.stat().st_size - before, 100_000)
+        with tempfile.TemporaryFile() as file, unittest.mock.patch.object(proxy, "MAX_REFUSALS", 5):
+            audit = proxy.Audit(file.fileno())
+            for _ in range(20):
+                audit.record(audit.about("tools/call", "get_me", {}), "refuse", "no")
+            file.seek(0)
+            self.assertEqual((len(file.readlines()), audit.counts["refused"]), (5, 20))
+
+    def test_after_half_a_line_a_new_one_begins(self) -> None:
+        read, write = os.pipe()
+        audit = proxy.Audit(write)
+        deed = audit.about("tools/call", "get_commit", {})
+        with unittest.mock.patch("os.write", lambda fd, data: os.writev(fd, [data[:9]])):
+            self.assertFalse(audit.record(deed, "forward"))
+        self.assertTrue(audit.record(deed, "forward"))
+        os.close(write)
+        with open(read) as file:
+            self.assertEqual(json.loads(file.readlines()[-1])["verdict"], "forward")
+
     def test_what_the_guest_calls_a_tool_is_no_word_of_ours(self) -> None:
         self.client.ask(call("", name="done: create_branch\nx"))
         self.client.ask(call("", name="create_branch", branch="main", from_branch=["x"]))
@@ -957,7 +981,9 @@ class ApproveTest(OwnProxyTest):
         with tempfile.TemporaryDirectory() as folder:
             command = f"cat > {folder}/asked; env > {folder}/env; pwd > {folder}/pwd"
             message = call("", name="add_issue_comment", issue_number=5, body="all of it " * 100)
-            kept = {"DISPLAY": ":7", "GH_TOKEN": "gh-token-of-the-host"}
+            secrets = {"GH_TOKEN": "gh-token-of-the-host", "npm_token": "npm-of-the-host",
+                       "SSH_PASSPHRASE": "words-of-the-host", "AWS_ACCESS_KEY_ID": "key-of-the-host"}  # fmt: skip
+            kept = {"DISPLAY": ":7", **secrets}
             answer = self.ask(command, message, GITHUB_MCP_PROBE_SECRET="p" * 20, **kept)
             self.assertEqual(answer, "ok add_issue_comment")
             asked = json.loads(Path(folder, "asked").read_text())
@@ -967,7 +993,7 @@ class ApproveTest(OwnProxyTest):
             self.assertEqual(Path(folder, "pwd").read_text(), "/\n")
             environment = Path(folder, "env").read_text()
             self.assertIn("DISPLAY=:7", environment)
-            for word in (TOKEN, SECRET, "GITHUB_MCP_", "GH_TOKEN", "p" * 20):
+            for word in (TOKEN, SECRET, "GITHUB_MCP_", *secrets, "of-the-host", "p" * 20):
                 self.assertNotIn(word, environment)
             Path(folder, "asked").unlink()
             self.assertEqual(text_of(self.client.ask(call())), "ok get_file_contents")
@@ -979,6 +1005,27 @@ class ApproveTest(OwnProxyTest):
     def test_sh_is_not_looked_for_in_the_path(self) -> None:
         message = call("", name="create_branch", branch="fix")
         self.assertEqual(self.ask("exit 0", message, PATH="/nonexistent"), "ok create_branch")
+
+    def test_what_a_command_leaves_behind_does_not_hold_up_the_end(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            pid = Path(folder, "pid")
+            # It keeps the command's stdout open, from a session of its own.
+            leaves = f"setsid sh -c 'echo $$ > {pid}; exec sleep 60' & exit 0"
+            policy = Path(folder, "policy.ini")
+            policy.write_text(f"[policy]\napprove = {leaves}\n")
+            running = self.start("--policy", str(policy))
+            client = Client(running.port)
+            self.addCleanup(client.close)
+            client.send(call("", name="create_branch", branch="fix"))
+            deadline = time.monotonic() + TIMEOUT
+            while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            try:
+                began = time.monotonic()
+                self.assertEqual(running.stop(), 0)
+                self.assertLess(time.monotonic() - began, 20)
+            finally:
+                os.kill(int(pid.read_text()), signal.SIGKILL)
 
     def test_no_is_a_reason_and_silence_is_a_no(self) -> None:
         message = call("", name="create_branch", branch="fix")
@@ -997,6 +1044,21 @@ class ApproveTest(OwnProxyTest):
 
 
 class CrowdTest(OwnProxyTest):
+    def test_more_clients_than_files_are_no_traceback(self) -> None:
+        few = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 60))"
+        running = self.start(setup=few)
+        limits = resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE)
+        self.assertEqual(limits, (60, 60), "as many as there may be")
+        clients = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(80)]
+        deadline = time.monotonic() + TIMEOUT
+        while "out of system resource" not in running.stderr() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for client in clients:
+            client.close()
+        self.assertEqual(running.stop(), 0)
+        self.assertIn("out of system resource", running.stderr())
+        self.assertNotIn("Traceback", running.stderr())
+
     """More at once than have a place."""
 
     def connect(self, running: Proxy, count: int) -> list[Client]:
@@ -1233,7 +1295,10 @@ class LimitsTest(unittest.TestCase):
             running = Proxy(upstream.url, script=script)
             try:
                 slow, idle = Client(running.port), Client(running.port)
-                slow.socket.sendall(b"POST /mcp HTTP/1.1\r\nHo")
+                with contextlib.suppress(OSError):  # it is closed all the same
+                    for _ in range(50):
+                        slow.socket.sendall(b"P")
+                        time.sleep(0.05)
                 self.assertTrue(slow.is_closed())
                 self.assertTrue(idle.is_closed())
                 for client in (slow, idle):
