@@ -42,6 +42,8 @@ from typing import Any
 from typing import NamedTuple
 from typing import NoReturn
 from typing import Union
+from urllib.parse import SplitResult
+from urllib.parse import urlsplit
 
 __version__ = "0.1.0"
 
@@ -267,8 +269,7 @@ def parse_message(body: Bytes) -> Object:
         del message["params"]
     is_object = isinstance(message.get("params", {}), dict)
     demand(is_object, "params must be an object", code=INVALID_PARAMS)
-    checked: Object = message
-    return checked
+    return as_object(message)
 
 
 def dumps(value: Json) -> bytes:
@@ -348,16 +349,13 @@ def simple(
     return Rule(what, check)
 
 
-def free_text(limit: int) -> Rule:
-    return simple(
-        f"text of up to {limit} characters without NUL",
-        lambda value: isinstance(value, str) and len(value) <= limit and "\0" not in value,
-    )
-
-
 def pattern(what: str, regex: str) -> Rule:
     fits = re.compile(regex).fullmatch
     return simple(what, lambda value: isinstance(value, str) and fits(value))
+
+
+def free_text(limit: int) -> Rule:
+    return pattern(f"text of up to {limit} characters without NUL", rf"[^\0]{{0,{limit}}}")
 
 
 def integer(low: int, high: int) -> Rule:
@@ -1121,25 +1119,32 @@ def git_service(bounds: Bounds, method: str, target: str) -> str:
     return service
 
 
+def pkt_lines(data: Bytes) -> Iterator[tuple[int, bytes]]:
+    """(size, payload) of pkt-lines, as far as they are whole; at last size -1 for what is none."""
+    at = size = 0
+    while size >= 0 and len(data) >= at + 4:
+        digits = bytes(data[at : at + 4])
+        size = int(digits, 16) if PKT_SIZE(digits) else -1
+        end = at + max(size, 4)
+        if end > len(data):
+            return
+        yield size, bytes(data[at + 4 : end])
+        at = end
+
+
 def parse_push(data: bytes) -> Push | None:
     """The push that begins so, once its commands are whole; None: more is to come.
 
     Refusal for what is no push: signed ones too, whose commands are wrapped.
     """
     commands: list[Command] = []
-    capabilities, at = "", 0
-    while len(data) >= at + 4:
-        digits = data[at : at + 4]
-        small = digits in (b"0001", b"0002", b"0003", b"0004")
-        insist(PKT_SIZE(digits) and not small, NO_PUSH)
-        size = int(digits, 16)
+    capabilities = ""
+    for size, payload in pkt_lines(data):
+        insist(size == 0 or size > 4, NO_PUSH)
         if not size:
             return Push(data, tuple(commands), capabilities)
-        if len(data) < at + size:
-            return None
-        line, nul, rest = data[at + 4 : at + size].partition(b"\0")
+        line, nul, rest = payload.partition(b"\0")
         capabilities = rest.decode("ascii", "replace") if nul else capabilities
-        at += size
         words = line.decode("utf-8", "replace").rstrip("\n").split(" ", 2)
         if words[0] == "shallow":
             continue
@@ -1195,12 +1200,13 @@ async def start(
 
 
 async def open_connection(
-    address: Address, tls: ssl.SSLContext | None, made: Callable[[], Exchange]
+    address: SplitResult, tls: ssl.SSLContext | None, made: Callable[[], Exchange]
 ) -> Exchange:
     """A connection to an upstream; `tls`: the context, None on loopback."""
-    name = address.host if tls else None
+    port = address.port or (443 if tls else 80)
+    name = address.hostname if tls else None
     opening = asyncio.get_running_loop().create_connection(
-        made, address.host, address.port, ssl=tls, server_hostname=name
+        made, str(address.hostname), port, ssl=tls, server_hostname=name
     )
     try:
         return (await asyncio.wait_for(opening, CONNECT_SECONDS))[1]
@@ -1213,13 +1219,13 @@ async def open_connection(
 
 
 def request_head(
-    method: str, address: Address, path: str, headers: Mapping[str, str], credential: str
+    method: str, address: SplitResult, path: str, headers: Mapping[str, str], credential: str
 ) -> bytes:
     """The head of a request: nothing is in it that is not made here, and the token is."""
-    target = address.path.rstrip("/") + path if path else address.path
+    target = address.path.rstrip("/") + path if path else address.path or "/"
     lines = [
         f"{method} {target} HTTP/1.1",
-        f"Host: {address.name}",
+        f"Host: {address.netloc}",
         f"User-Agent: agent-vm-github-mcp-proxy/{__version__}",
         "Accept-Encoding: identity",
         *(f"{name}: {value}" for name, value in headers.items() if value),
@@ -1410,11 +1416,8 @@ async def serve_mcp(repository: Repository, client: Client) -> None:
     if verdict.write:
         repository.writes.append(time.monotonic())
     try:
-        exchange = await upstream.post(verdict, headers)
-        try:
+        with contextlib.closing(await upstream.post(verdict, headers)) as exchange:
             await relay_mcp(repository, client, exchange, verdict, deed, headers)
-        finally:
-            exchange.release()
     except UpstreamError as error:
         lost = deed.write and isinstance(error, AnswerLost)
         audit.record(deed, "unknown" if lost else "failed", str(error))
@@ -1575,7 +1578,9 @@ async def serve_client(repository: Repository, gate: Gate, client: Client) -> No
                 if not client.is_probe:
                     audit = repository.audit
                     audit.record(audit.about("", "", {}), "refuse", str(error))
-                client.refuse(error)
+                # Where it cannot be read to its end, it is the last.
+                client.is_last = client.is_last or not client.is_over
+                client.tell({}, Refuse(str(error), error.code), status=error.status)
             await client.drain()
     except UpstreamError:
         pass  # it is the client that has gone
@@ -1871,11 +1876,9 @@ def narrow_tool(offered: Object, policy: Policy) -> Object:
     required = [key for key in schema.get("required", []) if key not in ("owner", "repo")]
     properties = {}
     for key, prop in schema.get("properties", {}).items():
-        if key in rules and rules[key].choices and "enum" in prop:
-            prop = {
-                **prop,
-                "enum": [value for value in prop["enum"] if value in rules[key].choices],
-            }
+        choices = rules[key].choices if key in rules else ()
+        if choices and "enum" in prop:
+            prop = {**prop, "enum": [value for value in prop["enum"] if value in choices]}
         if key in rules or key in ("owner", "repo"):
             properties[key] = prop
     if not rules.keys() >= set(required):
@@ -1916,27 +1919,16 @@ def pkt(data: bytes) -> bytes:
     return b"%04x%b" % (len(data) + 4, data)
 
 
-def pkt_lines(data: Bytes) -> Iterator[bytes]:
-    """The payloads of pkt-lines, as far as they are whole."""
-    at = 0
-    while PKT_SIZE(bytes(data[at : at + 4])):
-        size = max(4, int(data[at : at + 4], 16))
-        if at + size > len(data):
-            return
-        yield bytes(data[at + 4 : at + size])
-        at += size
-
-
 def pushed_refs(report: Bytes, push: Push) -> dict[str, str]:
     """Ref -> why it was not taken, or "", of the upstream's answer to a push.
 
     The side-band's other bands have what the upstream says of file names: the pusher's words.
     """
     if "side-band" in push.capabilities:
-        report = b"".join(line[1:] for line in pkt_lines(report) if line[:1] == b"\x01")
+        report = b"".join(line[1:] for _, line in pkt_lines(report) if line[:1] == b"\x01")
     refs = {command.ref for command in push.commands}
     found: dict[str, str] = {}
-    for line in pkt_lines(report):
+    for _, line in pkt_lines(report):
         word, _, rest = line.decode(errors="replace").rstrip("\n").partition(" ")
         ref, _, why = rest.partition(" ")
         if word in ("ok", "ng") and ref in refs:
@@ -2159,13 +2151,12 @@ class Wire(asyncio.Protocol):
         """Wait for more; AnswerLost when there will be none."""
         had = len(self.buffer)
         if not self.ended:
-            loop = asyncio.get_running_loop()
-            self.reader = loop.create_future()
-            timer = loop.call_later(self.patience, self.expire)
+            self.reader = asyncio.get_running_loop().create_future()
+            self.allow(self.patience)
             try:
                 await self.reader
             finally:
-                timer.cancel()
+                self.allow(0)
         if len(self.buffer) == had:
             raise AnswerLost(self.failure)
 
@@ -2314,11 +2305,6 @@ class Client(Wire):
             shown = b"event: message\ndata: " + data.replace(b"\n", b" ") if data else b": alive"
             self.write(chunk_of(shown + b"\n\n"))
 
-    def refuse(self, error: ProtocolError) -> None:
-        """Say what is wrong with what came; where it cannot be read to its end, it is the last."""
-        self.is_last = self.is_last or not self.is_over
-        self.tell({}, Refuse(str(error), error.code), status=error.status)
-
     def tell(self, message: Object, refuse: Refuse, said: Bytes = b"", status: int = 0) -> None:
         """Why there is no answer: in the stream, where one has begun. `said`: by the upstream."""
         usual, made = told_of(message, refuse)
@@ -2350,16 +2336,6 @@ class Client(Wire):
         if not self.ended:
             self.allow(STALL_SECONDS)  # to read what was written
         self.transport.close()
-
-
-class Address(NamedTuple):
-    """Where an upstream is."""
-
-    secure: bool
-    host: str
-    port: int
-    path: str
-    name: str  # as Host has it
 
 
 class Exchange(Wire):
@@ -2426,7 +2402,7 @@ class Exchange(Wire):
             await self.whole()
         self.patience = self.upstream.timeout
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Back to the pool when the exchange is over; closed at once when it was broken off."""
         closing = self.head.headers.get("connection", "").lower() == "close"
         if self.is_over and not (closing or self.is_half or self.buffer or self.ended):
@@ -2440,13 +2416,13 @@ class Upstream:
     """A server that requests go to: its address, its connections, and what they have in common."""
 
     def __init__(
-        self, address: Address, token: Token, headers: Mapping[str, str],
+        self, address: SplitResult, token: Token, headers: Mapping[str, str],
         tls: ssl.SSLContext | None, timeout: float, *, is_git: bool = False,
     ) -> None:  # fmt: skip
         self.address = address
         self.token = token
         self.headers = headers
-        self.opened = (address, tls if address.secure else None, lambda: Exchange(self))
+        self.opened = (address, tls if address.scheme == "https" else None, lambda: Exchange(self))
         self.timeout = timeout  # seconds that it may be silent
         self.is_git = is_git
         self.wires: set[Exchange] = set()
@@ -2467,13 +2443,13 @@ class Upstream:
         error = {"code": INVALID_REQUEST, "message": "declined by the proxy"}
         said: Object = {"result": {}} if question["method"] == "ping" else {"error": error}
         made = dumps({"jsonrpc": "2.0", "id": question["id"], **said})
-        (await self.send("POST", "", {**POSTED, **sent}, made)).release()
+        (await self.send("POST", "", {**POSTED, **sent}, made)).close()
 
     async def send(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes = b"", *,
         again: bool = True, upload: Callable[[Exchange], Any] | None = None,
     ) -> Exchange:  # fmt: skip
-        """Send a request: the exchange, with the head of its answer in. `release` it.
+        """Send a request: the exchange, with the head of its answer in. Close it.
 
         `again`: whether it may be repeated on a fresh connection when an idle one turns out to be
         dead. A write may not: it could have been done. `upload` sends a body that is not held.
@@ -2538,8 +2514,8 @@ class Upstream:
             if client.is_chunked and not data:
                 exchange.write(LAST_CHUNK)
 
-        exchange = await self.send(method, path, headers, upload=upload if is_post else None)
-        try:
+        sent = await self.send(method, path, headers, upload=upload if is_post else None)
+        with contextlib.closing(sent) as exchange:
             if exchange.status != 200:
                 hint = ", is it there?" if exchange.status == 404 else ""
                 raise UpstreamError(f"HTTP {exchange.status}{hint}")
@@ -2560,8 +2536,6 @@ class Upstream:
                 if why is not None:
                     repository.audit.record(deed, "failed" if why else "done", why)
             client.write(LAST_CHUNK)
-        finally:
-            exchange.release()
 
     async def learn(self, repository: Repository) -> None:
         """Ask GitHub's search, which does not find every repository and may be behind, and git.
@@ -2574,7 +2548,7 @@ class Upstream:
                 found, default_branch = await asyncio.wait_for(ask(repository), CONNECT_SECONDS)
             except Exception as error:  # whatever came: then it is not known
                 said = str(error) if isinstance(error, UpstreamError) else "no answer of use"
-                log(f"{self.address.name}: {said}")
+                log(f"{self.address.netloc}: {said}")
                 continue
             if found:
                 repository.moved = bool(repository.id and repository.id != found)
@@ -2611,14 +2585,11 @@ async def ask_search(repository: Repository) -> tuple[int, str]:
     arguments = {"query": f"repo:{repository.scope} fork:true", "perPage": 5}
     params = {"name": "search_repositories", "arguments": arguments}
     forward = Forward({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params})
-    exchange = await repository.upstream.post(forward, OWN_HEADERS)
-    try:
-        kind, found = "", forward.message
+    kind, found = "", forward.message
+    with contextlib.closing(await repository.upstream.post(forward, OWN_HEADERS)) as exchange:
         while kind != "answer":
             kind, found, _ = await exchange.next_message(forward)
         await exchange.finish()
-    finally:
-        exchange.release()
     for item in json.loads(found["result"]["content"][0]["text"])["items"]:
         if repository.scope.is_named(item["full_name"]):
             return int(item["id"]), item.get("default_branch") or ""
@@ -2632,12 +2603,10 @@ async def ask_git(repository: Repository) -> tuple[int, str]:
     body = pkt(b"command=ls-refs\n") + b"0001" + pkt(b"symrefs\n") + pkt(b"ref-prefix HEAD\n")
     headers = {"Git-Protocol": "version=2", "Content-Type": "application/x-git-upload-pack-request"}
     path = f"/{repository.scope}.git/git-upload-pack"
-    exchange = await repository.git.send("POST", path, headers, body + b"0000")
-    try:
+    asked = await repository.git.send("POST", path, headers, body + b"0000")
+    with contextlib.closing(asked) as exchange:
         head = HEAD_REF.search(await exchange.whole())
-        return 0, head[1].decode() if head else ""
-    finally:
-        exchange.release()
+    return 0, head[1].decode() if head else ""
 
 
 # --- settings ---
@@ -2662,18 +2631,18 @@ def positive_seconds(value: str) -> float:
     return float(value)
 
 
-def parse_address(url: str, option: str) -> Address:
+def parse_address(url: str, option: str) -> SplitResult:
     """https, or http to loopback; no user, query or fragment. `option`: what is wrong if it is."""
-    match = re.fullmatch(rf"(https?)://{HOST}(?::([0-9]{{1,5}}))?(/[!-~]*)?", url)
-    if not match or re.search(r"[?#%\\]|/\.", match[4] or ""):
+    try:
+        address = urlsplit(url)
+        known = address.port != 0 and re.fullmatch(rf"https?://{HOST}(:[0-9]+)?(/[!-~]*)?", url)
+    except ValueError:  # no port, or no IPv6 address
+        known = None
+    if not known or re.search(r"[?#%\\]|/\.", url):
         raise ProxyError(f"{option} is not an address like https://HOST[:PORT]/PATH")
-    secure, host = match[1] == "https", match[2].strip("[]").lower()
-    if not secure and host not in ("127.0.0.1", "localhost", "::1"):
+    if address.scheme == "http" and address.hostname not in ("127.0.0.1", "localhost", "::1"):
         raise ProxyError(f"{option} must be https: the token would go over the network in clear")
-    usual = 443 if secure else 80
-    port = int(match[3] or usual)
-    name = match[2].lower() if port == usual else f"{match[2].lower()}:{port}"
-    return Address(secure=secure, host=host, port=port, path=match[4] or "/", name=name)
+    return address
 
 
 def read_policy(path: str) -> Policy:
@@ -2743,8 +2712,7 @@ environment:
   GITHUB_MCP_TOOLSETS   offered by the upstream (default repos,issues,pull_requests,git,labels)
   GITHUB_MCP_READONLY   1: no writes (default 0)
   GITHUB_MCP_LOCKDOWN   1: ask the upstream to hide what outsiders wrote (default 1; best effort)
-  GITHUB_MCP_UPSTREAM   as --upstream
-  GITHUB_MCP_GIT        as --git
+  GITHUB_MCP_UPSTREAM, GITHUB_MCP_GIT   as --upstream and --git
 
 exit status:
   0 stopped as asked · 1 failed · 2 usage · 130 Ctrl-C
@@ -2801,7 +2769,7 @@ def build_repository(options: argparse.Namespace) -> Repository:
     git_address = parse_address(options.git, "--git") if options.git else address
     tls = None
     try:
-        if options.ca_file or address.secure or git_address.secure:
+        if options.ca_file or "https" in (address.scheme, git_address.scheme):
             tls = ssl.create_default_context(cafile=options.ca_file or None)
     except OSError:  # ssl.SSLError is one
         raise ProxyError(f"cannot read certificates from {options.ca_file}") from None

@@ -21,6 +21,7 @@ import unittest
 import unittest.mock
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import github_mcp_proxy as proxy
 from tests.fakes import mcp_upstream as fake
@@ -301,7 +302,7 @@ class FramingTest(unittest.TestCase):
         whole = head + b"Transfer-Encoding: chunked\r\n\r\n" + body
 
         async def read(size: int) -> list[bytes]:
-            address = proxy.Address(secure=False, host="", port=0, path="", name="")
+            address = urlsplit("http://127.0.0.1/")
             token = proxy.Token(TOKEN, "")
             exchange = proxy.Exchange(proxy.Upstream(address, token, {}, None, 1))
             exchange.transport = Pipe()  # type: ignore[assignment]
