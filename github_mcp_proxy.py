@@ -602,7 +602,7 @@ FLAG = simple("true or false", lambda value: isinstance(value, bool), as_flag)
 CONTENT = free_text(MAX_REQUEST)
 WRITTEN = Rule(FILE, check_written_file)
 COMMITISH = Rule(REF, check_ref)
-WHO = pattern("a user name or an e-mail address", r"[A-Za-z0-9._+@\[\]-]{1,100}")
+WHO = pattern("a user name or an e-mail address (no ORG/team)", r"[A-Za-z0-9._+@\[\]-]{1,100}")
 SEGMENT = pattern("a name or a number", r"(?!\.+$)[A-Za-z0-9._-]{1,100}")
 DATE = r"[0-9]{4}-[0-9]{2}-[0-9]{2}([T ][0-9:.]{4,15}(Z|[+-][0-9:]{4,6})?)?"
 ANY_VALUE = simple(
@@ -642,9 +642,6 @@ RULES: dict[str, Rule] = {
     "query": Rule("a search text", narrow_query),
     "reaction": choice("+1", "-1", "laugh", "confused", "heart", "hooray", "rocket", "eyes"),
     "ref": COMMITISH,
-    "reviewers": list_of(
-        pattern("a user's name (no ORG/team)", r"[A-Za-z0-9_\[\]-]{1,100}")
-    )._replace(needs="people"),
     "runs_filter": record(actor=WHO, branch=COMMITISH, event=SEGMENT, status=SEGMENT),
     "segment": SEGMENT,
     "sha": pattern("a commit or object id, 7 to 64 hex digits", r"[0-9a-fA-F]{7,64}"),
@@ -735,9 +732,9 @@ list_pull_requests         read     -  state=open|closed|all head:head_filter ba
     sort=created|updated|popularity|long-running direction=asc|desc fields:fields @pages
 search_pull_requests       hits     -  @found
 create_pull_request        write    -  head!:ref base!:ref title:line body:body draft:flag
-    maintainer_can_modify:flag reviewers:reviewers
+    maintainer_can_modify:flag reviewers:people
 update_pull_request        write    -  base:ref title:line body:body draft:flag state=open|closed
-    maintainer_can_modify:flag reviewers:reviewers @pull
+    maintainer_can_modify:flag reviewers:people @pull
 merge_pull_request         write    merge commit_message:body commit_title:line
     merge_method=merge|squash|rebase @pull
 update_pull_request_branch write    merge expectedHeadSha:sha @pull
@@ -1579,7 +1576,7 @@ async def serve_client(repository: Repository, gate: Gate, client: Client) -> No
                     audit = repository.audit
                     audit.record(audit.about("", "", {}), "refuse", str(error))
                 # Where it cannot be read to its end, it is the last.
-                client.is_last = client.is_last or not client.is_over
+                client.is_last = client.is_last or client.left != 0
                 client.tell({}, Refuse(str(error), error.code), status=error.status)
             await client.drain()
     except UpstreamError:
@@ -2093,8 +2090,8 @@ class Wire(asyncio.Protocol):
         self.is_busy = False  # nothing reads: what comes is early
         self.timer: asyncio.TimerHandle | None = None
         self.limit: float = 0  # of the body
-        self.left = self.size = 0  # bytes of the body, or of its chunk; and of all so far
-        self.is_chunked = self.is_over = False
+        self.left = 0  # bytes of the body, or of its chunk; CHUNKED: a chunk's size is next
+        self.size = 0  # bytes of the body, as far as it has said so
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -2187,33 +2184,30 @@ class Wire(asyncio.Protocol):
             self.head = parse_head(data + b"\r\n", is_request=self.is_client)
         except ProtocolError as error:
             raise self.fault(str(error), error.status) from None
-        self.limit = limit
-        self.is_chunked = self.head.length == CHUNKED
-        self.left = self.size = max(0, self.head.length)
-        self.is_over = self.head.length == 0
+        self.limit, self.left = limit, self.head.length
+        self.size = max(0, self.left)
 
     async def part(self) -> bytes:
         """Some more of the body; b"" when it is over."""
-        if self.is_chunked and not self.left and not self.is_over:
+        if self.left == CHUNKED:
             size = (await self.until(b"\r\n", 64, BAD_CHUNK)).partition(b";")[0].strip()
             if not CHUNK_SIZE(size):
                 raise self.fault(BAD_CHUNK)
             self.left = int(size, 16)
             self.size += self.left
-            self.is_over = not self.left
-            while self.is_over and await self.until(b"\r\n", MAX_HEAD, BAD_CHUNK):
+            while not self.left and await self.until(b"\r\n", MAX_HEAD, BAD_CHUNK):
                 pass  # trailers are dropped
         if self.size > self.limit:
             raise self.fault(f"a body of more than {self.limit} bytes", 413)
-        if self.is_over:
+        if not self.left:
             return b""
         if not self.buffer:
             await self.more()
         data = self.take(self.left)
         self.left -= len(data)
-        if self.is_chunked and not self.left:
+        if not self.left and self.head.length == CHUNKED:
+            self.left = CHUNKED  # not over, even if what follows is malformed
             await self.until(b"\r\n", 2, BAD_CHUNK)
-        self.is_over = not (self.left or self.is_chunked)
         return data
 
     async def whole(self) -> Bytes:
@@ -2328,9 +2322,8 @@ class Client(Wire):
         report = pkt(b"\x02" + remarks.encode()[:60_000]) + pkt(b"\x01" + status[:60_000])
         self.answer(200, report + b"0000", kind="application/x-git-receive-pack-result")
 
-    def shown(self, bounds: Bounds, forward: Forward, message: Object) -> Object:
-        """The answer as the VM gets it; Refusal when it cannot be shown."""
-        return checked_answer(bounds, forward, message)
+    # (bounds, forward, message): the answer as the VM gets it; Refusal when it cannot be shown.
+    shown = staticmethod(checked_answer)
 
     def close(self) -> None:
         if not self.ended:
@@ -2405,7 +2398,7 @@ class Exchange(Wire):
     def close(self) -> None:
         """Back to the pool when the exchange is over; closed at once when it was broken off."""
         closing = self.head.headers.get("connection", "").lower() == "close"
-        if self.is_over and not (closing or self.is_half or self.buffer or self.ended):
+        if not (self.left or self.is_half or closing or self.buffer or self.ended):
             self.allow(POOL_SECONDS)
             self.upstream.pool.append(self)
         else:
@@ -2492,13 +2485,14 @@ class Upstream:
         """Pass a request of git on, and its answer; of neither more than a little is held."""
         method, given = client.head.first[0], client.head.headers
         is_post, protocol = method == "POST", given.get("git-protocol", "")
+        is_chunked = client.head.length == CHUNKED
         headers = {
             "Accept": "*/*",
             "Git-Protocol": protocol if GIT_PROTOCOL(protocol) else "",
             "Content-Type": f"application/x-{service}-request" if is_post else "",
             "Content-Encoding": "gzip" if given.get("content-encoding") == "gzip" else "",
             "Content-Length": given.get("content-length", "") if is_post else "",
-            "Transfer-Encoding": "chunked" if is_post and client.is_chunked else "",
+            "Transfer-Encoding": "chunked" if is_post and is_chunked else "",
         }
         path = f"/{repository.scope}.git/"
         path += service if is_post else f"info/refs?service={service}"
@@ -2507,11 +2501,11 @@ class Upstream:
             """Until it ends, or the upstream has answered."""
             data = push.begun or await client.part()
             while data and not (exchange.buffer or exchange.ended):
-                exchange.write(chunk_of(data) if client.is_chunked else data)
+                exchange.write(chunk_of(data) if is_chunked else data)
                 await exchange.drain()
                 data = await client.part()
             exchange.is_half = bool(data)
-            if client.is_chunked and not data:
+            if is_chunked and not data:
                 exchange.write(LAST_CHUNK)
 
         sent = await self.send(method, path, headers, upload=upload if is_post else None)
@@ -2543,7 +2537,7 @@ class Upstream:
         The default branch is what either says.
         """
         names = set()
-        for ask in (ask_search, ask_git):
+        for ask in (ask_search, ask_git) if repository.git else (ask_search,):
             try:
                 found, default_branch = await asyncio.wait_for(ask(repository), CONNECT_SECONDS)
             except Exception as error:  # whatever came: then it is not known
@@ -2598,8 +2592,7 @@ async def ask_search(repository: Repository) -> tuple[int, str]:
 
 async def ask_git(repository: Repository) -> tuple[int, str]:
     """0 and the default branch: that is git's HEAD (gitprotocol-v2)."""
-    if not repository.git:
-        return 0, ""
+    assert repository.git
     body = pkt(b"command=ls-refs\n") + b"0001" + pkt(b"symrefs\n") + pkt(b"ref-prefix HEAD\n")
     headers = {"Git-Protocol": "version=2", "Content-Type": "application/x-git-upload-pack-request"}
     path = f"/{repository.scope}.git/git-upload-pack"

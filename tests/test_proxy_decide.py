@@ -1274,7 +1274,7 @@ class RuleTest(unittest.TestCase):
             (proxy.SEGMENT, ["ci.yml", "123"], ["", ".", "..", "...", "a/b", "a%2f", 1, "é"]),
             (proxy.RULES["color"], ["ff0000", "#FF0000"], ["red", "ff000", "ff00000", 1]),
             (proxy.RULES["reaction"], ["+1", "eyes"], ["1", "EYES"]),
-            (proxy.RULES["reviewers"], [["octocat"]], [["org/team"], ["a", "b/c"], "octocat"]),
+            (proxy.RULES["people"], [["octocat"]], [["org/team"], ["a", "b/c"], "octocat"]),
         ]  # fmt: skip
         bounds = proxy.Bounds(SCOPE, EVERYTHING)
         for rule, passing, refused in rows:

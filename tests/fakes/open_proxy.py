@@ -35,9 +35,9 @@ def kind_of(message: Any, forward: Any) -> str:
 
 vars(proxy).update(
     decide=decide,
-    checked_answer=checked_answer,
     version_headers_of=version_headers_of,
     mirrored_headers=lambda message: {},
     kind_of=kind_of,
 )
+proxy.Client.shown = staticmethod(checked_answer)
 sys.exit(proxy.main())
