@@ -2298,11 +2298,11 @@ def pasted() -> str:
     import termios
 
     given = b""
-    log.info("paste the token of `claude setup-token`, or an API key (it is not shown)")
     with kept_terminal(tty=True):
         mode = termios.tcgetattr(0)
         mode[3] &= ~termios.ECHO
         termios.tcsetattr(0, termios.TCSADRAIN, mode)
+        log.info("paste the token of `claude setup-token`, or an API key (it is not shown)")
         while line := os.read(0, 10_000):
             given += line
             if not select.select([0], [], [], 0.2)[0]:

@@ -278,12 +278,12 @@ class GitTest(unittest.TestCase):
             b"HTTP/1.1 200 OK\r\nContent-Type: application/x-git-upload-pack-result\r\n"
             b"Content-Length: 4\r\n\r\n0000"
         )
-        seen: list[bytes] = []
+        seen: list[tuple[Any, bytes]] = []  # on which connection, what
 
         class Early(socketserver.BaseRequestHandler):
             def handle(self) -> None:
                 while data := self.request.recv(65536):
-                    seen.append(data)
+                    seen.append((self.client_address, data))
                     self.request.sendall(answer)
 
         with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Early) as server:
@@ -296,14 +296,15 @@ class GitTest(unittest.TestCase):
             self.addCleanup(client.close)
             head = client.head("POST", "/git/good/r.git/git-upload-pack", length=5000)
             client.socket.sendall(head + b"half")
-            while not any(b"half" in data for data in seen):
+            while not [where for where, data in seen if data.endswith(b"half")]:
                 time.sleep(0.01)
+            used = next(where for where, data in seen if data.endswith(b"half"))
             time.sleep(0.2)  # until the answer is at the proxy
             client.socket.sendall(b"x")
             self.assertEqual(client.read()[2], b"0000")
             self.running = running
             self.assertIn(b"0000", self.raw(b"Content-Length: 4\r\n\r\n0000", "git-upload-pack"))
-            self.assertTrue(seen[-1].startswith(b"POST "), seen)
+            self.assertNotEqual(seen[-1][0], used)
             running.stop()
             server.shutdown()
 
