@@ -302,8 +302,10 @@ class GitTest(unittest.TestCase):
             time.sleep(0.2)  # until the answer is at the proxy
             client.socket.sendall(b"x")
             self.assertEqual(client.read()[2], b"0000")
-            self.running = running
-            self.assertIn(b"0000", self.raw(b"Content-Length: 4\r\n\r\n0000", "git-upload-pack"))
+            refs = "/git/good/r.git/info/refs?service=git-upload-pack"
+            other = Client(running.port)
+            self.addCleanup(other.close)
+            self.assertEqual(other.raw(other.head("GET", refs))[0], 502, "it is not answered so")
             self.assertNotEqual(seen[-1][0], used)
             running.stop()
             server.shutdown()
