@@ -557,9 +557,8 @@ def narrow_query(query: Json, bounds: Bounds) -> str:
     insist(all(c == " " or not c.isspace() for c in query), SEARCHED)
     kept = query_tokens(bounds.scope, query)
     normal = unicodedata.normalize("NFKC", query)
-    if normal != query:
-        insist(is_plain(normal, 1024), SEARCHED)
-        query_tokens(bounds.scope, normal)
+    insist(is_plain(normal, 1024), SEARCHED)
+    query_tokens(bounds.scope, normal)
     return " ".join([f"repo:{bounds.scope}", *kept])
 
 
