@@ -284,7 +284,8 @@ class GitTest(unittest.TestCase):
             def handle(self) -> None:
                 while data := self.request.recv(65536):
                     seen.append((self.client_address, data))
-                    self.request.sendall(answer)
+                    if data.startswith((b"GET ", b"POST ")):
+                        self.request.sendall(answer)
 
         with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Early) as server:
             server.daemon_threads = True
