@@ -1417,8 +1417,8 @@ def mount_option(word: str) -> Mount:
     match = re.fullmatch(r"(.+?)(?::(ro|rw))?(?::(/.*))?", word, re.DOTALL)
     typed = os.path.expanduser(match[1] if match else word)
     source = real_place(typed)
-    if not match or not os.path.isdir(source.path):
-        raise argparse.ArgumentTypeError(f"{word!r}: {source.path} is not a directory")
+    if not (match and os.path.isdir(source.path) and os.access(source.path, os.R_OK | os.X_OK)):
+        raise argparse.ArgumentTypeError(f"{source.path} is not a directory that can be read")
     target = os.path.normpath(match[3] or source.path)
     return Mount(source, target, writable=match[2] == "rw", as_typed=spellings(typed))
 
@@ -1439,8 +1439,8 @@ SETTINGS = {
     "name": Setting(base_suffix, "", "use the base instance agent-vm-base-NAME", "NAME"),
     "minimal": Setting(yes_or_no, False, "only git, curl, jq and Claude Code in the VM"),
     "disk": Setting(whole_number, 20, "size of the VM's disk", "GB"),
-    "memory": Setting(whole_number, 8, "memory of the VM, half the host's at most", "GB"),
-    "cpus": Setting(whole_number, 4, "CPUs of the VM, half the host's at most", "N"),
+    "memory": Setting(whole_number, 8, "the VM's memory, by default at most half the host's", "GB"),
+    "cpus": Setting(whole_number, 4, "the VM's CPUs, by default at most half the host's", "N"),
     "template": Setting(existing_file, "", "another Lima template than lima/agent-vm.yaml", "FILE"),
     "image": Setting(image_location, "", "another Debian 13 disk image", "FILE|URL"),
     "ca-cert": Setting(existing_file, (), "trust a CA in the VM (repeatable)", "FILE", many=True),
@@ -1620,14 +1620,14 @@ def usable_base(host: Host, name: str) -> Instance:
     """The stopped instance that is cloned; what keeps it from that raises."""
     if not shutil.which("ssh"):
         raise AgentVMError("ssh is not installed", hint="install your system's OpenSSH client")
-    current, _ = read_base(host.folders, name)
-    base = host.lima.find(current) if current and host.lima.binary else None
+    base = host.lima.find(read_base(host.folders, name)[0]) if host.lima.binary else None
+    setup = "agent-vm setup" + name[len(BASE) :].replace("-", " --name ", 1)
     if base is None:
-        raise AgentVMError(f"there is no base instance {name}", hint="agent-vm setup")
+        raise AgentVMError(f"there is no base instance {name}", setup)
     if base.status != "Stopped":
         running = base.status == "Running"
         problem = f"the base instance {base.name} is {base.status.lower()}: it cannot be cloned"
-        raise AgentVMError(problem, f"agent-vm stop {base.name}" if running else "agent-vm setup")
+        raise AgentVMError(problem, f"agent-vm stop {base.name}" if running else setup)
     return base
 
 
@@ -2288,7 +2288,7 @@ def cmd_auth(args: argparse.Namespace) -> int:
         return 0
     credential = find_credential(host)
     known = f"{credential.name} from {credential.origin}; it enters the guest" if credential else ""
-    print(known or "none on this host")
+    print(known or "no credential: agent-vm auth set")
     return 0 if credential else 1
 
 
@@ -2558,8 +2558,8 @@ def open_standard_streams() -> None:
 
 def report(error: AgentVMError) -> None:
     hint = error.hint
-    # Who types the script's path has no function agent-vm; shell-init's use the whole path.
-    if "agent-vm " in hint and not os.path.isabs(sys.argv[0]):
+    # Who types the script's path has no function agent-vm; shell-init's run it with -I.
+    if "agent-vm " in hint and not sys.flags.isolated:
         hint += f"  (agent-vm is: python3 {sys.argv[0]})"
     lines = [error.details, f"agent-vm: error: {error}", hint and f"agent-vm: hint: {hint}"]
     shown = [printable(line) for text in lines if text for line in text.split("\n")]
@@ -2590,7 +2590,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         problem = str(error)
         if isinstance(error, OSError) and error.filename:
             problem = f"cannot use {error.filename}: {error.strerror}"
-        report(AgentVMError(problem, hint="" if log.verbose else "more with -v"))
+        report(AgentVMError(problem))
         if log.verbose:
             raise
     finally:
@@ -2818,7 +2818,6 @@ fi
 
 step "cleaning up"
 apt-get clean
-rm -rf /var/lib/apt/lists/*
 fstrim / || true  # gives the freed blocks back to the host's disk file
 
 touch "$marker"

@@ -309,9 +309,11 @@ class Sandbox:
         return sorted(path.name for path in (self.state / "links").glob("*"))
 
     def read_calls(self, name: str) -> list[dict[str, Any]]:
+        lines: list[str] = []
         with contextlib.suppress(FileNotFoundError):
-            return [json.loads(line) for line in (self.root / name).read_text().splitlines()]
-        return []
+            lines = (self.root / name).read_text().splitlines(keepends=True)
+        # The last may be half there: its program is just writing it.
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def calls(self, *tools: str) -> list[dict[str, Any]]:
         return [call for call in self.read_calls("calls") if not tools or call["tool"] in tools]

@@ -827,6 +827,18 @@ class LimaTroubleTest(WorldTest):
                     self.assertIn("Kernel panic", result.err)
                 self.assert_nothing_left()
 
+    def test_the_hint_names_the_base_instance_that_is_missing(self) -> None:
+        result = self.box.run("run", "--name", "a-b")
+        self.assert_refused(result, "no base instance agent-vm-base-a-b", "setup --name a-b")
+
+    def test_a_mount_that_cannot_be_read(self) -> None:
+        closed = self.box.home / "closed"
+        closed.mkdir(mode=0o000)
+        if os.access(closed, os.R_OK):
+            self.skipTest("root reads everything")
+        result = self.box.run("run", "--mount", str(closed))
+        self.assert_refused(result, f"{closed} is not a directory that can be read", status=2)
+
     def test_limactl_missing(self) -> None:
         (self.box.bin / "limactl").unlink()
         self.assert_refused(self.box.run("run"), "no base instance", "agent-vm setup")

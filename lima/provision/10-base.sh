@@ -164,7 +164,6 @@ fi
 
 step "cleaning up"
 apt-get clean
-rm -rf /var/lib/apt/lists/*
 fstrim / || true  # gives the freed blocks back to the host's disk file
 
 touch "$marker"
