@@ -713,14 +713,14 @@ def captured(
 
     With files, not pipes: a host agent that limactl leaves behind would hold a pipe open.
     """
-    import tempfile
+    from tempfile import TemporaryFile as unnamed  # without `dir` a signal could leave a file
 
     def end_of(file: Any) -> str:
         file.seek(max(0, file.seek(0, os.SEEK_END) - MAX_OUTPUT))
         return str(file.read().decode(errors="replace"))
 
-    deadline, new = time.monotonic() + timeout, tempfile.TemporaryFile
-    with new() as given, new() as out, new() as err:
+    deadline, tmp = time.monotonic() + timeout, os.environ.get("TMPDIR") or "/tmp"
+    with unnamed(dir=tmp) as given, unnamed(dir=tmp) as out, unnamed(dir=tmp) as err:
         given.write(contents.encode("utf-8", "surrogateescape"))
         given.seek(0)
         files = {"stdin": given, "stdout": out, "stderr": err, **options}
