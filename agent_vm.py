@@ -1158,8 +1158,9 @@ def running_above(host: Host, mounts: Sequence[Mount]) -> str:
     """An agent that runs now and can write a folder above could put a link in a mount's place."""
     for lease in host.leases.all():
         for folder in lease.folders if not host.leases.is_orphan(lease) else ():
+            above = real_place(folder)
             for mount in mounts:
-                if mount.source.path != folder and inside(mount.source, real_place(folder)):
+                if mount.source.path != folder and inside(mount.source, above):
                     return f"{mount.source.path} lies in {folder}, where {lease.name} is running"
     return ""
 
@@ -1261,12 +1262,10 @@ def github_proxy(host: Host, asked: GitHub, name: str) -> Iterator[GitHub]:
             port, rights = (proxy.stdout.readline().decode().strip() for _ in range(2))
         if not port.isdigit():
             raise AgentVMError("the GitHub proxy did not start", details=tail(errors))
-        readonly = rights == "read-only"
-        log.info(f"GitHub: {asked.repo}{', read-only' if readonly else ''}")
+        github = asked._replace(environ={}, port=int(port), readonly=rights == "read-only")
+        log.info(f"GitHub: {github.repo}{', read-only' if github.readonly else ''}")
         try:
-            yield GitHub(
-                asked.repo, asked.remote, {}, (), int(port), secret, probe_secret, readonly
-            )
+            yield github._replace(secret=secret, probe_secret=probe_secret)
         finally:
             if proxy.poll() is not None:
                 log.info(f"warning: the GitHub proxy ended before the agent: {errors}")

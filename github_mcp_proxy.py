@@ -1115,9 +1115,9 @@ def git_service(bounds: Bounds, method: str, target: str) -> str:
     return service
 
 
-def pkt_lines(data: Bytes) -> Iterator[tuple[int, bytes]]:
+def pkt_lines(data: Bytes, at: int = 0) -> Iterator[tuple[int, bytes]]:
     """(size, payload) of pkt-lines, as far as they are whole; at last size -1 for what is none."""
-    at = size = 0
+    size = 0
     while size >= 0 and len(data) >= at + 4:
         digits = bytes(data[at : at + 4])
         size = int(digits, 16) if PKT_SIZE(digits) else -1
@@ -1520,16 +1520,16 @@ async def serve_git(repository: Repository, client: Client) -> None:
 async def read_push(client: Client) -> Push:
     """A push, read as far as its commands go; what follows them is still to come."""
     insist("content-encoding" not in client.head.headers, "a push must not be compressed whole")
-    begun, at = bytearray(), 0  # at: where a line begins; all is parsed once, when it is there
-    while begun[at : at + 4] != b"0000":
-        size = bytes(begun[at : at + 4])
-        insist(len(size) < 4 or PKT_SIZE(size), NO_PUSH)
-        if len(size) == 4 and len(begun) >= at + int(size, 16):
-            at += max(4, int(size, 16))
-            continue
+    begun, at, size = bytearray(), 0, -1  # at: of the first line that is not whole yet
+    while size:  # 0 ends the commands; all of them are parsed once, when they are there
         more = await client.part()
         insist(more and len(begun) <= MAX_COMMANDS, "this push has no end of its commands")
         begun += more
+        for size, _ in pkt_lines(begun, at):
+            insist(size >= 0, NO_PUSH)
+            at += max(4, size)
+            if not size:
+                break
     push = parse_push(bytes(begun))
     assert push
     if not push.commands:  # git asks so whether it may, before it sends much

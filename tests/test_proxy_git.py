@@ -22,6 +22,7 @@ import github_mcp_proxy as proxy
 from tests.fakes import mcp_upstream
 from tests.fakes.git_server import GitServer
 from tests.support import ROOT
+from tests.support import wait_for
 from tests.test_proxy_http import BARE
 from tests.test_proxy_http import SECRET
 from tests.test_proxy_http import TOKEN
@@ -297,8 +298,7 @@ class GitTest(unittest.TestCase):
             self.addCleanup(client.close)
             head = client.head("POST", "/git/good/r.git/git-upload-pack", length=5000)
             client.socket.sendall(head + b"half")
-            while not [where for where, data in seen if data.endswith(b"half")]:
-                time.sleep(0.01)
+            wait_for(lambda: any(data.endswith(b"half") for _, data in seen), "half is there")
             used = next(where for where, data in seen if data.endswith(b"half"))
             time.sleep(0.2)  # until the answer is at the proxy
             client.socket.sendall(b"x")

@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 import github_mcp_proxy as proxy
 from tests.fakes import mcp_upstream as fake
 from tests.support import ROOT
+from tests.support import wait_for
 
 SCRIPT = ROOT / "github_mcp_proxy.py"
 TOKEN = "ghp_" + "t" * 36
@@ -1019,9 +1020,7 @@ class ApproveTest(OwnProxyTest):
             client = Client(running.port)
             self.addCleanup(client.close)
             client.send(call("", name="create_branch", branch="fix"))
-            deadline = time.monotonic() + TIMEOUT
-            while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
-                time.sleep(0.05)
+            wait_for(lambda: pid.exists() and pid.read_text(), "the command leaves something")
             try:
                 began = time.monotonic()
                 self.assertEqual(running.stop(), 0)
@@ -1052,9 +1051,7 @@ class CrowdTest(OwnProxyTest):
         limits = resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE)
         self.assertEqual(limits, (60, 60), "as many as there may be")
         clients = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(80)]
-        deadline = time.monotonic() + TIMEOUT
-        while "out of system resource" not in running.stderr() and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_for(lambda: "out of system resource" in running.stderr(), "it says so")
         for client in clients:
             client.close()
         self.assertEqual(running.stop(), 0)
@@ -1388,11 +1385,15 @@ print(json.dumps({"token": f"token-number-{number}-0123456789", "expires_at": ti
             assert process.stdin
             process.stdin.close()
             self.assertEqual(process.wait(10), 0)
-            stat = ""
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                while ") Z " not in stat and time.monotonic() < deadline:  # where nobody reaps
-                    stat = Path(f"/proc/{mark.read_text()}/stat").read_text()
-                self.assertIn(") Z ", stat)
+            stat = Path(f"/proc/{mark.read_text()}/stat")
+
+            def is_over() -> bool:
+                try:
+                    return ") Z " in stat.read_text()  # ended, where nobody reaps
+                except (FileNotFoundError, ProcessLookupError):
+                    return True
+
+            wait_for(is_over, "the command is ended")
 
 
 class CommandLineTest(unittest.TestCase):
