@@ -373,6 +373,7 @@ class Signals:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and `&` have it
                 signal.signal(number, self.handle)
         signal.signal(signal.SIGALRM, self.expire)
+        sys.unraisablehook = lambda _: None  # what they leave half made would complain at its end
 
     def handle(self, number: int, _: object) -> None:
         if self.caught:
@@ -548,8 +549,7 @@ class Cache:
             raise Failure(MEND, f"cannot use {self.folder}: {error.strerror}") from None
         ours = stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid()
         if not ours or info.st_mode & READABLE:
-            why = f"{self.folder} is not a folder for this user alone"
-            raise Failure(MEND, why, f"chmod 700 {self.folder}")
+            raise Failure(MEND, f"{self.folder} is not yours alone", f"chmod 700 {self.folder}")
 
     def read_token(self, path: str, forbidden: int = READABLE) -> Token | None:
         """The token of a file, None when there is no file; Failure when it cannot be used."""

@@ -293,7 +293,7 @@ class NotStoredTest(Case):
         self.cache.chmod(0o755)
         done = self.token()
         self.passes(done)
-        self.assertIn("for this user alone: not cached, so nobody has it but who", done.err)
+        self.assertIn("is not yours alone: not cached, so nobody has it but who", done.err)
         self.assertEqual(list(self.cache.iterdir()), [])
 
     def test_a_full_disk_costs_the_cache_only(self) -> None:

@@ -59,6 +59,16 @@ class SignalTest(LoginCase):
         self.stopped(run, signal.SIGTERM, 143)
         self.assertEqual(self.github.paths("POST"), [])
 
+    def test_it_strikes_where_the_library_makes_a_response(self) -> None:
+        """What is half made then is deleted without a word about it."""
+        setup = (
+            "import http.client, signal\nmade = http.client.HTTPResponse.__init__\n"
+            "def cut(*a, **k):\n os.kill(os.getpid(), signal.SIGTERM)\n made(*a, **k)\n"
+            "http.client.HTTPResponse.__init__ = cut\n"
+        )
+        done = self.mint(setup).wait()
+        self.assertEqual((done.status, done.out, done.err), (143, "", ""))
+
     def test_the_token_comes_just_after(self) -> None:
         """Within the moment that it has, the answer is waited for: it is stored, and known."""
         self.github.on(MINT, Reply(201, minted(self.github), (), "hang"))
