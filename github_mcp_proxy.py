@@ -148,25 +148,14 @@ ALLOW = frozenset(
 )
 
 
-class Seen(NamedTuple):
-    """What the judges must know of the past."""
-
-    writes: int = 0  # in the last hour
-    defaults: frozenset[str] = frozenset()  # the default branch, as the upstream tells it
-    moved: bool = False  # the repository's name now belongs to another one
-
-
-NOTHING_SEEN = Seen()
-# For a first look at a message, before the upstream is asked: no branch is called so.
-NOT_ASKED = Seen(defaults=frozenset(["HEAD"]))
-
-
 class Bounds(NamedTuple):
-    """What a rule may ask about."""
+    """What a judge or a rule may ask about: what is configured, and what is known by now."""
 
     scope: Scope
     policy: Policy
-    seen: Seen = NOTHING_SEEN
+    writes: int = 0  # in the last hour
+    defaults: frozenset[str] = frozenset()  # the default branch, as the upstream tells it
+    moved: bool = False  # the repository's name now belongs to another one
 
 
 class Forward(NamedTuple):
@@ -461,7 +450,7 @@ def check_branch(value: Json, bounds: Bounds) -> Json:
     insist(not special, "it has to be a branch's plain name, without refs/ or heads/ before it")
     if "default-branch" not in policy.allow:
         # What the policy names is protected besides: it may be wrong, or of another day.
-        defaults = bounds.seen.defaults | {policy.default_branch} - {""}
+        defaults = bounds.defaults | {policy.default_branch} - {""}
         insist(defaults, UNTOLD)
         is_default = name in {fold(default) for default in defaults}
         insist(not is_default, f"{value} is the default branch: {OTHER_BRANCH}")
@@ -849,9 +838,8 @@ META_PARAMETERS = parse_parameters(
 # --- pure: the judge ---
 
 
-def decide(scope: Scope, policy: Policy, message: Object, seen: Seen = NOTHING_SEEN) -> Verdict:
+def decide(bounds: Bounds, message: Object) -> Verdict:
     """Whether a well-formed message (`parse_message`) passes, and as what. Pure; the only judge."""
-    bounds = Bounds(scope, policy, seen)
     method = message["method"]
     tool = ""
     try:
@@ -868,19 +856,19 @@ def decide(scope: Scope, policy: Policy, message: Object, seen: Seen = NOTHING_S
 
 
 def decide_call(message: Object, bounds: Bounds) -> Verdict:
-    scope, policy, seen = bounds
+    scope, policy = bounds.scope, bounds.policy
     params = dict(message.get("params") or {})
     arguments = params.pop("arguments", None)
     outer = checked_params({"method": "tools/call", "params": params}, bounds)
     name = outer["name"]
     tool = TOOLS.get(name)
-    insist(not seen.moved, f"the name {scope} has come to mean another repository: nothing passes")
+    insist(not bounds.moved, f"the name {scope} has come to mean another repository: nothing passes")
     insist(tool, f"the proxy does not pass {quoted(name)}: tools/list shows what it passes")
     assert tool
     insist(policy.has(tool.needs), f"{name} needs `allow = {tool.needs}` in the host's policy file")
     insist(not (tool.write and policy.readonly), f"{name} writes, and the policy is read-only")
-    too_many = tool.write and seen.writes >= policy.writes_per_hour
-    insist(not too_many, f"{name}: {seen.writes} writes in the last hour, the policy's limit")
+    too_many = tool.write and bounds.writes >= policy.writes_per_hour
+    insist(not too_many, f"{name}: {bounds.writes} writes in the last hour, the policy's limit")
     arguments = {} if arguments is None else arguments
     insist(isinstance(arguments, dict), f"{name}: arguments must be an object")
     outer["arguments"] = sent = tool_arguments(name, tool, arguments, bounds)
@@ -1111,7 +1099,7 @@ def git_service(bounds: Bounds, method: str, target: str) -> str:
     service: str = called or advertised
     writes = service == "git-receive-pack"
     insist(not (writes and bounds.policy.readonly), "the policy is read-only: nothing is pushed")
-    insist(not bounds.seen.moved, f"the name {scope} has come to mean another repository")
+    insist(not bounds.moved, f"the name {scope} has come to mean another repository")
     return service
 
 
@@ -1152,7 +1140,7 @@ def parse_push(data: bytes) -> Push | None:
 
 def judge_push(bounds: Bounds, commands: Sequence[Command]) -> dict[str, str]:
     """Why refs may not be pushed, by ref: the same policy as for the tools. Empty: all may."""
-    if bounds.seen.writes + len(commands) > bounds.policy.writes_per_hour:
+    if bounds.writes + len(commands) > bounds.policy.writes_per_hour:
         return {command.ref: "too many writes in the last hour" for command in commands}
     refused = {}
     for command in commands:
@@ -1337,11 +1325,7 @@ class Repository:
 
     def bounds(self) -> Bounds:
         self.writes = [when for when in self.writes if when > time.monotonic() - 3600]
-        return Bounds(self.scope, self.policy, Seen(len(self.writes), self.defaults, self.moved))
-
-    def judge(self, message: Object) -> Verdict:
-        scope, policy, seen = self.bounds()
-        return decide(scope, policy, message, seen)
+        return Bounds(self.scope, self.policy, len(self.writes), self.defaults, self.moved)
 
     async def know(self, *, wait: bool) -> None:
         """Learn the repository's id and default branch, anew each minute that it is used."""
@@ -1376,6 +1360,9 @@ class Repository:
 
 # --- the story: a message of MCP ---
 
+# Of a first look at a message, before the upstream is asked: no branch is called so.
+NOT_ASKED = frozenset(["HEAD"])
+
 
 async def serve_mcp(repository: Repository, client: Client) -> None:
     """Read a message, judge it, send on what was rebuilt of it, and give back the answer."""
@@ -1386,14 +1373,14 @@ async def serve_mcp(repository: Repository, client: Client) -> None:
         message = parse_message(await client.receive())
         method = message["method"]
         headers = client.mcp_headers(message)
-        verdict = decide(repository.scope, policy, message, NOT_ASKED)
+        verdict = decide(Bounds(repository.scope, policy, defaults=NOT_ASKED), message)
         if isinstance(verdict, Forward):
             # Judged again, when it is known what may be written: of a message that passes
             # the rebuilt one is small, and only that is held while others are asked.
             message = verdict.message
             if method == "tools/call":
                 await repository.know(wait=verdict.write)
-            verdict = repository.judge(message)
+            verdict = decide(repository.bounds(), message)
     arguments = as_object(as_object(message.get("params")).get("arguments"))
     is_write = isinstance(verdict, Forward) and verdict.write
     deed = audit.about(method, verdict.tool, arguments, is_write)
@@ -1402,7 +1389,8 @@ async def serve_mcp(repository: Repository, client: Client) -> None:
     if isinstance(verdict, Forward) and is_write and policy.approve:
         asked = {"tool": verdict.tool, "target": deed.target, "arguments": arguments}
         reason = await repository.ask_user(asked)
-        verdict = Refuse(reason, tool=verdict.tool) if reason else repository.judge(message)
+        judged = decide(repository.bounds(), message)
+        verdict = Refuse(reason, tool=verdict.tool) if reason else judged
     if isinstance(verdict, Forward) and not audit.record(deed, "forward"):
         verdict = Refuse(UNRECORDED, UPSTREAM_FAILED, verdict.tool)
     if isinstance(verdict, Refuse):
@@ -1887,8 +1875,8 @@ def narrow_tool(offered: Object, policy: Policy) -> Object:
 
 def instructions(bounds: Bounds) -> str:
     """What the agent is told of the server: in place of the upstream's own text."""
-    scope, policy, seen = bounds
-    defaults = " and ".join(sorted(seen.defaults | {policy.default_branch} - {""}))
+    scope, policy = bounds.scope, bounds.policy
+    defaults = " and ".join(sorted(bounds.defaults | {policy.default_branch} - {""}))
     defaults = defaults or "the default branch"
     branches, paths = ", ".join(policy.branches), ", ".join(policy.deny_paths)
     writes = not policy.readonly

@@ -16,7 +16,6 @@ from github_mcp_proxy import Forward
 from github_mcp_proxy import Policy
 from github_mcp_proxy import Refuse
 from github_mcp_proxy import Scope
-from github_mcp_proxy import Seen
 from tests.tools import fuzz_proxy
 
 FAST = True  # tables only
@@ -40,7 +39,7 @@ def request(method: str, **params: Any) -> dict[str, Any]:
 
 def sent(message: dict[str, Any], policy: Policy = POLICY) -> dict[str, Any]:
     """The arguments that go to the upstream; fails when the call is refused."""
-    verdict = proxy.decide(SCOPE, policy, message)
+    verdict = proxy.decide(proxy.Bounds(SCOPE, policy), message)
     assert isinstance(verdict, Forward), verdict
     arguments: dict[str, Any] = verdict.message["params"]["arguments"]
     return arguments
@@ -549,10 +548,10 @@ class AttackTest(unittest.TestCase):
 
     def refused(
         self, word: str, message: dict[str, Any], policy: Policy = POLICY,
-        seen: Seen = proxy.NOTHING_SEEN,
+        bounds: proxy.Bounds = BOUNDS,
     ) -> str:  # fmt: skip
         """The reason, which has the word in it."""
-        verdict = proxy.decide(SCOPE, policy, message, seen)
+        verdict = proxy.decide(bounds._replace(policy=policy), message)
         self.assertIsInstance(verdict, Refuse, message)
         assert isinstance(verdict, Refuse)
         reason = verdict.reason
@@ -638,9 +637,9 @@ class AttackTest(unittest.TestCase):
 
     def test_one_write_too_many(self) -> None:
         message = call("create_branch", branch="x")
-        self.refused("300 writes", message, POLICY, Seen(writes=300))
-        self.assertIsInstance(proxy.decide(SCOPE, POLICY, message, Seen(writes=299)), Forward)
-        self.assertIsInstance(proxy.decide(SCOPE, POLICY, call("list_tags"), Seen(300)), Forward)
+        self.refused("300 writes", message, POLICY, BOUNDS._replace(writes=300))
+        self.assertIsInstance(proxy.decide(BOUNDS._replace(writes=299), message), Forward)
+        self.assertIsInstance(proxy.decide(BOUNDS._replace(writes=300), call("list_tags")), Forward)
 
     def test_answers(self) -> None:
         """No question of the upstream reaches a client: so there is nothing to be answered."""
@@ -734,7 +733,7 @@ class PassTest(unittest.TestCase):
              {"name": "list_tags", "arguments": OURS}),
             (note, {"progressToken": 1, "progress": 0.5}),
         ):  # fmt: skip
-            verdict = proxy.decide(SCOPE, POLICY, message)
+            verdict = proxy.decide(BOUNDS, message)
             assert isinstance(verdict, Forward), verdict
             self.assertEqual(verdict.message.get("params"), params)
 
@@ -771,7 +770,7 @@ class PassTest(unittest.TestCase):
         meta = {"progressToken": "p", "claudecode/toolUseId": "x", "io.modelcontextprotocol/protocolVersion": MODERN,
                 "io.modelcontextprotocol/clientCapabilities": {"sampling": {}}}  # fmt: skip
         message = request("tools/list", _meta=meta)
-        verdict = proxy.decide(SCOPE, POLICY, message)
+        verdict = proxy.decide(BOUNDS, message)
         assert isinstance(verdict, Forward)
         del meta["claudecode/toolUseId"]
         meta["io.modelcontextprotocol/clientCapabilities"] = {}
@@ -783,7 +782,7 @@ class PassTest(unittest.TestCase):
         message = request(
             "initialize", protocolVersion="2025-11-25", capabilities=capabilities, clientInfo=info
         )
-        verdict = proxy.decide(SCOPE, POLICY, message)
+        verdict = proxy.decide(BOUNDS, message)
         assert isinstance(verdict, Forward)
         params = verdict.message["params"]
         self.assertEqual(params["capabilities"], {})
@@ -906,7 +905,7 @@ class AnswerTest(unittest.TestCase):
             proxy.redact(text, b"")
             self.assertLess(time.perf_counter() - began, 0.3, text[:10])
         began = time.perf_counter()
-        verdict = proxy.decide(SCOPE, POLICY, call("list_tags", owner="?" * 6000))
+        verdict = proxy.decide(BOUNDS, call("list_tags", owner="?" * 6000))
         self.assertIsInstance(verdict, Refuse)
         self.assertLess(time.perf_counter() - began, 0.3)
 
@@ -1008,11 +1007,11 @@ class AnswerTest(unittest.TestCase):
             (call("pull_request_read", method="get_diff", pullNumber=1), ""),
             (call("list_tags"), ""),
         ):
-            verdict = proxy.decide(SCOPE, POLICY, message)
+            verdict = proxy.decide(BOUNDS, message)
             assert isinstance(verdict, Forward)
             self.assertEqual(verdict.check, check, message)
         labels = call("issue_read", method="get_labels", issue_number=1)
-        self.assertIsInstance(proxy.decide(SCOPE, POLICY, labels), Refuse)
+        self.assertIsInstance(proxy.decide(BOUNDS, labels), Refuse)
 
     def test_ids_that_have_more_than_one_spelling_are_refused(self) -> None:
         for id in ("<", "&", "é", '"', "\\", "a\n", "x" * 257, 1.5, True, None):
@@ -1224,7 +1223,7 @@ class EveryToolTest(unittest.TestCase):
                     self.assertEqual(sent(call(name, **OURS, **given), EVERYTHING), expected)
                     for key in required:
                         less = {k: v for k, v in given.items() if k != key}
-                        verdict = proxy.decide(SCOPE, EVERYTHING, call(name, **less))
+                        verdict = proxy.decide(proxy.Bounds(SCOPE, EVERYTHING), call(name, **less))
                         self.assertIsInstance(verdict, Refuse, key)
 
     def test_no_parameter_takes_what_is_odd(self) -> None:
@@ -1233,7 +1232,7 @@ class EveryToolTest(unittest.TestCase):
             for key in tool.parameters:
                 for value in ({"a": {"b": 1}}, [[1]], 10**16, "a\0b"):
                     with self.subTest(name, key=key, value=value):
-                        verdict = proxy.decide(SCOPE, EVERYTHING, call(name, **{key: value}))
+                        verdict = proxy.decide(proxy.Bounds(SCOPE, EVERYTHING), call(name, **{key: value}))
                         self.assertIsInstance(verdict, Refuse)
 
     def test_what_writes_is_marked(self) -> None:
@@ -1328,7 +1327,7 @@ class MessageTest(unittest.TestCase):
             {"jsonrpc": "2.0", "method": "notifications/initialized"},
             note,
         ):  # fmt: skip
-            self.assertEqual(proxy.decide(SCOPE, POLICY, message), Forward(message))
+            self.assertEqual(proxy.decide(BOUNDS, message), Forward(message))
         for word, message in (
             ("a cursor", request("tools/list", cursor="a b")),
             ('"owner" is not passed', request("tools/list", owner="evil")),
@@ -1346,7 +1345,7 @@ class MessageTest(unittest.TestCase):
             ),
         ):
             with self.subTest(message):
-                verdict = proxy.decide(SCOPE, POLICY, message)
+                verdict = proxy.decide(BOUNDS, message)
                 assert isinstance(verdict, Refuse)
                 self.assertIn(word, verdict.reason)
 
@@ -1363,8 +1362,8 @@ class MessageTest(unittest.TestCase):
     def test_the_default_branch_is_what_is_given_and_what_is_learnt(self) -> None:
         policy = Policy(default_branch="main")
         for branch in ("main", "trunk", "Master"):
-            seen = Seen(defaults=frozenset(["trunk", "master"]))
-            verdict = proxy.decide(SCOPE, policy, call("create_branch", branch=branch), seen)
+            bounds = proxy.Bounds(SCOPE, policy, defaults=frozenset(["trunk", "master"]))
+            verdict = proxy.decide(bounds, call("create_branch", branch=branch))
             assert isinstance(verdict, Refuse), branch
             self.assertIn("other than the default one", verdict.reason)
 
@@ -1387,7 +1386,7 @@ class MessageTest(unittest.TestCase):
         self.assertEqual(proxy.outcome({"id": 1, "result": {}}), ("done", "", ""))
 
     def test_a_name_that_becomes_another_repository(self) -> None:
-        verdict = proxy.decide(SCOPE, POLICY, call("list_tags"), Seen(moved=True))
+        verdict = proxy.decide(BOUNDS._replace(moved=True), call("list_tags"))
         assert isinstance(verdict, Refuse)
         self.assertIn("another repository", verdict.reason)
 
@@ -1437,7 +1436,7 @@ class MirrorTest(unittest.TestCase):
             self.assertEqual(caught.exception.code, -32020)
 
     def test_headers_are_made_from_what_is_sent(self) -> None:
-        verdict = proxy.decide(SCOPE, POLICY, self.message(owner="GOOD"))
+        verdict = proxy.decide(BOUNDS, self.message(owner="GOOD"))
         assert isinstance(verdict, Forward)
         self.assertEqual(
             proxy.mirrored_headers(verdict.message),
@@ -1484,7 +1483,7 @@ class PolicyTest(unittest.TestCase):
             for path in paths:
                 with self.subTest(glob, path=path):
                     message = call("delete_file", branch="b", path=path, message="m")
-                    self.assertIsInstance(proxy.decide(SCOPE, policy, message), Refuse)
+                    self.assertIsInstance(proxy.decide(proxy.Bounds(SCOPE, policy), message), Refuse)
         policy = POLICY._replace(deny_paths=("config/*/secrets/**", "keys/*.pem"))
         for path in ("config/prod/public", "keys/a.txt", "key", "confi", "src/keys"):
             sent(call("delete_file", branch="b", path=path, message="m"), policy)
@@ -1494,7 +1493,7 @@ class PolicyTest(unittest.TestCase):
                      "a/.GIT. /hooks/x", "vendor/GIT~1/config"):  # fmt: skip
             with self.subTest(path):
                 message = call("delete_file", branch="b", path=path, message="m")
-                self.assertIsInstance(proxy.decide(SCOPE, POLICY, message), Refuse)
+                self.assertIsInstance(proxy.decide(BOUNDS, message), Refuse)
         for path in ("a/CODEOWNERS/x", "CODEOWNERS.md", ".gitignore", "a/.github/x"):
             sent(call("delete_file", branch="b", path=path, message="m"))
 

@@ -87,8 +87,7 @@ class PushTest(unittest.TestCase):
             (POLICY._replace(writes_per_hour=0), ONE, "refs/heads/fix", "too many writes"),
         ):
             with self.subTest(ref, policy=policy):
-                seen = proxy.Seen(defaults=frozenset(["learnt"]))
-                bounds = proxy.Bounds(SCOPE, policy, seen)
+                bounds = proxy.Bounds(SCOPE, policy, defaults=frozenset(["learnt"]))
                 refused = proxy.judge_push(bounds, [proxy.Command(ZERO, new, ref)])
                 self.assertEqual(list(refused), [ref] if why else [])
                 self.assertIn(why, refused.get(ref, ""))
@@ -139,7 +138,7 @@ class PushTest(unittest.TestCase):
             readonly = BOUNDS._replace(policy=POLICY._replace(readonly=True))
             proxy.git_service(readonly, "POST", f"{good}/git-receive-pack")
         with self.assertRaises(proxy.Refusal):
-            moved = BOUNDS._replace(seen=proxy.Seen(moved=True))
+            moved = BOUNDS._replace(moved=True)
             proxy.git_service(moved, "POST", f"{good}/git-upload-pack")
 
 

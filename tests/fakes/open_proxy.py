@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import github_mcp_proxy as proxy
 
 
-def decide(scope: Any, policy: Any, message: proxy.Object, seen: Any = None) -> proxy.Verdict:
+def decide(bounds: Any, message: proxy.Object) -> proxy.Verdict:
     return proxy.Forward(message)
 
 

@@ -387,7 +387,7 @@ def judged(body: bytes, policy: Policy) -> str:
         message = proxy.parse_message(body)
     except proxy.ProtocolError:
         return "malformed"
-    verdict = proxy.decide(SCOPE, policy, message)
+    verdict = proxy.decide(proxy.Bounds(SCOPE, policy), message)
     if isinstance(verdict, proxy.Refuse):
         status, answer = proxy.told_of(message, verdict)
         insist(verdict.reason and status >= 200 and proxy.dumps(answer), "no reason", message)
