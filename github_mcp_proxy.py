@@ -49,9 +49,7 @@ __version__ = "0.1.0"
 
 STARTS: frozenset[str] = frozenset(["sh"])
 
-
 MAX_REQUEST = 5 * 1024 * 1024  # the server's own limit
-MAX_DEPTH = 32
 MAX_CONTAINERS = 250_000  # objects and lists of a message: as a tree they take 250 bytes each
 MAX_COMMANDS = 256 * 1024  # bytes of what a push says before its pack
 
@@ -180,7 +178,6 @@ Verdict = Union[Forward, Refuse]
 
 # --- pure: JSON, strictly ---
 
-SURROGATE = re.compile("[\ud800-\udfff]").search
 # An id is a number, or a string that every JSON writer spells alike.
 ID_STRING = re.compile(r"""[ !#-%'-;=?-\[\]-~]{0,256}""").fullmatch
 ENCODER = json.JSONEncoder(separators=(",", ":"))
@@ -202,35 +199,15 @@ def small_int(digits: str) -> int:
 STRICT = json.JSONDecoder(object_pairs_hook=no_duplicates, parse_int=small_int)
 
 
-def check_tree(value: Json, depth: int = 0) -> None:
-    """Refuse what is nested too deep, NaN and infinity, and strings that are not Unicode."""
-    if isinstance(value, str):
-        if not value.isascii() and SURROGATE(value):
-            raise ProtocolError("a JSON string has a lone surrogate", code=PARSE_ERROR)
-    elif isinstance(value, float):
-        if not abs(value) < float("inf"):
-            raise ProtocolError("a JSON number is not finite", code=PARSE_ERROR)
-    elif isinstance(value, (dict, list)):
-        if depth >= MAX_DEPTH:
-            raise ProtocolError(f"JSON nested deeper than {MAX_DEPTH}", code=PARSE_ERROR)
-        for item in (*value, *value.values()) if isinstance(value, dict) else value:
-            check_tree(item, depth + 1)
-
-
 def parse_json(body: Bytes) -> Json:
-    """The value of `body`, or ProtocolError. Stricter than json.loads, which guesses encodings."""
+    """The value of `body`, or ProtocolError. What is in it has still to meet the rules below."""
     if body.count(b"{") + body.count(b"[") > MAX_CONTAINERS:
         raise ProtocolError("a message of too many parts", 413)
     try:
-        value = STRICT.decode(body.decode("utf-8"))
-        check_tree(value)
-    except UnicodeDecodeError as error:
-        raise ProtocolError("the body is not UTF-8", code=PARSE_ERROR) from error
-    except RecursionError as error:
-        raise ProtocolError("JSON nested too deep", code=PARSE_ERROR) from error
-    except ValueError as error:
-        raise ProtocolError("the body is not one JSON value", code=PARSE_ERROR) from error
-    return value
+        return STRICT.decode(body.decode("utf-8"))
+    except (ValueError, RecursionError):
+        reason = "the body is not one JSON value in UTF-8, or nested too deep"
+        raise ProtocolError(reason, code=PARSE_ERROR) from None
 
 
 def is_id(value: Json) -> bool:
@@ -344,7 +321,8 @@ def pattern(what: str, regex: str) -> Rule:
 
 
 def free_text(limit: int) -> Rule:
-    return pattern(f"text of up to {limit} characters without NUL", rf"[^\0]{{0,{limit}}}")
+    what = f"text of up to {limit} characters without NUL and lone surrogates"
+    return pattern(what, rf"[^\0\ud800-\udfff]{{0,{limit}}}")
 
 
 def integer(low: int, high: int) -> Rule:
@@ -851,7 +829,7 @@ def decide(bounds: Bounds, message: Object) -> Verdict:
             tool = str(as_object(message.get("params")).get("name"))
             return decide_call(message, bounds)
         return Forward(rebuilt(message, checked_params(message, bounds)))
-    except Refusal as refusal:
+    except (Refusal, RecursionError) as refusal:  # the latter of what cannot even be quoted
         return Refuse(str(refusal), INVALID_PARAMS, tool)
 
 
@@ -862,7 +840,7 @@ def decide_call(message: Object, bounds: Bounds) -> Verdict:
     outer = checked_params({"method": "tools/call", "params": params}, bounds)
     name = outer["name"]
     tool = TOOLS.get(name)
-    insist(not bounds.moved, f"the name {scope} has come to mean another repository: nothing passes")
+    insist(not bounds.moved, f"{scope} has come to mean another repository: nothing passes")
     insist(tool, f"the proxy does not pass {quoted(name)}: tools/list shows what it passes")
     assert tool
     insist(policy.has(tool.needs), f"{name} needs `allow = {tool.needs}` in the host's policy file")
@@ -881,9 +859,8 @@ def tool_arguments(name: str, tool: Tool, arguments: Object, bounds: Bounds) -> 
     scope = bounds.scope
     known = ("owner", "repo", *tool.parameters)
     for key, given in arguments.items():
-        near = [k for k in known if k.lower() == key.lower()]
-        hint = f"(spelled {near[0]})" if near else f"; {name} takes {', '.join(known)}"
-        insist(key in known, f"{name}: the parameter {quoted(key)} is not passed {hint}")
+        takes = f"{name} takes {', '.join(known)}"
+        insist(key in known, f"{name}: the parameter {quoted(key)} is not passed; {takes}")
         if key in ("owner", "repo") and given not in (None, "", []):
             ours = getattr(scope, key)
             insist(
@@ -1116,11 +1093,8 @@ def pkt_lines(data: Bytes, at: int = 0) -> Iterator[tuple[int, bytes]]:
         at = end
 
 
-def parse_push(data: bytes) -> Push | None:
-    """The push that begins so, once its commands are whole; None: more is to come.
-
-    Refusal for what is no push: signed ones too, whose commands are wrapped.
-    """
+def parse_push(data: bytes) -> Push:
+    """The push that begins so; Refusal for what is none: a signed one too, which is wrapped."""
     commands: list[Command] = []
     capabilities = ""
     for size, payload in pkt_lines(data):
@@ -1135,7 +1109,7 @@ def parse_push(data: bytes) -> Push | None:
         insist(len(words) == 3 and "\ufffd" not in words[2], NO_PUSH)
         insist(OBJECT(words[0]) and OBJECT(words[1]), NO_PUSH)
         commands.append(Command(old=words[0], new=words[1], ref=words[2]))
-    return None
+    raise Refusal(NO_PUSH)
 
 
 def judge_push(bounds: Bounds, commands: Sequence[Command]) -> dict[str, str]:
@@ -1360,9 +1334,6 @@ class Repository:
 
 # --- the story: a message of MCP ---
 
-# Of a first look at a message, before the upstream is asked: no branch is called so.
-NOT_ASKED = frozenset(["HEAD"])
-
 
 async def serve_mcp(repository: Repository, client: Client) -> None:
     """Read a message, judge it, send on what was rebuilt of it, and give back the answer."""
@@ -1373,10 +1344,10 @@ async def serve_mcp(repository: Repository, client: Client) -> None:
         message = parse_message(await client.receive())
         method = message["method"]
         headers = client.mcp_headers(message)
-        verdict = decide(Bounds(repository.scope, policy, defaults=NOT_ASKED), message)
+        # Judged again, when it is known what may be written (no branch is called HEAD): of what
+        # passes the rebuilt message is small, and only that is held while others are asked.
+        verdict = decide(Bounds(repository.scope, policy, defaults=frozenset(["HEAD"])), message)
         if isinstance(verdict, Forward):
-            # Judged again, when it is known what may be written: of a message that passes
-            # the rebuilt one is small, and only that is held while others are asked.
             message = verdict.message
             if method == "tools/call":
                 await repository.know(wait=verdict.write)
@@ -1401,7 +1372,7 @@ async def serve_mcp(repository: Repository, client: Client) -> None:
         repository.writes.append(time.monotonic())
     try:
         with contextlib.closing(await upstream.post(verdict, headers)) as exchange:
-            await relay_mcp(repository, client, exchange, verdict, deed, headers)
+            await relay_mcp(repository, client, exchange, verdict, deed)
     except UpstreamError as error:
         lost = deed.write and isinstance(error, AnswerLost)
         audit.record(deed, "unknown" if lost else "failed", str(error))
@@ -1424,9 +1395,8 @@ async def end_session(repository: Repository, client: Client) -> None:
 
 
 async def relay_mcp(
-    repository: Repository, client: Client, exchange: Exchange, forward: Forward, deed: Deed,
-    sent: Object,
-) -> None:  # fmt: skip
+    repository: Repository, client: Client, exchange: Exchange, forward: Forward, deed: Deed
+) -> None:
     """Give the upstream's answer to the client, checked; what comes before it as it comes."""
     audit, upstream, hide = repository.audit, repository.upstream, repository.upstream.hide
     message = forward.message
@@ -1442,9 +1412,7 @@ async def relay_mcp(
         await exchange.is_coming()
         async with upstream.places:
             kind, message, data = await exchange.next_message(forward)
-            if kind == "question":
-                await upstream.decline(message, sent)
-            elif kind in ("note", "alive"):
+            if kind == "note":
                 client.event(hide(data), *headers)
             elif kind == "answer":
                 if forward.write:
@@ -1519,7 +1487,6 @@ async def read_push(client: Client) -> Push:
             if not size:
                 break
     push = parse_push(bytes(begun))
-    assert push
     if not push.commands:  # git asks so whether it may, before it sends much
         alone = begun == b"0000" and not await client.part()
         insist(alone, "this push has no commands")
@@ -1643,7 +1610,8 @@ def event_data(event: bytes) -> bytes:
     return b" ".join(line[1:] if line.startswith(b" ") else line for line in data)
 
 
-# What the upstream may send besides answers. Its questions are declined.
+# What the upstream may send besides answers. It has been told that nobody here takes questions (to
+# fill a form, to sample): one that asks nevertheless has lost the call.
 NOTES = frozenset(
     "notifications/progress notifications/message notifications/cancelled "
     "notifications/tools/list_changed".split()
@@ -1651,12 +1619,12 @@ NOTES = frozenset(
 
 
 def kind_of(message: Json, forward: Forward) -> str:
-    """What an upstream's message is: "answer", "question", "note", or "" for what does not pass."""
+    """What an upstream's message is: "answer", "note", or "" for what does not pass."""
     if not isinstance(message, dict):
         return ""
     if "method" in message:
-        if "id" in message:
-            return "question" if is_id(message["id"]) else ""
+        if "id" in message and message["method"] != "ping":
+            raise AnswerLost("it asks what nobody here answers")
         return "note" if str(message["method"]) in NOTES else ""
     whole = "id" in forward.message and ("result" in message or "error" in message)
     return "answer" if whole and message.get("id") == forward.message["id"] else ""
@@ -1930,8 +1898,7 @@ PLAIN_WORD = re.compile(r"[\w./@+-]+", re.ASCII).fullmatch
 PLAIN_NAME = re.compile(r"[\w/$-]{0,64}", re.ASCII).fullmatch
 GIT_NAMES = {"git-upload-pack": "git fetch", "git-receive-pack": "git push"}
 MAX_RECEIPT = 20  # lines about what was done and refused
-MAX_KINDS = 1000  # of refusals that are told apart
-MAX_REFUSALS = 10_000  # that are written; the rest is counted: a VM shall not fill the disk
+MAX_REFUSED = 1000  # kinds of refusals that are told apart; the rest is one: memory has an end
 
 
 # --- the audit ---
@@ -1954,20 +1921,16 @@ class Audit:
         self.fd = fd  # -1: no file
         self.counts = {"reads": 0, "writes": 0, "refused": 0}
         self.lines: dict[object, Object] = {}  # of the receipt: each write, each kind of refusal
-        self.left_out = 0
-        self.torn = b""  # what ends a line that is there by half, when the disk was full
 
     def receipt(self) -> str:
-        """In JSON Lines: the counts, what was done and refused in order, how much is left out.
+        """In JSON Lines: the counts, what was written, what was refused, how much is left out.
 
-        Where not all has room, writes go before refusals: none is hidden by others.
+        Writes go first: none is hidden by refusals, of which there may be many.
         """
-        lines = list(self.lines.values())
         refusals = ("refused", "withheld")
-        first = sorted(range(len(lines)), key=lambda at: lines[at]["verdict"] in refusals)
-        rows = [self.counts, *(lines[at] for at in sorted(first[:MAX_RECEIPT]))]
-        more = self.left_out + len(lines[MAX_RECEIPT:])
-        rows += [{"more": more}] if more else []
+        lines = sorted(self.lines.values(), key=lambda line: line["verdict"] in refusals)
+        more = len(lines[MAX_RECEIPT:])
+        rows = [self.counts, *lines[:MAX_RECEIPT], *([{"more": more}] if more else [])]
         return "".join(json.dumps(row) + "\n" for row in rows)
 
     def about(self, method: str, tool: str, arguments: Object, write: bool = False) -> Deed:
@@ -1992,20 +1955,16 @@ class Audit:
     def record(self, deed: Deed, verdict: str, reason: str = "", url: str = "") -> bool:
         """Record that it is let pass ("forward") or not ("refuse"), or what became of it: done,
         failed, unknown, or its answer withheld. False when it cannot be: then it may not pass."""
-        target = {**deed.target, "url": url} if url else deed.target
-        is_ping = deed.method == "ping" and verdict == "forward"
-        is_flood = verdict == "refuse" and self.counts["refused"] >= MAX_REFUSALS
-        written = is_ping or is_flood or self.append(deed, verdict, reason, target)
-        if verdict == "forward" and not written:
+        if not self.append(deed, verdict, reason, url) and verdict == "forward":
             return False
         if verdict in ("refuse", "withheld"):
             self.counts["refused"] += 1
-            said = {"verdict": "refused" if verdict == "refuse" else verdict, "reason": reason}
+            said = "refused" if verdict == "refuse" else verdict
             kind = (verdict, deed.line["what"], reason)
-            if kind in self.lines or len(self.lines) < MAX_KINDS:
-                self.lines.setdefault(kind, {**deed.line, **said, "count": 0})["count"] += 1
-            else:
-                self.left_out += 1
+            if kind not in self.lines and len(self.lines) >= MAX_REFUSED:
+                kind = (verdict, "others", "")
+            line = {**deed.line, "what": kind[1], "verdict": said, "reason": kind[2], "count": 0}
+            self.lines.setdefault(kind, line)["count"] += 1
         elif verdict != "forward":
             deed.line.update(verdict=verdict, reason=reason, url=url)
         elif deed.write:
@@ -2015,7 +1974,7 @@ class Audit:
             self.counts["reads"] += 1
         return True
 
-    def append(self, deed: Deed, verdict: str, reason: str, target: Object) -> bool:
+    def append(self, deed: Deed, verdict: str, reason: str, url: str) -> bool:
         """Whether the line could be written."""
         if verdict not in ("forward", "done"):
             log(f"{' '.join(filter(None, [deed.method, deed.tool, verdict]))}: {reason}")
@@ -2029,13 +1988,11 @@ class Audit:
             "tool": deed.tool,
             "verdict": verdict,
             "reason": reason,
-            "target": target,
+            "target": {**deed.target, **({"url": url} if url else {})},
         }
-        data = self.torn + redact(dumps(line)) + b"\n"
+        data = redact(dumps(line)) + b"\n"
         try:
-            written = os.write(self.fd, data)
-            self.torn = b"" if written == len(data) else b"\n"
-            return written == len(data)
+            return os.write(self.fd, data) == len(data)
         except OSError as error:
             log(f"cannot write the audit file: {error.strerror}")
             return False
@@ -2279,12 +2236,10 @@ class Client(Wire):
         self.begin(200, kind, "Transfer-Encoding: chunked", *headers)
 
     def event(self, data: Bytes, *headers: str) -> None:
-        """A message that comes before the answer; b"": the upstream lives."""
-        if data and not self.is_streaming:
+        """A message that comes before the answer, or ends a stream."""
+        if not self.is_streaming:
             self.stream(EVENT_STREAM, *headers)
-        if self.is_streaming:
-            shown = b"event: message\ndata: " + data.replace(b"\n", b" ") if data else b": alive"
-            self.write(chunk_of(shown + b"\n\n"))
+        self.write(chunk_of(b"event: message\ndata: " + data.replace(b"\n", b" ") + b"\n\n"))
 
     def tell(self, message: Object, refuse: Refuse, said: Bytes = b"", status: int = 0) -> None:
         """Why there is no answer: in the stream, where one has begun. `said`: by the upstream."""
@@ -2298,16 +2253,15 @@ class Client(Wire):
         self.answer(status or usual, dumps(made))
 
     def refuse_push(self, push: Push, refused: Mapping[str, str]) -> None:
-        """The answer to a push: git shows why, at each ref and as `remote:` lines."""
+        """The answer to a push: git shows why, at each ref."""
         whole = "not pushed, because another ref of this push is refused"
         rows = [(command.ref, refused.get(command.ref, whole)) for command in push.commands]
         status = pkt(b"unpack ok\n")
         for ref, why in rows:
             status += pkt(f"ng {ref} refused: {why}\n".encode()[:1000])
         status += b"0000"
-        remarks = "".join(f"refused: {ref}: {why}\n" for ref, why in rows if ref in refused)
-        report = pkt(b"\x02" + remarks.encode()[:60_000]) + pkt(b"\x01" + status[:60_000])
-        self.answer(200, report + b"0000", kind="application/x-git-receive-pack-result")
+        report = pkt(b"\x01" + status[:60_000]) + b"0000"
+        self.answer(200, report, kind="application/x-git-receive-pack-result")
 
     # (bounds, forward, message): the answer as the VM gets it; Refusal when it cannot be shown.
     shown = staticmethod(checked_answer)
@@ -2334,8 +2288,7 @@ class Exchange(Wire):
         self.status = int(self.head.first[1]) if LENGTH(self.head.first[1]) else 502
         self.events = bytearray()
         self.scanned = 0
-        session = self.head.headers.get("mcp-session-id", "")
-        self.session = session if VISIBLE(session) else ""
+        self.session = self.head.headers.get("mcp-session-id", "")
         self.is_stream = EVENT_STREAM in self.head.headers.get("content-type", "")
         if self.is_stream:
             self.limit = float("inf")  # each event has a limit of its own
@@ -2355,10 +2308,7 @@ class Exchange(Wire):
         return 0
 
     async def next_message(self, forward: Forward) -> tuple[str, Json, Bytes]:
-        """(kind, message, its bytes) of the next one of an answer, be it JSON or a stream.
-
-        The kind is that of `kind_of`, or "alive" for a comment in a stream.
-        """
+        """(`kind_of`, message, its bytes) of the next one of an answer, be it JSON or a stream."""
         size = await self.is_coming(MAX_ANSWER)
         if len(self.events) > MAX_ANSWER:
             raise AnswerLost(f"an event of more than {MAX_ANSWER} bytes")
@@ -2366,7 +2316,7 @@ class Exchange(Wire):
         del self.events[:size]
         self.scanned = 0
         if size and not data:
-            return "alive", None, b""
+            return "", None, b""  # a comment in a stream
         if not data:
             raise AnswerLost("it ended without an answer to the request")
         try:
@@ -2418,13 +2368,6 @@ class Upstream:
         sent = {**POSTED, **headers, **mirrored_headers(forward.message)}
         return await self.send("POST", "", sent, dumps(forward.message), again=not forward.write)
 
-    async def decline(self, question: Object, sent: Mapping[str, str]) -> None:
-        """What the upstream asks its client (to fill a form, to sample) is not passed."""
-        error = {"code": INVALID_REQUEST, "message": "declined by the proxy"}
-        said: Object = {"result": {}} if question["method"] == "ping" else {"error": error}
-        made = dumps({"jsonrpc": "2.0", "id": question["id"], **said})
-        (await self.send("POST", "", {**POSTED, **sent}, made)).close()
-
     async def send(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes = b"", *,
         again: bool = True, upload: Callable[[Exchange], Any] | None = None,
@@ -2436,7 +2379,6 @@ class Upstream:
         After a 401 anything else may be sent with a new token: it was not carried out.
         """
         sent = {**self.headers, **headers, **({"Content-Length": str(len(body))} if body else {})}
-        sent = {key: value for key, value in sent.items() if value}
         renewed = False
         while True:
             token = await self.token.fresh()
@@ -2685,8 +2627,8 @@ def env_secret(name: str) -> bytes:
 
 EPILOG = """\
 environment:
-  GITHUB_MCP_TOKEN      GitHub's token (or --token-command)
   GITHUB_MCP_OWNER, GITHUB_MCP_REPO   the repository
+  GITHUB_MCP_TOKEN      GitHub's token (or --token-command)
   GITHUB_MCP_SECRET     the secret that requests must carry as Authorization: Bearer
   GITHUB_MCP_PROBE_SECRET  another one: its requests are judged, and neither passed on nor recorded
   GITHUB_MCP_TOOLSETS   offered by the upstream (default repos,issues,pull_requests,git,labels)
@@ -2745,7 +2687,7 @@ def build_repository(options: argparse.Namespace) -> Repository:
     if not value and not options.token_command:
         raise ProxyError("GITHUB_MCP_TOKEN is not set", "or give --token-command")
     token = Token("" if options.token_command else check_token(value), options.token_command)
-    address, git = parse_address(options.upstream, "--upstream"), None
+    address, git, path = parse_address(options.upstream, "--upstream"), None, options.audit
     git_address = parse_address(options.git, "--git") if options.git else address
     tls = None
     try:
@@ -2757,10 +2699,9 @@ def build_repository(options: argparse.Namespace) -> Repository:
     if options.git:
         git = Upstream(git_address, token, {}, tls, options.timeout, is_git=True)
     try:
-        audit = Audit(-1 if options.audit is None else open_audit(options.audit))
+        audit = Audit(-1 if path is None else open_audit(path))
     except OSError as error:
-        reason = f"cannot write the audit file {options.audit}: {error.strerror}"
-        raise ProxyError(reason) from None
+        raise ProxyError(f"cannot write the audit file {path}: {error.strerror}") from None
     return Repository(Scope(owner, repo), policy, upstream, git, audit)
 
 
@@ -2815,14 +2756,6 @@ async def run_proxy(options: argparse.Namespace) -> NoReturn:
 
 async def serve(options: argparse.Namespace, repository: Repository, gate: Gate) -> None:
     """Say where it listens, and serve who comes."""
-    import resource
-
-    # Each client may need two sockets, and some hosts allow 256 files by default.
-    with contextlib.suppress(ValueError, OSError):
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = 2 * MAX_CLIENTS + 64
-        wanted = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
     await repository.upstream.token.fresh()  # what does not work is said at once
     address, port = options.listen
     clients: set[Client] = set()

@@ -66,20 +66,10 @@ BODIES = {
         "duplicate key, escaped": b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":'
         b'"get_tag","arguments":{"owner":"good","\\u006fwner":"evil"}}}',
     },
-    "not finite": {
-        "NaN": b'{"jsonrpc":"2.0","id":NaN,"method":"ping"}',
-        "Infinity": b'{"jsonrpc":"2.0","id":Infinity,"method":"ping"}',
-        "-Infinity": b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":-Infinity}}',
-        "1e999": b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":1e999}}',
-    },
     "too many digits": {
         "many digits": b'{"jsonrpc":"2.0","id":' + b"9" * 5000 + b',"method":"ping"}'
     },
-    "lone surrogate": {
-        "lone surrogate": b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":"\\ud800"}}',
-        "surrogate in a key": b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"\\udfff":1}}',
-    },
-    "not UTF-8": {
+    "in UTF-8": {
         "raw surrogate": b'{"jsonrpc":"2.0","id":1,"method":"\xed\xa0\x80"}',
         "invalid UTF-8": b'{"jsonrpc":"2.0","id":1,"method":"\xff"}',
         "overlong UTF-8": b'{"jsonrpc":"2.0","id":1,"method":"\xc0\xaf"}',
@@ -106,17 +96,14 @@ BODIES = {
         "id bool": b'{"jsonrpc":"2.0","id":true,"method":"ping"}',
         "id object": b'{"jsonrpc":"2.0","id":{},"method":"ping"}',
         "id float": b'{"jsonrpc":"2.0","id":1.5,"method":"ping"}',
+        "id NaN": b'{"jsonrpc":"2.0","id":NaN,"method":"ping"}',
+        "id Infinity": b'{"jsonrpc":"2.0","id":Infinity,"method":"ping"}',
+        "id surrogate": b'{"jsonrpc":"2.0","id":"\\ud800","method":"ping"}',
         "id endless": b'{"jsonrpc":"2.0","id":"' + b"x" * 300 + b'","method":"ping"}',
     },
     "params must be": {"params list": b'{"jsonrpc":"2.0","id":1,"method":"ping","params":[]}'},
     "method must be": {"method number": b'{"jsonrpc":"2.0","id":1,"method":1}'},
-    "nested": {
-        "deep": b'{"jsonrpc":"2.0","id":1,"method":"ping","params":'
-        + b'{"a":' * 40
-        + b"1"
-        + b"}" * 41,
-        "very deep": b"[" * 100_000,
-    },
+    "nested": {"very deep": b"[" * 100_000},
 }
 
 METHODS = [
@@ -601,6 +588,30 @@ class AttackTest(unittest.TestCase):
                     with self.subTest(name):
                         self.refused(word, message, policy)
 
+    def test_what_json_can_say_and_no_rule_takes(self) -> None:
+        nested = ("[" * 40 + "]" * 40, '{"a":' * 40 + "1" + "}" * 40)
+        for name, tool in proxy.TOOLS.items():
+            for key in tool.parameters:
+                for value in ("NaN", "-Infinity", "1e999", '"\\ud800"', '"a\\udfff"', *nested):
+                    body = json.dumps(call(name, **{key: 0})).replace(": 0}", f": {value}}}")
+                    with self.subTest(name, key=key, value=value):
+                        self.refused("", proxy.parse_message(body.encode()), EVERYTHING)
+        self.refused("", proxy.parse_message(json.dumps(call("x\ud800")).encode()))
+        self.refused("", proxy.parse_message(json.dumps(call("ping", **{"\ud800": 1})).encode()))
+        self.refused("", request("notifications/progress", progressToken=1, progress=float("nan")))
+
+    def test_however_deep_it_is_nested_it_is_refused(self) -> None:
+        """At one depth it can be read, and not be quoted."""
+        for depth in (*range(900, 1010), 5000, 9990, 20_000):
+            body = json.dumps(call("list_tags", page=0)).replace(
+                ": 0}", f": {'[' * depth + ']' * depth}}}"
+            )
+            try:
+                message = proxy.parse_message(body.encode())
+            except proxy.ProtocolError:
+                continue
+            self.assertIsInstance(proxy.decide(BOUNDS, message), Refuse)
+
     def test_queries(self) -> None:
         for tool in ("search_issues", "search_pull_requests", "search_code", "search_commits"):
             for word, queries in QUERIES.items():
@@ -619,7 +630,7 @@ class AttackTest(unittest.TestCase):
                 self.refused("only good/r is served", call(name, owner="evil"), EVERYTHING)
                 self.refused("only good/r is served", call(name, repo="secret"), EVERYTHING)
                 self.refused('"unknown" is not passed', call(name, unknown=1), EVERYTHING)
-                self.refused("(spelled owner)", call(name, Owner="good"), EVERYTHING)
+                self.refused("takes owner, repo", call(name, Owner="good"), EVERYTHING)
 
     def test_what_writes_when_it_is_read_only(self) -> None:
         for name, tool in proxy.TOOLS.items():
@@ -1025,13 +1036,15 @@ class AnswerTest(unittest.TestCase):
             ({"id": "1", "result": {}}, ""),
             ({"id": 2, "result": {}}, ""),
             ({"id": 1}, ""),
-            ({"id": 7, "method": "elicitation/create"}, "question"),
-            ({"id": {}, "method": "elicitation/create"}, ""),
+            ({"id": 7, "method": "ping"}, ""),
             ({"method": "notifications/progress"}, "note"),
             ({"method": "notifications/unknown"}, ""),
             ([], ""),
         ):
             self.assertEqual(proxy.kind_of(message, forward), kind, message)
+        for method in ("elicitation/create", "sampling/createMessage", "roots/list"):
+            with self.assertRaisesRegex(proxy.AnswerLost, "nobody here answers"):
+                proxy.kind_of({"id": 7, "method": method}, forward)
 
 
 def issue(repository: str, number: int, kind: str = "issues") -> dict[str, Any]:
@@ -1232,7 +1245,9 @@ class EveryToolTest(unittest.TestCase):
             for key in tool.parameters:
                 for value in ({"a": {"b": 1}}, [[1]], 10**16, "a\0b"):
                     with self.subTest(name, key=key, value=value):
-                        verdict = proxy.decide(proxy.Bounds(SCOPE, EVERYTHING), call(name, **{key: value}))
+                        verdict = proxy.decide(
+                            proxy.Bounds(SCOPE, EVERYTHING), call(name, **{key: value})
+                        )
                         self.assertIsInstance(verdict, Refuse)
 
     def test_what_writes_is_marked(self) -> None:
@@ -1483,7 +1498,9 @@ class PolicyTest(unittest.TestCase):
             for path in paths:
                 with self.subTest(glob, path=path):
                     message = call("delete_file", branch="b", path=path, message="m")
-                    self.assertIsInstance(proxy.decide(proxy.Bounds(SCOPE, policy), message), Refuse)
+                    self.assertIsInstance(
+                        proxy.decide(proxy.Bounds(SCOPE, policy), message), Refuse
+                    )
         policy = POLICY._replace(deny_paths=("config/*/secrets/**", "keys/*.pem"))
         for path in ("config/prod/public", "keys/a.txt", "key", "confi", "src/keys"):
             sent(call("delete_file", branch="b", path=path, message="m"), policy)

@@ -642,22 +642,20 @@ class StreamTest(LiveTest):
         self.client.send(call())
         self.client.read_head()
         got = list(iter(self.client.chunk, b""))
-        self.assertEqual(got[:2], [fake.event(fake.note(1)), b": alive\n\n"])
-        self.assertEqual(len(got), 3)
-        self.assertIn(b"done", got[2])
+        self.assertEqual(got[:1], [fake.event(fake.note(1))])
+        self.assertEqual(len(got), 2)
+        self.assertIn(b"done", got[1])
 
-    def test_what_the_upstream_asks_is_declined(self) -> None:
-        for method in ("elicitation/create", "sampling/createMessage", "roots/list", "ping"):
-            with self.subTest(method):
-                self.upstream.reset()
-                question: Any = {"jsonrpc": "2.0", "id": "q", "method": method, "params": {}}
-                self.upstream.on("README.md", fake.events(fake.event(question)))
-                answer = self.client.ask(call(id=5))
-                self.assertEqual((answer["id"], text_of(answer)), (5, "done"))
-                self.upstream.wait(lambda: self.upstream.calls("answer"), "an answer comes")
-                said = self.upstream.calls("answer")[0].message
-                self.assertEqual(said["id"], "q")
-                self.assertEqual("result" in said, method == "ping")
+    def test_who_asks_questions_has_lost_the_call(self) -> None:
+        """It was told that nobody here takes any; a ping is not worth an answer of ours."""
+        question: Any = {"jsonrpc": "2.0", "id": "q", "method": "ping", "params": {}}
+        self.upstream.on("README.md", fake.events(fake.event(question)))
+        self.assertEqual(text_of(self.client.ask(call(id=5))), "done")
+        question["method"] = "elicitation/create"
+        self.upstream.on("README.md", fake.events(fake.event(question)))
+        failed = self.client.ask(call(id=6))
+        self.assertIn("it asks what nobody here answers", failed["error"]["message"])
+        self.assertEqual(self.upstream.calls("answer"), [])
         self.client.send({"jsonrpc": "2.0", "id": "q", "result": {"action": "accept"}})
         self.assertEqual(self.client.read()[0], 400, "a client answers nothing")
 
@@ -789,24 +787,15 @@ class AuditTest(LiveTest):
         files = [{"path": "\U0001f600" * 300, "content": ""}] * 100
         self.client.ask(call("", name="push_files", branch="main", message="m", files=files))
         self.assertLess(self.audit.stat().st_size - before, 100_000)
-        with tempfile.TemporaryFile() as file, unittest.mock.patch.object(proxy, "MAX_REFUSALS", 5):
-            audit = proxy.Audit(file.fileno())
-            with contextlib.redirect_stderr(io.StringIO()):
-                for _ in range(20):
-                    audit.record(audit.about("tools/call", "get_me", {}), "refuse", "no")
-            file.seek(0)
-            self.assertEqual((len(file.readlines()), audit.counts["refused"]), (5, 20))
 
-    def test_after_half_a_line_a_new_one_begins(self) -> None:
+    def test_what_is_written_by_half_does_not_pass(self) -> None:
         read, write = os.pipe()
         audit = proxy.Audit(write)
         deed = audit.about("tools/call", "get_commit", {})
         with unittest.mock.patch("os.write", lambda fd, data: os.writev(fd, [data[:9]])):
             self.assertFalse(audit.record(deed, "forward"))
-        self.assertTrue(audit.record(deed, "forward"))
+        os.close(read)
         os.close(write)
-        with open(read) as file:
-            self.assertEqual(json.loads(file.readlines()[-1])["verdict"], "forward")
 
     def test_what_the_guest_calls_a_tool_is_no_word_of_ours(self) -> None:
         self.client.ask(call("", name="done: create_branch\nx"))
@@ -916,19 +905,17 @@ class ReceiptTest(OwnProxyTest):
         self.assertEqual(
             told,
             [
-                ("refused", 'create_branch branch="a b; done: x"', "", 1),
                 ("unknown", "create_branch branch=fix", "", 1),
-                ("refused", "create_branch branch=main", "", 2),
                 ("done", "create_pull_request head=fix base=main", url, 1),
                 ("failed", "add_issue_comment issue_number=5", "", 1),
+                ("refused", 'create_branch branch="a b; done: x"', "", 1),
+                ("refused", "create_branch branch=main", "", 2),
                 ("withheld", "issue_read method=get issue_number=1", "", 1),
                 ("refused", 'create_branch branch="x\\ny"', "", 1),
             ],
         )
-        self.assertIn("default branch", lines[2]["reason"])
-        self.assertEqual(
-            [bool(line["reason"]) for line in lines], [True] * 3 + [False] + [True] * 3
-        )
+        self.assertIn("default branch", lines[4]["reason"])
+        self.assertEqual([line["verdict"] for line in lines if not line["reason"]], ["done"])
 
     def test_no_refusals_hide_a_write(self) -> None:
         for number in range(30):
@@ -937,7 +924,7 @@ class ReceiptTest(OwnProxyTest):
         counts, *lines = self.receipt()
         self.assertEqual(counts, {"reads": 0, "writes": 1, "refused": 30})
         self.assertEqual(len(lines), 21)
-        self.assertEqual(lines[-2]["what"], "create_branch branch=last")
+        self.assertEqual(lines[0]["what"], "create_branch branch=last")
         self.assertEqual(lines[-1], {"more": 11})
 
     def test_a_write_that_is_under_way_is_unknown(self) -> None:
@@ -1046,10 +1033,9 @@ class ApproveTest(OwnProxyTest):
 
 class CrowdTest(OwnProxyTest):
     def test_more_clients_than_files_are_no_traceback(self) -> None:
-        few = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 60))"
-        running = self.start(setup=few)
-        limits = resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE)
-        self.assertEqual(limits, (60, 60), "as many as there may be")
+        running = self.start(
+            setup="import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 60))"
+        )
         clients = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(80)]
         wait_for(lambda: "out of system resource" in running.stderr(), "it says so")
         for client in clients:

@@ -31,7 +31,7 @@ PARAGRAPHS = ("Starts", "Reads", "Writes", "Reaches")
 # Lines: of the whole file, without the copy of lima/, and of what stands above the banner.
 BUDGETS = {
     "agent_vm.py": (2600, 1350),
-    "github_mcp_proxy.py": (2880, 1600),
+    "github_mcp_proxy.py": (2800, 1600),
     "github_app_token.py": (1550, 1000),
 }
 README_BUDGET = 200

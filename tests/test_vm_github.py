@@ -569,8 +569,8 @@ class GitOverTheProxyTest(GitHubWorld):
         result = self.box.run("run", "--github", "--", script)
         self.assertEqual(result.status, 0, result.err)
         said = self.guest_file("said")
-        for words in ("fetched", "cloned", "pushed", "remote: refused: refs/heads/main",
-                      "only octo/widget is served here", "remote: refused: refs/heads/fix"):  # fmt: skip
+        for words in ("fetched", "cloned", "pushed", "(refused: main is the default branch",
+                      "only octo/widget is served here", "branches are not deleted"):  # fmt: skip
             self.assertIn(words, said)
         refs = subprocess.run(["git", "-C", self.bare, "for-each-ref", "--format=%(subject) %(refname)"],
                               capture_output=True, text=True, check=True)  # fmt: skip

@@ -360,7 +360,7 @@ class VMTest(unittest.TestCase):
         self.assertEqual((process.returncode, found.stdout), (0, ""), err)
         for words in (
             "cloned by https", "cloned by ssh", "fetched", "pushed", "main is refused",
-            "remote: refused: refs/heads/main: main is the default branch",
+            "(refused: main is the default branch",
             "tags are refused", "no evil/secret.git", "no good/r.wiki.git", "no submodule",
             "no good/r.git/../../evil/secret.git", "only good/r is served here", "Connected",
         ):  # fmt: skip
