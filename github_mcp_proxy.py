@@ -224,9 +224,8 @@ def parse_message(body: Bytes) -> Object:
     message = parse_json(body)
     demand(not isinstance(message, list), "batches are not supported: send one message a request")
     demand(isinstance(message, dict), "the body is not a JSON-RPC message")
-    keys = set(message)
-    known = {"jsonrpc", "method"} <= keys <= {"jsonrpc", "method", "id", "params"}
-    demand(known, f"not a JSON-RPC request: keys {quoted(sorted(keys))}")
+    if not {"jsonrpc", "method"} <= message.keys() <= {"jsonrpc", "method", "id", "params"}:
+        raise ProtocolError(f"not a JSON-RPC request: keys {quoted(sorted(message))}")
     demand(message["jsonrpc"] == "2.0", 'jsonrpc must be "2.0"')
     has_id = "id" not in message or is_id(message["id"])
     demand(has_id, "id must be an integer or a string of plain ASCII")
@@ -263,6 +262,7 @@ UNTOLD = (
     "can set default_branch in the policy file"
 )
 OTHER_BRANCH = "write to a branch other than the default one and open a pull request"
+NEEDS = "needs `allow = %s` in the host's policy file"
 FILE_FORBIDDEN = re.compile(r"[\\?#%]|\.\.;")
 FILE = "a path inside the repository, without . and .. segments, controls, \\ ? # %"
 HEAD_FILTER = r"([A-Za-z0-9_-]{1,39}:)?(?!.*\.\.)[\w./+@-]{1,255}"
@@ -346,7 +346,7 @@ def choice(*choices: str, **opt_ins: str) -> Rule:
     def check(value: Json, bounds: Bounds) -> Json:
         insist(isinstance(value, str) and value in choices, f"it has to be {what}")
         word = opt_ins.get(value, "")
-        insist(bounds.policy.has(word), f"it needs `allow = {word}` in the host's policy file")
+        insist(bounds.policy.has(word), f"it {NEEDS % word}")
         return value
 
     return Rule(what, check, choices=choices)
@@ -841,9 +841,9 @@ def decide_call(message: Object, bounds: Bounds) -> Verdict:
     name = outer["name"]
     tool = TOOLS.get(name)
     insist(not bounds.moved, f"{scope} has come to mean another repository: nothing passes")
-    insist(tool, f"the proxy does not pass {quoted(name)}: tools/list shows what it passes")
-    assert tool
-    insist(policy.has(tool.needs), f"{name} needs `allow = {tool.needs}` in the host's policy file")
+    if not tool:
+        raise Refusal(f"the proxy does not pass {quoted(name)}: tools/list shows what it passes")
+    insist(policy.has(tool.needs), f"{name} {NEEDS % tool.needs}")
     insist(not (tool.write and policy.readonly), f"{name} writes, and the policy is read-only")
     too_many = tool.write and bounds.writes >= policy.writes_per_hour
     insist(not too_many, f"{name}: {bounds.writes} writes in the last hour, the policy's limit")
@@ -859,15 +859,14 @@ def tool_arguments(name: str, tool: Tool, arguments: Object, bounds: Bounds) -> 
     scope = bounds.scope
     known = ("owner", "repo", *tool.parameters)
     for key, given in arguments.items():
-        takes = f"{name} takes {', '.join(known)}"
-        insist(key in known, f"{name}: the parameter {quoted(key)} is not passed; {takes}")
-        if key in ("owner", "repo") and given not in (None, "", []):
-            ours = getattr(scope, key)
-            insist(
-                isinstance(given, str) and given.lower() == ours.lower(),
-                f"{name}: {key} is {quoted(given)}, but only {scope} is served here; "
-                f"leave owner and repo out, or give {scope.owner} and {scope.repo}",
-            )
+        if key not in known:
+            takes = f"{name} takes {', '.join(known)}"
+            raise Refusal(f"{name}: the parameter {quoted(key)} is not passed; {takes}")
+        served = getattr(scope, key).lower() if key in ("owner", "repo") else ""
+        if served and given not in (None, "", []) and str(given).lower() != served:
+            other = f"{name}: {key} is {quoted(given)}, but only {scope} is served here"
+            ours = f"leave owner and repo out, or give {scope.owner} and {scope.repo}"
+            raise Refusal(f"{other}; {ours}")
     checked: Object = {"owner": scope.owner, "repo": scope.repo} if tool.scoped else {}
     checked.update(checked_values(name, tool.parameters, arguments, bounds))
     if tool.check == "hits" and checked.get("fields"):
@@ -880,8 +879,8 @@ def checked_values(name: str, rules: Mapping[str, Rule], given: Object, bounds: 
     checked: Object = {}
     for key, rule in rules.items():
         if key in given and (rule.required or not is_left_out(rule, given[key], bounds)):
-            needed = f"needs `allow = {rule.needs}` in the host's policy file"
-            insist(bounds.policy.has(rule.needs), f"{name}: {key} {needed}")
+            if not bounds.policy.has(rule.needs):
+                raise Refusal(f"{name}: {key} {NEEDS % rule.needs}")
             try:
                 checked[key] = rule.check(given[key], bounds)
             except Refusal as refusal:
@@ -1704,7 +1703,7 @@ class Gate(NamedTuple):
         allowed = not self.secret or any(hmac.compare_digest(given, secret) for secret in known)
         demand(allowed, "the proxy's secret is missing or wrong (Authorization)", 403)
         methods = ("GET", "POST") if is_git else ("DELETE", "POST")
-        demand(method in methods, f"the method {quoted(method)} is not served", 405)
+        demand(method in methods, f"here are served {' and '.join(methods)}", 405)
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         is_json = is_git or method == "DELETE" or kind == JSON_TYPE
         demand(is_json, "Content-Type must be application/json", 415)
@@ -2212,12 +2211,12 @@ class Client(Wire):
             made["Mcp-Session-Id"] = self.head.headers.get("mcp-session-id", "")
         return made
 
-    def begin(self, status: int, kind: str, *headers: str) -> None:
+    def begin(self, status: int, kind: str, *headers: str, body: Bytes = b"") -> None:
         lines = [f"HTTP/1.1 {status} ", *headers]  # no reason phrase: RFC 9112, 4
         lines += [f"Content-Type: {kind}"] if kind else []
         lines += ["Connection: close"] if self.is_last else []
         lines += ["Allow: POST, DELETE"] if status == 405 else []
-        self.write("\r\n".join([*lines, "", ""]).encode("latin-1"))
+        self.write("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
 
     def answer(self, status: int, body: Bytes, *headers: str, kind: str = JSON_TYPE) -> None:
         """The answer. One that comes first goes as plain JSON: an SSE event of more than 1 MiB is
@@ -2228,8 +2227,8 @@ class Client(Wire):
             self.event(body)
             self.write(LAST_CHUNK)
         else:
-            self.begin(status, kind if body else "", f"Content-Length: {len(body)}", *headers)
-            self.write(body)
+            length = f"Content-Length: {len(body)}"
+            self.begin(status, kind if body else "", length, *headers, body=body)
 
     def stream(self, kind: str, *headers: str) -> None:
         self.is_streaming = True
