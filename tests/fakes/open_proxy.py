@@ -28,11 +28,11 @@ def version_headers_of(headers: Mapping[str, str], message: proxy.Object) -> dic
 
 
 def kind_of(message: Any, forward: Any) -> str:
-    if "method" in message:
-        return "question" if "id" in message else "note"
-    return "answer"
+    is_note = "method" in message and "id" not in message
+    return "note" if is_note else judged_kind_of(message, forward)
 
 
+judged_kind_of = proxy.kind_of
 vars(proxy).update(
     decide=decide,
     version_headers_of=version_headers_of,
