@@ -141,7 +141,7 @@ def outcomes_of_workers(classes: Iterable[TestClass]) -> Iterator[Outcome]:
     A fork has all modules already; elsewhere than on Linux, system libraries do not bear it.
     """
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor((os.cpu_count() or 1) + 1, context) as pool:
+    with ProcessPoolExecutor((os.cpu_count() or 1) + 2, context) as pool:
         for done in as_completed([pool.submit(run_class, one) for one in classes]):
             yield done.result()
 

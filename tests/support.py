@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import json
@@ -20,10 +21,12 @@ import unittest
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from tests import quick
+from tests.quick import Result
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -37,14 +40,6 @@ GUEST_TOOLS = (
     "chromium", "curl", "docker", "fd", "gcc", "gh", "modinfo", "mount", "mountpoint", "node",
     "npm", "python3", "rg", "sg", "sudo", "sync",
 )  # fmt: skip
-PATIENCE = 60.0  # seconds until a test gives up; nothing waits that long when all is well
-
-
-@dataclass(frozen=True)
-class Result:
-    status: int
-    out: str
-    err: str
 
 
 @cache
@@ -62,17 +57,28 @@ def executable(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
+@cache
+def compiled(source: Path) -> str:
+    """Its bytecode, of `quick_python`: to compile it at each start takes longer than to run it."""
+    folder = tempfile.mkdtemp(prefix="avm-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    target = f"{folder}/{source.name}.pyc"
+    make = "import py_compile, sys; py_compile.compile(sys.argv[1], sys.argv[2], doraise=True)"
+    subprocess.run([quick_python(), "-c", make, source, target], check=True)
+    return target
+
+
 def fake(path: Path, source: Path) -> None:
     """A fake written in Python, without the cost of `site`."""
-    command = shlex.join([quick_python(), "-IS", str(source)])
+    command = shlex.join([quick_python(), "-IS", compiled(source)])
     executable(path, f'exec {command} "$@"')
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + quick.PATIENCE
     while not condition():
         if time.monotonic() > deadline:
-            raise AssertionError(f"{what}: not within {PATIENCE:.0f} s")
+            raise AssertionError(f"{what}: not within {quick.PATIENCE:.0f} s")
         time.sleep(0.01)
 
 
@@ -108,7 +114,7 @@ class Terminal:
         return self.process.poll() is None
 
     def expect(self, text: str) -> None:
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + quick.PATIENCE
         while text not in self.seen:
             if not self.read() or time.monotonic() > deadline:
                 raise AssertionError(f"{text!r} did not appear in {self.seen!r}")
@@ -123,11 +129,11 @@ class Terminal:
 
     def wait(self) -> int:
         """The exit status, once all output is read."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + quick.PATIENCE
         while self.master >= 0 and self.read():
             if time.monotonic() > deadline:
                 break
-        return self.process.wait(PATIENCE)
+        return self.process.wait(quick.PATIENCE)
 
 
 class Sandbox:
@@ -213,7 +219,7 @@ class Sandbox:
         return process
 
     def finish(self, process: subprocess.Popen[str], text: str | None = None) -> Result:
-        out, err = process.communicate(text, timeout=PATIENCE)
+        out, err = process.communicate(text, timeout=quick.PATIENCE)
         return Result(process.returncode, out, err)
 
     def kill(self, process: subprocess.Popen[Any]) -> None:
@@ -226,9 +232,14 @@ class Sandbox:
                     pipe.close()
 
     def run(self, *args: str, text: str | None = None, **more: Any) -> Result:
-        if text is not None:
-            more["stdin"] = subprocess.PIPE
-        return self.finish(self.start(*args, **more), text)
+        """Start it and wait; the quick way, but where Python itself has to start in a new way."""
+        if more.keys() & {"stdin", "script", "prefix", "new_session", "LANG", "LC_ALL"}:
+            if text is not None:
+                more["stdin"] = subprocess.PIPE
+            return self.finish(self.start(*args, **more), text)
+        cwd = more.pop("cwd", self.project)
+        data = None if text is None else text.encode()
+        return quick.start("agent_vm", args, {**self.env, **more}, cwd, data=data).wait()
 
     def terminal(self, *args: str, stdout: Any = None, **env: str) -> Terminal:
         argv = [sys.executable, str(CACHED), *args]

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import github_app_token as g
-from tests.token_case import BARE
+from tests.quick import BARE
 from tests.token_case import Case
 from tests.token_case import key
 from tests.token_case import openssl

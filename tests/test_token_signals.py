@@ -12,15 +12,15 @@ import unittest
 
 from tests.fakes.github import Reply
 from tests.fakes.github import error
+from tests.quick import Result
+from tests.quick import Run
 from tests.token_case import FOUND
 from tests.token_case import MINT
 from tests.token_case import NO_SLEEP
 from tests.token_case import POLL
 from tests.token_case import REVOKE
 from tests.token_case import TAKE_BACK
-from tests.token_case import Done
 from tests.token_case import LoginCase
-from tests.token_case import Run
 from tests.token_case import ctrl_c_at
 from tests.token_case import ctrl_c_in
 from tests.token_case import minted
@@ -32,7 +32,7 @@ class SignalTest(LoginCase):
     def mint(self, setup: str = "") -> Run:
         return self.start("token", "--key", str(self.key), "--permissions", "dev", setup=setup)
 
-    def stopped(self, run: Run, number: int = signal.SIGINT, status: int = 130) -> Done:
+    def stopped(self, run: Run, number: int = signal.SIGINT, status: int = 130) -> Result:
         began = time.monotonic()
         os.kill(run.pid, number)
         done = run.wait()
@@ -41,7 +41,7 @@ class SignalTest(LoginCase):
         self.assertNotIn("Traceback", done.err)
         return done
 
-    def while_it_hangs(self, run: Run) -> Done:
+    def while_it_hangs(self, run: Run) -> Result:
         self.assertTrue(self.github.hangs.wait(20), "no request hangs")
         return self.stopped(run)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.fakes import mcp_upstream
+from tests.quick import BARE
 from tests.support import ROOT
-from tests.token_case import BARE
 from tests.token_case import SCRIPT
 from tests.token_case import Case
 

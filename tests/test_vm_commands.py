@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import agent_vm
+from tests.quick import Result
 from tests.support import BASE
 from tests.support import BASE_NAME
 from tests.support import SCRIPT
 from tests.support import TOKEN
-from tests.support import Result
 from tests.support import WorldTest
 from tests.support import executable
 from tests.support import wait_for

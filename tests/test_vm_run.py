@@ -12,10 +12,10 @@ from typing import Any
 from typing import ClassVar
 
 import agent_vm
+from tests.quick import Result
 from tests.support import BASE
 from tests.support import BASE_NAME
 from tests.support import TOKEN
-from tests.support import Result
 from tests.support import Sandbox
 from tests.support import WorldTest
 from tests.support import executable
@@ -641,7 +641,7 @@ class CredentialTest(WorldTest):
                 continue
         (self.box.project / "go").touch()
         result = self.box.finish(process)
-        self.assertTrue(any(b"fakes/ssh" in argv for argv in argvs))
+        self.assertTrue(any(b"ssh.pyc" in argv for argv in argvs))
         self.assertFalse([argv for argv in argvs if TOKEN.encode() in argv])
         self.assertNotIn(TOKEN, result.err)
 

@@ -23,11 +23,11 @@ from typing import Any
 from typing import ClassVar
 
 import agent_vm
+from tests.quick import Result
 from tests.support import BASE
 from tests.support import BASE_NAME
 from tests.support import FAKES
 from tests.support import TOKEN
-from tests.support import Result
 from tests.support import Sandbox
 from tests.support import WorldTest
 from tests.support import executable

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import agent_vm
+from tests.quick import Result
 from tests.support import BASE
 from tests.support import FAKES
 from tests.support import SCRIPT
 from tests.support import TOKEN
-from tests.support import Result
 from tests.support import WorldTest
 
 # What every Python program reads, and what the kernel or the system tells.

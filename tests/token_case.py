@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import unittest
-from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
 from typing import Any
-from typing import NamedTuple
 
 import github_app_token as g
+from tests import quick
 from tests.fakes.github import GitHub
-from tests.support import FAKES
+from tests.quick import BARE
+from tests.quick import Result
+from tests.quick import Run
 from tests.support import ROOT
 
 SCRIPT = ROOT / "github_app_token.py"
 TIMEOUT = 30.0
-BARE = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
 MINT = "/api/v3/app/installations/7/access_tokens"
 FOUND = "/api/v3/repos/octo/widgets/installation"
 REVOKE = "/api/v3/credentials/revoke"
@@ -81,66 +77,6 @@ def ctrl_c_in(function: str) -> str:
     )
 
 
-class Done(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-class Run:
-    """A process of `quick`: its output is complete when it has ended."""
-
-    def __init__(self, pid: int, news: IO[str], files: tuple[IO[bytes], IO[bytes]]) -> None:
-        self.pid = pid
-        self.news = news
-        self.files = files
-
-    def wait(self) -> Done:
-        status = int(self.news.readline())
-        self.news.close()
-        said = []
-        for file in self.files:
-            file.seek(0)
-            said.append(file.read().decode())
-            file.close()
-        return Done(status, *said)
-
-
-@functools.cache
-def zygote() -> socket.socket:
-    ours, theirs = socket.socketpair()
-    child = subprocess.Popen(
-        [sys.executable, str(FAKES / "zygote.py")], stdin=theirs.fileno(), env=BARE
-    )
-    theirs.close()
-
-    def end() -> None:
-        ours.close()
-        child.wait()
-
-    atexit.register(end)
-    return ours
-
-
-def quick(
-    argv: tuple[str, ...], env: Mapping[str, str], cwd: Path, setup: str = "", data: bytes = b""
-) -> Run:
-    """Start the script with its modules imported already; `setup` is run before `main`."""
-    files = tuple(tempfile.TemporaryFile() for _ in range(3))
-    files[0].write(data)
-    files[0].seek(0)
-    read_end, write_end = os.pipe()
-    wanted = {"argv": argv, "env": dict(env), "cwd": str(cwd), "setup": setup}
-    line = json.dumps(wanted).encode() + b"\n"
-    fds = [*(file.fileno() for file in files), write_end]
-    sent = socket.send_fds(zygote(), [line], fds)
-    zygote().sendall(line[sent:])
-    os.close(write_end)
-    files[0].close()
-    news = open(read_end, encoding="ascii")
-    return Run(int(news.readline()), news, (files[1], files[2]))
-
-
 class Case(unittest.TestCase):
     """A fake GitHub, an empty HOME with a key and a profile `w` in it, and the program."""
 
@@ -181,9 +117,10 @@ class Case(unittest.TestCase):
         return path
 
     def start(self, *argv: str, setup: str = "", data: bytes = b"", **env: str) -> Run:
-        return quick(argv, {**self.env, **env}, self.home, setup, data)
+        given = {**self.env, **env}
+        return quick.start("github_app_token", argv, given, self.home, setup=setup, data=data)
 
-    def run_it(self, *argv: str, setup: str = "", data: bytes = b"", **env: str) -> Done:
+    def run_it(self, *argv: str, setup: str = "", data: bytes = b"", **env: str) -> Result:
         done = self.start(*argv, setup=setup, data=data, **env).wait()
         self.assertNotIn("Traceback", done.err)
         return done
@@ -197,7 +134,7 @@ class Case(unittest.TestCase):
         done: subprocess.CompletedProcess[str] = subprocess.run(command, check=False, **given)
         return done
 
-    def token(self, *argv: str, key: str = "", **more: Any) -> Done:
+    def token(self, *argv: str, key: str = "", **more: Any) -> Result:
         permissions = () if "--permissions" in argv else ("--permissions", "dev")
         return self.run_it("token", "--key", key or str(self.key), *permissions, *argv, **more)
 
@@ -208,11 +145,11 @@ class Case(unittest.TestCase):
             if "expires_at" in value:
                 path.write_text(json.dumps({**value, "expires_at": value["expires_at"] - 3500}))
 
-    def passes(self, done: Done) -> str:
+    def passes(self, done: Result) -> str:
         self.assertEqual(done.status, 0, done.err)
         return done.out.strip()
 
-    def fails(self, done: Done, status: int, *words: str) -> None:
+    def fails(self, done: Result, status: int, *words: str) -> None:
         """It said what and what to do, in two lines at most, and nothing on stdout."""
         self.assertEqual((done.status, done.out), (status, ""), done.err)
         errors = [line for line in done.err.splitlines() if "warning:" not in line]
@@ -225,7 +162,7 @@ class Case(unittest.TestCase):
 class LoginCase(Case):
     """Logins that do not wait."""
 
-    def login(self, *argv: str, setup: str = "", **more: Any) -> Done:
+    def login(self, *argv: str, setup: str = "", **more: Any) -> Result:
         return self.run_it("login", *argv, setup=NO_SLEEP + setup, **more)
 
     def file(self) -> Path:

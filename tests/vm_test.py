@@ -19,12 +19,11 @@ import unittest
 from collections.abc import Callable
 from pathlib import Path
 
-from tests import support
 from tests.fakes import mcp_upstream
 from tests.fakes.git_server import GitServer
 from tests.test_proxy_real import real_server
 
-support.PATIENCE = 900
+quick.PATIENCE = 900
 TESTS = Path(__file__).resolve().parent
 SCRIPT = TESTS.parent / "agent_vm.py"
 TOKEN = "sk-ant-api03-not-a-real-key-0123456789abcdef"

@@ -1,4 +1,4 @@
-"""github_app_token.py many times, without starting Python and importing its modules each time.
+"""A script of ours, named by argv[1], many times: see tests/quick.py.
 
 Each line on the socket asks for one run, with three descriptors for its stdin, stdout and stderr,
 and a fourth that gets its process id and, at its end, its exit status. A run is a process of its
@@ -17,36 +17,44 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-# What the script imports only when it needs it.
+# What the scripts import only when they need it.
 import base64  # noqa: F401
 import configparser  # noqa: F401
 import email.utils  # noqa: F401
+import hashlib  # noqa: F401
 import http.client  # noqa: F401
+import importlib
+import platform  # noqa: F401
+import secrets  # noqa: F401
+import select  # noqa: F401
 import shutil  # noqa: F401
 import ssl  # noqa: F401
 import subprocess  # noqa: F401
 import tempfile  # noqa: F401
+import termios  # noqa: F401
 import threading  # noqa: F401
+import unicodedata  # noqa: F401
+import urllib.error
 import urllib.request
 from datetime import datetime  # noqa: F401
 
-import github_app_token as g
-
+g = importlib.import_module(sys.argv[1])
 urllib.request.Request("http://localhost", headers={"A": "b"})
 b"".decode("utf-8-sig")
 
 
 def run(wanted: dict[str, Any], fds: list[int]) -> None:
-    """In the new process: as `python3 github_app_token.py` would begin."""
+    """In the new process: as `python3 SCRIPT` would begin."""
     for number in range(3):
         os.dup2(fds[number], number)
     for fd in fds:
         os.close(fd)
     sys.stdin, sys.stdout = open(0, newline="\n", closefd=False), open(1, "w", closefd=False)
-    sys.stderr = open(2, "w", buffering=1, closefd=False)
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     os.environ.clear()
     os.environ.update(wanted["env"])
     os.chdir(wanted["cwd"])
+    sys.argv[:] = [f"{g.__name__}.py", *wanted["argv"]]
     status: Any = 1
     try:
         exec(wanted["setup"], {"g": g, "sys": sys, "os": os})
