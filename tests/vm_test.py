@@ -19,6 +19,7 @@ import unittest
 from collections.abc import Callable
 from pathlib import Path
 
+from tests import quick
 from tests.fakes import mcp_upstream
 from tests.fakes.git_server import GitServer
 from tests.test_proxy_real import real_server
