@@ -2124,8 +2124,8 @@ def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int
     credential, variables = find_credential(host), guest_variables(host, settings)
     sizes = [f"--{key}={settings.get(key)}" for key in ("cpus", "memory") if settings.chosen(key)]
     # Not `git -C project`: its config, which the agent writes, can include any file of the host.
-    ask_git = ("git", "config", "--global", "--includes", "--get")
-    identity = {key: first_line_of(*ask_git, key) for key in ("user.name", "user.email")}
+    ask_git = ("git", "config", "--global", "--includes", "--get-regexp", r"^user\.(name|email)$")
+    rows = [line.partition(" ") for line in captured(ask_git).out.splitlines()]
     localtime = os.path.realpath("/etc/localtime").rpartition("/zoneinfo/")[2]
     zone = os.environ.get("TZ", "").lstrip(":") or localtime
     name = base_name(settings)
@@ -2145,7 +2145,7 @@ def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int
         variables=variables,
         credential=credential,
         hooks=hooks,
-        git_settings={**GIT_SETTINGS, **{key: value for key, value in identity.items() if value}},
+        git_settings={**GIT_SETTINGS, **{key: value for key, _, value in rows if value}},
         zone=zone if re.fullmatch(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*", zone) else "",
         github=github,
         briefing=GITHUB_BRIEFING.format(repo=github.repo) if github else "",

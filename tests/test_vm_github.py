@@ -133,6 +133,21 @@ class ReceiptTest(unittest.TestCase):
             self.assertEqual(agent_vm.printable(text), shown)
 
 
+LOOK = """sh:cp ~/.claude.json claude.json; cp ~/.agent-vm/gitconfig gitconfig
+cp ~/.claude/CLAUDE.md briefing; git config --list --global > global
+stat -c '%a %n' ~/.claude.json ~/.agent-vm/* > modes
+grep -rl TOKEN_IS ~ /proc/self/environ > found || true
+"""
+
+BRANCH = """
+curl -s -H "Authorization: $(jq -r .mcpServers.github.headers.Authorization ~/.claude.json)" \\
+  -H 'Content-Type: application/json' \\
+  -H 'Accept: application/json, text/event-stream' -d '{"jsonrpc": "2.0", "id": 1, "method":
+  "tools/call", "params": {"name": "create_branch", "arguments": {"branch": "'$name'"}}}' \\
+  "$(jq -r .mcpServers.github.url ~/.claude.json)"
+"""
+
+
 class GitHubWorld(WorldTest):
     """A project with a remote on GitHub, an upstream on loopback, a guest that finds the host."""
 
@@ -170,6 +185,15 @@ class GitHubWorld(WorldTest):
     def remote(self, url: str, name: str = "origin") -> None:
         self.git("config", f"remote.{name}.url", url)
 
+    def run_and_look(self, *args: str, script: str = "", **env: str) -> Any:
+        look = LOOK.replace("TOKEN_IS", TOKEN[:20] + '""' + TOKEN[20:]) + script
+        result = self.box.run("run", *args, "--", "-p", look, **env)
+        self.assertEqual(result.status, 0, result.err)
+        server = json.loads(self.guest_file("claude.json"))["mcpServers"]["github"]
+        self.port = int(server["url"].rpartition(":")[2].partition("/")[0])
+        self.secret = server["headers"]["Authorization"].partition(" ")[2]
+        return result
+
     def guest_file(self, name: str) -> str:
         """A file of the clone's home that the agent copied to the project."""
         return (self.box.project / name).read_text()
@@ -193,44 +217,36 @@ def read(path: Path) -> bytes:
         return b""
 
 
-LOOK = """sh:cp ~/.claude.json claude.json; cp ~/.agent-vm/gitconfig gitconfig
-cp ~/.claude/CLAUDE.md briefing; git config --list --global > global
-stat -c '%a %n' ~/.claude.json ~/.agent-vm/* > modes
-grep -rl TOKEN_IS ~ /proc/self/environ > found || true
-"""
-
-
 class GitHubRunTest(GitHubWorld):
-    COST = 30
+    COST = 12
 
-    def run_and_look(self, *args: str, script: str = "", **env: str) -> Any:
-        look = LOOK.replace("TOKEN_IS", TOKEN[:20] + '""' + TOKEN[20:]) + script
-        result = self.box.run("run", *args, "--", "-p", look, **env)
-        self.assertEqual(result.status, 0, result.err)
-        server = json.loads(self.guest_file("claude.json"))["mcpServers"]["github"]
-        self.port = int(server["url"].rpartition(":")[2].partition("/")[0])
-        self.secret = server["headers"]["Authorization"].partition(" ")[2]
-        return result
-
-    def test_what_the_guest_gets(self) -> None:
+    def test_what_the_guest_gets_and_what_is_left(self) -> None:
         result = self.run_and_look("--github")
         self.assertIn("GitHub: octo/widget\n", result.err)
-        self.assertIn("0 reads, 0 writes, 0 refused\n", result.err)
         self.assertIn(self.secret, self.guest_file("gitconfig"))
         self.assertIn("octo/widget", self.guest_file("briefing"))
         modes = self.guest_file("modes")
         for name in (".claude.json", "gitconfig", "probe-header", "credential"):
             self.assertRegex(modes, rf"600 \S*{name}\n")
         self.assertIn("include.path=~/.agent-vm/gitconfig", self.guest_file("global"))
-
-    def test_the_token_stays_on_the_host(self) -> None:
-        result = self.run_and_look("--github")
-        self.assertEqual(self.guest_file("found"), "")
-        for secret in (TOKEN, self.secret):
-            self.assertNotIn(secret, json.dumps(self.box.calls()) + result.out + result.err)
-        found = subprocess.run(["grep", "-rlE", f"{TOKEN}|{self.secret}", self.box.state],
-                               capture_output=True, text=True, check=False)  # fmt: skip
-        self.assertEqual(found.stdout, "")
+        with self.subTest("the probe is neither counted nor in the log nor passed on"):
+            self.assertIn("0 reads, 0 writes, 0 refused\n", result.err)
+            self.assertEqual(self.box.run("log").out, "")
+            self.assertEqual(self.upstream.calls("get_file_contents"), [])
+        with self.subTest("the token stays on the host, and the secret in the VM"):
+            self.assertEqual(self.guest_file("found"), "")
+            for secret in (TOKEN, self.secret):
+                self.assertNotIn(secret, json.dumps(self.box.calls()) + result.out + result.err)
+            found = subprocess.run(["grep", "-rlE", f"{TOKEN}|{self.secret}", self.box.state],
+                                   capture_output=True, text=True, check=False)  # fmt: skip
+            self.assertEqual(found.stdout, "")
+        with self.subTest("the proxy ends with the run"):
+            self.assert_the_proxy_is_gone(self.port)
+            self.assert_nothing_left()
+        with self.subTest("each run has a secret of its own"):
+            first = self.secret
+            self.run_and_look("--github")
+            self.assertNotEqual(self.secret, first)
 
     def test_the_proxy_has_its_token_and_no_other_secret(self) -> None:
         if not Path("/proc/self/environ").exists():
@@ -250,17 +266,6 @@ class GitHubRunTest(GitHubWorld):
         self.assertIn("GITHUB_MCP_OWNER=octo", environ)
         for secret in others.values():
             self.assertNotIn(secret, environ)
-
-    def test_the_proxy_ends_with_the_run(self) -> None:
-        self.run_and_look("--github")
-        self.assert_the_proxy_is_gone(self.port)
-        self.assert_nothing_left()
-
-    def test_each_run_has_a_secret_of_its_own(self) -> None:
-        self.run_and_look("--github")
-        first = self.secret
-        self.run_and_look("--github")
-        self.assertNotEqual(self.secret, first)
 
     def test_an_agent_uses_a_tool_and_the_log_has_it(self) -> None:
         result = self.run_and_look("--github", script=f"name=fix\n({BRANCH}) > answer")
@@ -340,6 +345,10 @@ class GitHubRunTest(GitHubWorld):
             result = self.box.run("run", f"--repo={value}")
             self.assert_refused(result, "is not OWNER/REPO", status=2)
         self.assert_refused(self.box.run("run", "--github=octo/widget"), "--github", status=2)
+
+
+class GitHubTroubleTest(GitHubWorld):
+    COST = 12
 
     def test_a_policy_that_an_agent_can_write(self) -> None:
         text = "[policy]\nallow = default-branch\n"
@@ -436,12 +445,6 @@ class GitHubRunTest(GitHubWorld):
         self.assertEqual(list(logs.glob("*.github.log")), [])
         self.assertEqual([path for path in before if not path.exists()], [])
 
-    def test_the_probe_is_neither_counted_nor_in_the_log_nor_passed_on(self) -> None:
-        result = self.box.run("run", "--github")
-        self.assertEqual(self.box.run("log").out, "")
-        self.assertIn("0 refused", result.err)
-        self.assertEqual(self.upstream.calls("get_file_contents"), [])
-
     def test_each_write_is_put_to_the_command_of_the_policy(self) -> None:
         asked = self.box.root / "asked"
         executable(
@@ -510,15 +513,6 @@ class GitHubRunTest(GitHubWorld):
             self.box.agent_calls()[0]["argv"],
             ["--dangerously-skip-permissions", "--github", "-p", "x"],
         )
-
-
-BRANCH = """
-curl -s -H "Authorization: $(jq -r .mcpServers.github.headers.Authorization ~/.claude.json)" \\
-  -H 'Content-Type: application/json' \\
-  -H 'Accept: application/json, text/event-stream' -d '{"jsonrpc": "2.0", "id": 1, "method":
-  "tools/call", "params": {"name": "create_branch", "arguments": {"branch": "'$name'"}}}' \\
-  "$(jq -r .mcpServers.github.url ~/.claude.json)"
-"""
 
 
 class KilledSshTest(WorldTest):
