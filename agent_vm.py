@@ -51,10 +51,14 @@ __version__ = "0.1.0"
 STARTS = frozenset(("limactl", "ssh", "git", "python3", "npm", "sudo", "tar", "ps", "sysctl"))
 
 SSH_FAILED = 255  # ssh's own status; a guest's command may have it, too
+# Not through Lima's control master, which a boot or a sleep of the host may end; and one that asks
+# whether the guest is still there, and gives up after a minute.
+OWN_CONNECTION = ("-oControlMaster=no", "-oControlPath=none", "-oServerAliveInterval=15",
+                  "-oServerAliveCountMax=4", "-oConnectTimeout=5")  # fmt: skip
 
 # A base instance has a name of its own each time it is built; a file says which one is meant.
-BASE_NAME = re.compile(r"agent-vm-base(-[a-z0-9-]+)?\.[0-9a-f]{6}")
-CLONE_NAME = re.compile(r"agent-vm-[a-z0-9-]*[a-z0-9]-[0-9a-f]{6}")
+is_base = re.compile(r"agent-vm-base(-[a-z0-9-]+)?\.[0-9a-f]{6}").fullmatch
+is_clone = re.compile(r"agent-vm-[a-z0-9-]*[a-z0-9]-[0-9a-f]{6}").fullmatch
 
 # $LIMA_HOME/NAME/ssh.sock.<16 random> must fit in sockaddr_un.sun_path: 104 bytes on macOS.
 SOCKET_PATH_MAX = 104
@@ -84,6 +88,10 @@ class AgentVMError(Exception):
         self.details = details
 
 
+class ConnectionBroke(AgentVMError):
+    """The agent's ssh ended before the agent: its VM is kept."""
+
+
 class Interrupted(BaseException):
     """SIGINT, SIGTERM or SIGHUP; a BaseException so that no `except Exception` swallows it."""
 
@@ -108,8 +116,6 @@ class Instance(NamedTuple):
     forward_agent: bool = False
     writes_host: bool = False  # copyToHost, or a forward that makes a socket on the host
     home: str = ""
-    cpus: int = 0
-    memory: int = 0
 
 
 class Place(NamedTuple):
@@ -140,6 +146,7 @@ class Lease(NamedTuple):
     created: float
     keep: bool = False
     folders: Sequence[str] = ()  # that its agent can write
+    lima_home: str = ""
 
 
 class Credential(NamedTuple):
@@ -235,10 +242,8 @@ def unusable_path(path: str) -> str:
     """Why a path cannot be mounted at the same place in a guest, or ""."""
     if path in SYSTEM_DIRS or path.startswith(("/proc/", "/sys/", "/dev/")):
         return "the guest needs its own"
-    if any(ord(char) < 32 or ord(char) == 127 for char in path):
-        return "it contains a control character"
-    if any(0xDC80 <= ord(char) <= 0xDCFF for char in path):  # what Python makes of other bytes
-        return "its name is not UTF-8"
+    if re.search("[\x00-\x1f\x7f\udc80-\udcff]", path):  # the last are what is not UTF-8
+        return "its name has a control character, or is not UTF-8"
     return ""
 
 
@@ -318,14 +323,6 @@ def lease_is_live(lease: Lease, this_boot: str, start: str) -> bool:
 # --- pure: names, and what Lima and git say ---
 
 
-def is_clone(name: str) -> bool:
-    return CLONE_NAME.fullmatch(name) is not None
-
-
-def is_base(name: str) -> bool:
-    return BASE_NAME.fullmatch(name) is not None
-
-
 def clone_name(directory: str, tag: str, lima_home: str) -> str:
     """`agent-vm-SLUG-TAG`, the slug cut so that Lima's ssh socket path fits."""
     slug = re.sub(r"[^a-z0-9]+", "-", directory.lower()).strip("-") or "project"
@@ -369,8 +366,6 @@ def instance_from(fields: Mapping[str, Any]) -> Instance:
         writes_host=bool(config.get("copyToHost"))
         or any(rule.get("hostSocket") or rule.get("reverse") for rule in forwards),
         home=str((config.get("user") or {}).get("home") or ""),
-        cpus=int(fields.get("cpus") or 0),
-        memory=int(fields.get("memory") or 0),
     )
 
 
@@ -520,6 +515,7 @@ def receipt_lines(receipt: Sequence[Mapping[str, Any]]) -> list[str]:
 
 # Runs what it is given in the project, with the environment of the host's terminal. Not `exec`:
 # a shell turns death by a signal into a status, and syncs so that the VM can be cut off after it.
+# Ctrl-Z would stop the agent where no shell can resume it: it goes on at once.
 LAUNCH = r"""#!/bin/bash -l
 . ~/.agent-vm/env
 . ~/.agent-vm/credential
@@ -527,9 +523,12 @@ infocmp > /dev/null 2>&1 || export TERM=xterm-256color
 locale 2>&1 | grep -q 'Cannot set' && export LC_ALL=C.UTF-8
 cd -- "$1" || exit 125
 shift
+[ ! -t 0 ] || set -m
 "$@"
 status=$?
+while [ -n "$(jobs -s)" ]; do fg > /dev/null; status=$?; done
 sync
+echo "$status" > ~/.agent-vm/status
 exit "$status"
 """
 
@@ -601,10 +600,9 @@ class Signals:
     Handlers of ours, never SIG_IGN, which limactl and ssh would inherit.
     """
 
-    def __init__(self) -> None:
-        self.holds = 0
-        self.waiting = 0
-        self.closing = False  # cleaning up has begun, and no signal may stop it
+    holds = 0
+    waiting = 0
+    closing = False  # cleaning up has begun, and no signal may stop it
 
     def catch(self) -> None:
         for signum in STOP_SIGNALS:
@@ -636,10 +634,8 @@ signals = Signals()
 class Log:
     """Messages to stderr; progress only with -v, in `setup`, or when stderr is a terminal."""
 
-    def __init__(self) -> None:
-        self.verbose = False
-        self.quiet = False
-        self.started = time.monotonic()
+    verbose = quiet = False
+    started = time.monotonic()
 
     def info(self, message: str) -> None:
         with contextlib.suppress(OSError):  # a closed terminal must not stop the clean-up
@@ -849,20 +845,16 @@ def read_line(path: str) -> str:
     """First line of a small text file, "" when there is none; the agent may have written it."""
     if not os.path.isfile(path):  # a named pipe would block
         return ""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.readline(4096).strip().replace("\0", "")
-    except (OSError, ValueError):
-        return ""
+    with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+        return file.readline(4096).strip().replace("\0", "")
+    return ""
 
 
 def last_bytes(path: Path, size: int) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - size))
-            return file.read(size)
-    except OSError:
-        return b""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - size))
+        return file.read(size)
+    return b""
 
 
 def tail(path: Path, lines: int = 10) -> str:
@@ -874,7 +866,6 @@ def tail(path: Path, lines: int = 10) -> str:
 
 
 def get_url(url: str) -> bytes:
-    import urllib.error
     import urllib.request
 
     try:
@@ -981,14 +972,10 @@ class Guest:
 
     def attach(self, argv: Sequence[str], tty: bool, stdin: int | None = None) -> int:
         """Run argv with our terminal or pipes; its status. ssh joins its arguments: quote them."""
-        command = [*self.ssh, "-t" if tty else "-T", self.instance.hostname, shlex.join(argv)]
+        options = (*OWN_CONNECTION, "-t" if tty else "-T", self.instance.hostname)
+        command = [*self.ssh, *options, shlex.join(argv)]
         with kept_terminal(tty), child(command, stdin=stdin) as process:
             return process.wait()
-
-    def alive(self) -> bool:
-        with contextlib.suppress(AgentVMError):
-            return self.run("true", timeout=20).status == 0
-        return False
 
 
 @contextlib.contextmanager
@@ -1009,7 +996,7 @@ def kept_terminal(tty: bool) -> Iterator[None]:
 
 
 class Leases:
-    """Files that say which process owns which instance."""
+    """Files that say which process owns which instance; another Lima home's are seen to there."""
 
     def __init__(self, folders: Folders) -> None:
         self.folders = folders
@@ -1021,8 +1008,8 @@ class Leases:
     def take(
         self, name: str, project: str = "", folders: Sequence[str] = (), keep: bool = False
     ) -> None:
-        pid, now = os.getpid(), time.time()
-        lease = Lease(name, pid, process_start(pid), boot_id(), project, now, keep, folders)
+        pid, now, home = os.getpid(), time.time(), str(self.folders.lima_home)
+        lease = Lease(name, pid, process_start(pid), boot_id(), project, now, keep, folders, home)
         write_file(self.path(name), json.dumps(lease._asdict()) + "\n")
 
     def drop(self, name: str) -> None:
@@ -1033,7 +1020,9 @@ class Leases:
         leases = []
         for path in sorted(self.dir.glob("*.json")):
             try:
-                leases.append(lease_from(path.read_text()))
+                lease = lease_from(path.read_text())
+                if lease.lima_home in ("", str(self.folders.lima_home)):
+                    leases.append(lease)
             except FileNotFoundError:
                 continue  # its run has just ended
             except (OSError, *MALFORMED):
@@ -1174,13 +1163,16 @@ def disposable(host: Host, plan: Plan) -> Iterator[str]:
         name = clone_name(os.path.basename(plan.project), os.urandom(3).hex(), str(home))
     folders = [mount.source.path for mount in plan.mounts if mount.writable]
     host.leases.take(name, plan.project, folders)
-    ended_well = False
+    keep = False
     try:
         yield name
-        ended_well = True
+        keep = plan.keep
+    except ConnectionBroke:
+        keep = True
+        raise
     finally:
         signals.closing = True
-        if plan.keep and ended_well:
+        if keep:
             host.leases.take(name, plan.project, folders, keep=True)
             reach = f"limactl shell {name}; remove it: agent-vm rm {name}"
             log.info(f"kept {name}; reach it: {reach}")
@@ -1340,10 +1332,15 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
             with signals.held(), contextlib.suppress(AgentVMError):
                 guest.run("sync", timeout=20)  # what the agent wrote so far is kept
             raise
-        # An agent, too, may end with ssh's status: ask whether the VM is there. Below 0, ssh died.
-        if status < 0 or (status == SSH_FAILED and not guest.alive()):
+        if 0 <= status != SSH_FAILED:
+            return status
+        # ssh failed, or died, or an agent has ended with ssh's status: the guest knows.
+        said = guest.run("cat ~/.agent-vm/status", timeout=20)
+        if said.status == SSH_FAILED:
             raise AgentVMError("the VM was lost while it ran", details=failure_logs(host, name))
-        return status
+        if not said.out.strip().isdigit():
+            raise ConnectionBroke("the connection to the VM broke", "agent-vm run -- --continue")
+        return int(said.out)
 
 
 # --- you may stop here: what follows only calls what is above ---
@@ -1984,9 +1981,7 @@ class ProvisionLog:
     """The guest's provisioning log, whose steps are shown while `limactl start` waits."""
 
     def __init__(self, guest: Guest) -> None:
-        # Not through Lima's control master: boot ends the first user session, and it with it.
-        own = ("-o", "ControlMaster=no", "-o", "ControlPath=none", "-o", "ConnectTimeout=5")
-        self.ssh = [*guest.ssh, *own, guest.instance.hostname]
+        self.ssh = [*guest.ssh, *OWN_CONNECTION, guest.instance.hostname]
         self.lines: list[str] = []
 
     def show(self) -> None:
@@ -2011,7 +2006,7 @@ def boot_for_setup(host: Host, guest: Guest, provision_log: ProvisionLog) -> Non
     except AgentVMError as error:
         # "boot scripts must have finished" is polled 200 times (Lima's hostagent/requirements.go).
         while guest.run("test -s /run/lima-boot-done").status != 0:
-            if time.monotonic() > deadline or not guest.alive():
+            if time.monotonic() > deadline or guest.run("true").status:
                 logs = failure_logs(host, guest.instance.name)
                 raise AgentVMError(str(error), error.hint, f"{error.details}\n{logs}") from error
             provision_log.show()
@@ -2151,10 +2146,17 @@ def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int
         briefing=GITHUB_BRIEFING.format(repo=github.repo) if github else "",
     )
     try:
-        return run(host, base, plan)
+        status = run(host, base, plan)
     finally:
         with contextlib.suppress(OSError):
             prune_records(host)
+    if agent and os.isatty(0) and os.isatty(2):
+        # Claude Code has just said another command, which would run it on the host.
+        transcripts = (host.folders.state / "sessions" / session_key(project)).glob("*/*.jsonl")
+        newest = max(transcripts, key=changed, default=Path("none.jsonl")).stem
+        if re.fullmatch(r"[0-9a-f-]{36}", newest):
+            log.info(f"resume this session: claude-vm --resume {newest}")
+    return status
 
 
 def disk_usage(folder: Path) -> int:
@@ -2189,8 +2191,6 @@ def cmd_list(args: argparse.Namespace) -> int:
             "role": role or "unused",
             "project": lease.project if lease else "",
             "age_seconds": round(time.time() - born),
-            "cpus": instance.cpus,
-            "memory_bytes": instance.memory,
             "disk_bytes": disk_usage(instance.dir),
         }
         if args.json:
@@ -2212,9 +2212,18 @@ def instance_named(host: Host, name: str) -> Instance:
     return instance
 
 
+def refuse_in_use(host: Host, name: str, verb: str) -> None:
+    for lease in host.leases.all():
+        if lease.name == name and not lease.keep and not host.leases.is_orphan(lease):
+            problem = f"{name} is in use by process {lease.pid}"
+            raise AgentVMError(problem, hint=f"end that run, or {verb} --force")
+
+
 def cmd_stop(args: argparse.Namespace) -> int:
     host, _ = open_host(args)
     instance = instance_named(host, args.instance)
+    if not args.force:
+        refuse_in_use(host, instance.name, "stop")
     if instance.status == "Running":
         host.lima.stop(instance.name)
     return 0
@@ -2225,11 +2234,8 @@ def cmd_rm(args: argparse.Namespace) -> int:
     instance = instance_named(host, args.instance)
     if is_base(instance.name) and not args.force:
         raise AgentVMError(f"{instance.name} is a base instance", hint="rm --force removes it")
-    for lease in host.leases.all():
-        used = not lease.keep and not host.leases.is_orphan(lease)
-        if lease.name == instance.name and used and not args.force:
-            problem = f"{instance.name} is in use by process {lease.pid}"
-            raise AgentVMError(problem, hint="end that run, or rm --force")
+    if not args.force:
+        refuse_in_use(host, instance.name, "rm")
     with file_lock(host.folders.state / "bases.lock"):
         name = instance.name.partition(".")[0]
         names = read_base(host.folders, name)
@@ -2248,15 +2254,6 @@ def cmd_gc(args: argparse.Namespace) -> int:
     for name in orphans if args.dry_run else collect_garbage(host, wait=True):
         print(name)
     return 1 if host.leases.orphans() and not args.dry_run else 0
-
-
-def cmd_ssh_config(args: argparse.Namespace) -> int:
-    host, _ = open_host(args)
-    instance = instance_named(host, args.instance)
-    if instance.status != "Running":
-        raise AgentVMError(f"{instance.name} is {instance.status.lower()}: it has no ssh port")
-    print((instance.dir / "ssh.config").read_text(), end="")
-    return 0
 
 
 def cmd_log(args: argparse.Namespace) -> int:
@@ -2510,12 +2507,10 @@ def build_parser() -> argparse.ArgumentParser:
             "command", nargs=argparse.REMAINDER, metavar="[--] ARG", help="passed on untouched"
         )
     flag(verb(cmd_list, "list base instances and clones"), "--json", "one JSON object a line")
-    verb(cmd_stop, "stop an instance").add_argument("instance")
-    remove = verb(cmd_rm, "delete an instance")
-    remove.add_argument("instance")
-    flag(remove, "--force", "also one in use, or a base instance")
+    for sub in (verb(cmd_stop, "stop an instance"), verb(cmd_rm, "delete an instance")):
+        sub.add_argument("instance")
+        flag(sub, "--force", "also one in use, or a base instance")
     flag(verb(cmd_gc, "remove VMs whose run is gone"), "--dry-run", "only say which")
-    verb(cmd_ssh_config, "print the ssh configuration of a running VM").add_argument("instance")
     summary = "check the host, Lima and the base instance; -v: settings"
     flag(verb(cmd_doctor, summary), "--json", "one JSON object a line")
     audit = verb(cmd_log, "what a run did on GitHub, one JSON object a line")

@@ -152,6 +152,27 @@ class TerminalTest(WorldTest):
         self.assertIn("interrupted", terminal.seen)
         self.assert_nothing_left()
 
+    def test_ctrl_z_does_not_leave_the_agent_stopped(self) -> None:
+        script = "sh:touch up; read -r line; echo got $line; exit 4"
+        terminal = self.box.terminal("run", "--", script)
+        self.box.wait_for_file("up")
+        terminal.type("\x1a")
+        terminal.type("words\n")
+        terminal.expect("got words")
+        self.assertEqual(terminal.wait(), 4)
+        self.assert_nothing_left()
+
+    def test_the_last_line_says_how_to_resume_in_a_vm(self) -> None:
+        session = "01234567-89ab-cdef-0123-456789abcdef"
+        write = f"sh:mkdir -p ~/.claude/projects/x; touch ~/.claude/projects/x/{session}.jsonl"
+        terminal = self.box.terminal("run", "--", write)
+        self.assertEqual(terminal.wait(), 0)
+        last = terminal.seen.splitlines()[-1]
+        self.assertEqual(last, f"agent-vm: resume this session: claude-vm --resume {session}")
+        terminal = self.box.terminal("shell", "--", "true")
+        terminal.wait()
+        self.assertNotIn("resume", terminal.seen)
+
     def test_ctrl_c_typed_while_the_vm_starts(self) -> None:
         terminal = self.box.terminal("run", FAKE_LIMA_HANG="start")
         self.box.wait_for_limactl("start")
@@ -208,6 +229,14 @@ class OrphanTest(WorldTest):
         self.box.make_instance(name, running=True)
         self.box.make_lease(name, **lease)
         return name
+
+    def test_the_orphans_of_another_lima_home_are_left_to_it(self) -> None:
+        name = self.orphan(lima_home=str(self.box.root / "other"))
+        self.assertEqual(self.box.run("gc").out, "")
+        self.assertEqual((self.box.clones(), self.box.leases()), ([name], [name]))
+        self.box.make_lease(name, lima_home=str(self.box.lima))
+        self.assertEqual(self.box.run("gc").out, f"{name}\n")
+        self.assert_nothing_left()
 
     def test_after_kill_9_the_next_command_cleans_up_and_says_so(self) -> None:
         for verb in ("start", "clone"):

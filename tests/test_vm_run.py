@@ -173,8 +173,28 @@ class StatusTest(WorldTest):
         (self.box.bin / "ssh").rename(self.box.bin / "real-ssh")
         script = f'case "$*" in *launch*) kill -9 $$;; esac\nexec {self.box.bin}/real-ssh "$@"'
         executable(self.box.bin / "ssh", script)
-        self.assert_refused(self.box.run("run"), "the VM was lost")
+        self.assert_connection_broke(self.box.run("run"))
+
+    def test_a_connection_that_breaks_keeps_the_vm(self) -> None:
+        """ssh answers 255, as an agent may; only the guest knows whether its agent has ended."""
+        (self.box.bin / "ssh").rename(self.box.bin / "real-ssh")
+        script = f'case "$*" in *launch*) exit 255;; esac\nexec {self.box.bin}/real-ssh "$@"'
+        executable(self.box.bin / "ssh", script)
+        self.assert_connection_broke(self.box.run("run"))
+
+    def assert_connection_broke(self, result: Result) -> None:
+        (clone,) = self.box.clones()
+        self.assert_refused(result, "the connection to the VM broke", f"kept {clone}", "--continue")
+        self.assertTrue((self.box.lima / clone / "ha.pid").exists())
+        self.assertEqual((self.box.run("gc").out, self.box.clones()), ("", [clone]))
+        self.assertEqual(self.box.run("rm", clone).status, 0)
         self.assert_nothing_left()
+
+    def test_the_agents_connection_is_its_own_and_watched(self) -> None:
+        self.box.run("run")
+        (argv,) = [call["argv"] for call in self.box.calls("ssh") if "launch" in call["argv"][-1]]
+        for option in ("-oControlPath=none", "-oServerAliveInterval=15"):
+            self.assertIn(option, argv)
 
     def test_a_lost_vm_is_said_to_be_lost(self) -> None:
         lose = 'sh:rm "$FAKE_GUEST_INSTANCE/ha.pid"'
