@@ -457,13 +457,14 @@ def guest_git_config(github: GitHub) -> str:
 # What must be refused is seen to be refused, from inside the guest, before the agent starts.
 PROBE = r"""
 cd ~/.agent-vm
+. ./env  # the agent's
 sed 's/$/-not/' probe-header > wrong-header
 call() {  # TOOL ARGUMENTS-AS-JSON
   echo '{"jsonrpc": "2.0", "id": 1, "method": "tools/call",' \
     '"params": {"name": "'"$1"'", "arguments": '"$2"'}}'
 }
 refused() {  # WHAT WORDS-OF-THE-REFUSAL HEADER-FILE CURL-ARGUMENT...
-  answer=$(curl -sS -m 20 --noproxy '*' -H @"$3" -H 'Content-Type: application/json' \
+  answer=$(curl -sS -m 20 -H @"$3" -H 'Content-Type: application/json' \
     -H 'Accept: application/json, text/event-stream' "${@:4}" 2>&1)
   case $answer in
     *"$2"*) ;;
@@ -1351,7 +1352,7 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
 EXIT_OURS = 125
 BASE = "agent-vm-base"
 AGENT = ("claude", "--dangerously-skip-permissions")
-CREDENTIALS = ("CLAUDE_CODE_OAUTH_TOKEN", "ANTHROPIC_API_KEY")
+CREDENTIALS = ("CLAUDE_CODE_OAUTH_TOKEN", "ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
 GITHUB_TOKEN = "GITHUB_MCP_TOKEN"  # for the proxy alone
 # Taken out of the environment, so that no child inherits them; the last four are gh's.
 SECRETS = (*CREDENTIALS, GITHUB_TOKEN, "GH_TOKEN", "GITHUB_TOKEN", "GH_ENTERPRISE_TOKEN",
@@ -1541,6 +1542,9 @@ def open_host(
 ) -> tuple[Host, Settings]:
     folders = folders_of(os.environ)
     settings = Settings(vars(args), os.environ, config_values(folders.config / "config.ini"))
+    for name in os.environ:
+        if name.startswith("AGENT_VM_") and name[9:].lower().replace("_", "-") not in SETTINGS:
+            raise AgentVMError(f"{name} is not a setting", "settings: " + " ".join(SETTINGS))
     os.environ["PATH"] = safe_search_path(os.environ.get("PATH", os.defpath), folders.state)
     os.environ["PATH"] += f"{os.pathsep}{folders.data}/lima/bin"  # where setup puts Lima
     binary = shutil.which("limactl") or ""
@@ -1649,6 +1653,9 @@ def collect_garbage(host: Host, wait: bool = False) -> list[str]:
             if gone and existed:
                 log.info(f"removed {lease.name}: its run ended without cleaning up")
                 removed.append(lease.name)
+    for folder in ("logs", "audit"):  # of the newest hundred some may be in use
+        for path in sorted((host.folders.state / folder).glob("agent-vm-*"), key=changed)[:-100]:
+            remove_file(path)
     return removed
 
 
@@ -1658,13 +1665,6 @@ def changed(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:
         return 0.0
-
-
-def prune_records(host: Host) -> None:
-    """Keep the newest logs of failures and audits; those in use are among them."""
-    for folder in ("logs", "audit"):
-        for path in sorted((host.folders.state / folder).glob("agent-vm-*"), key=changed)[:-100]:
-            remove_file(path)
 
 
 # --- the plan of a run ---
@@ -1682,8 +1682,9 @@ GIT_SETTINGS = {"core.checkStat": "minimal", "core.trustctime": "false"}
 def find_credential(host: Host) -> Credential | None:
     """The credential that a run would use: the environment's, else the stored one."""
     for name in CREDENTIALS:
-        if host.secrets.get(name):
-            return Credential(name, host.secrets[name], "the environment")
+        value = host.secrets.get(name, "").strip()
+        if value:
+            return Credential(name, value, "the environment")
     path = host.folders.config / "credential"
     if not path.exists():
         return None
@@ -1701,6 +1702,13 @@ def guest_variables(host: Host, settings: Settings) -> dict[str, str]:
     passed = filter(PASSED_ENV.fullmatch, os.environ)
     variables = {name: os.environ[name] for name in passed if os.environ[name]}
     variables["DISABLE_AUTOUPDATER"] = "1"  # the clone is thrown away; `setup` updates
+    if "ANTHROPIC_BASE_URL" in variables:  # a gateway on this host's loopback, say
+        loopback = r"(?<=//)(localhost|127\.0\.0\.1|\[::1\])(?=[:/]|$)"
+        here = re.sub(loopback, "host.lima.internal", variables["ANTHROPIC_BASE_URL"])
+        variables["ANTHROPIC_BASE_URL"] = here
+    for name in ("no_proxy", "NO_PROXY"):  # Lima copies the host's, and their proxies
+        direct = [os.environ.get(name), "localhost,127.0.0.1,host.lima.internal"]
+        variables[name] = ",".join(filter(None, direct))
     for item in settings.get("env"):
         name, equals, value = item.partition("=")
         if not equals and name not in given:
@@ -1900,9 +1908,7 @@ def preflight(host: Host, settings: Settings, yes: bool) -> None:
         more = "".join(f"\nalso: {problem} ({step})" for problem, step in problems[1:])
         raise AgentVMError(problems[0][0], hint=problems[0][1] + more)
     if kvm_is_missing():
-        log.info(
-            "warning: no usable /dev/kvm: the VM is emulated and slow (are you in the group kvm?)"
-        )
+        log.info("warning: no usable /dev/kvm: the VM is emulated, and slow (the group is kvm)")
     if not host.lima.binary:
         host.lima.binary = install_lima(host.folders, settings.get("lima-url").rstrip("/"), yes)
     checked_lima_version(host.lima)
@@ -2128,6 +2134,9 @@ def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int
     if not read_base(host.folders, name)[0] and confirm(question, args.yes):
         build_base(host, settings, args)
     base = usable_base(host, name)
+    free = shutil.disk_usage(host.folders.lima_home).free
+    if free < 2 * GIB:  # QEMU stops a VM whose disk cannot grow, without a word
+        raise AgentVMError(f"{free / GIB:.1f} GiB free in Lima's home: a VM needs 2", "free some")
     github = plan_github(host, settings, project, mounts, args.repo or "")
     plan = Plan(
         project=project,
@@ -2145,11 +2154,7 @@ def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int
         github=github,
         briefing=GITHUB_BRIEFING.format(repo=github.repo) if github else "",
     )
-    try:
-        status = run(host, base, plan)
-    finally:
-        with contextlib.suppress(OSError):
-            prune_records(host)
+    status = run(host, base, plan)
     if agent and os.isatty(0) and os.isatty(2):
         # Claude Code has just said another command, which would run it on the host.
         transcripts = (host.folders.state / "sessions" / session_key(project)).glob("*/*.jsonl")
@@ -2224,7 +2229,7 @@ def cmd_stop(args: argparse.Namespace) -> int:
     instance = instance_named(host, args.instance)
     if not args.force:
         refuse_in_use(host, instance.name, "stop")
-    if instance.status == "Running":
+    if instance.status != "Stopped":
         host.lima.stop(instance.name)
     return 0
 
@@ -2440,7 +2445,8 @@ examples:
   agent_vm.py shell-init >> ~/.bashrc       defines claude-vm, claude-vm-shell, claude-vm-setup
 
 environment:
-  CLAUDE_CODE_OAUTH_TOKEN, ANTHROPIC_API_KEY  the agent's credential; it enters the guest
+  CLAUDE_CODE_OAUTH_TOKEN, ANTHROPIC_API_KEY,
+  ANTHROPIC_AUTH_TOKEN                        the agent's credential; it enters the guest
   GITHUB_MCP_TOKEN                            the GitHub proxy's; it stays on the host
   ANTHROPIC_BASE_URL, ANTHROPIC_MODEL, LANG, COLORTERM …  passed to the agent
   AGENT_VM_<SETTING>                          a setting, e.g. AGENT_VM_MEMORY=16
@@ -2535,10 +2541,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     if unknown:
         note = "; the agent's own go after --" if hasattr(args, "command") else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{note}")
-    if rest and not hasattr(args, "command"):
-        parser.error("-- is for run and shell")
     if hasattr(args, "command"):
         args.command = [*args.command, *(rest if args.command else rest[1:])]
+    elif rest:
+        parser.error("-- is for run and shell")
     return args
 
 
@@ -2585,8 +2591,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and error.filename:
             problem = f"cannot use {error.filename}: {error.strerror}"
         report(AgentVMError(problem))
-        if log.verbose:
-            raise
     finally:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # Python's shutdown has its status
     return int(failure)

@@ -129,6 +129,10 @@ class InstanceTest(WorldTest):
         self.assertEqual(self.box.run("setup", "--rollback").status, 0)
         self.assertEqual(self.box.run("run").status, 0)
 
+    def test_stop_of_what_cannot_be_stopped_fails(self) -> None:
+        (self.box.lima / CLONE).mkdir()
+        self.assert_refused(self.box.run("stop", CLONE), "limactl stop failed", status=1)
+
     def test_rm_of_a_half_made_clone(self) -> None:
         (self.box.lima / CLONE).mkdir()
         self.assertEqual(self.box.run("rm", CLONE).status, 0)

@@ -323,7 +323,7 @@ class GitHubRunTest(GitHubWorld):
         result = self.box.run("run", "--", "sh:cat ~/.claude.json ~/.agent-vm/*")
         self.assertEqual((result.status, result.err), (0, ""))
         self.assertNotIn("mcp", result.out)
-        self.assertNotIn("host.lima.internal", result.out)
+        self.assertNotIn("http://host.lima.internal", result.out)
         self.assertNotIn(TOKEN, json.dumps([call["env"] for call in self.box.calls()]))
 
     def test_auto_goes_on_without(self) -> None:
@@ -334,6 +334,15 @@ class GitHubRunTest(GitHubWorld):
         self.forget()
         result = self.box.run("run")
         self.assertEqual((result.status, result.err), (0, ""))
+
+    def test_the_probe_goes_the_agents_way(self) -> None:
+        """A company's proxy gets neither the probe's secret nor, later, the agent's."""
+        proxy = ("--env", "http_proxy=http://127.0.0.1:9")
+        result = self.box.run("run", "--github", *proxy, "--", "sh:true")
+        self.assertEqual(result.status, 0, result.err)
+        away = ("--env", "no_proxy=", "--env", "NO_PROXY=")
+        refused = self.box.run("run", "--github", *proxy, *away, "--", "sh:true")
+        self.assert_refused(refused, "does not protect this VM", "127.0.0.1 port 9")
 
     def test_a_missing_token_is_said(self) -> None:
         result = self.box.run("run", "--github", GITHUB_MCP_TOKEN="")

@@ -12,6 +12,7 @@ from typing import Any
 from typing import ClassVar
 
 import agent_vm
+from tests import quick
 from tests.quick import Result
 from tests.support import BASE
 from tests.support import BASE_NAME
@@ -628,6 +629,24 @@ class CredentialTest(WorldTest):
         self.assertEqual(env["ANTHROPIC_API_KEY"], "sk-ant-api03-other")
         self.assertNotIn("CLAUDE_CODE_OAUTH_TOKEN", env)
 
+    def test_a_gateway_has_its_token_and_is_reached_on_the_hosts_loopback(self) -> None:
+        for given, there in (
+            ("http://localhost:4000/v1", "http://host.lima.internal:4000/v1"),
+            ("http://127.0.0.1", "http://host.lima.internal"),
+            ("http://[::1]:1", "http://host.lima.internal:1"),
+            ("https://localhost.example.org/x", "https://localhost.example.org/x"),
+        ):
+            env = self.agent_env(ANTHROPIC_AUTH_TOKEN=" gateway-key\r\n", ANTHROPIC_BASE_URL=given)
+            self.assertEqual(env["ANTHROPIC_BASE_URL"], there)
+            self.assertEqual(env["ANTHROPIC_AUTH_TOKEN"], "gateway-key")
+        self.assertNotIn("gateway-key", json.dumps(self.box.calls()))
+
+    def test_what_is_on_the_host_is_not_asked_of_a_companys_proxy(self) -> None:
+        env = self.agent_env(no_proxy="intra.example", https_proxy="http://proxy.example:8080")
+        direct = "localhost,127.0.0.1,host.lima.internal"
+        self.assertEqual(env["no_proxy"], f"intra.example,{direct}")
+        self.assertEqual(env["NO_PROXY"], direct)
+
     def test_a_credential_that_others_can_read_is_refused(self) -> None:
         self.store(f"CLAUDE_CODE_OAUTH_TOKEN={TOKEN}\n", 0o644)
         self.assert_refused(self.box.run("run"), "can be read by others", "chmod 600")
@@ -763,6 +782,20 @@ class UsageTest(WorldTest):
         for argv in (("run", "--bogus"), ("run", "--memory", "0"), ("setup", "--disk", "abc")):
             self.assert_refused(self.box.run(*argv), "usage: ", argv[1], status=2)
         self.assertEqual(self.box.calls(), [])
+
+    def test_a_variable_that_is_no_setting_is_named(self) -> None:
+        """AGENT_VM_READ_ONLY=1 must not mean a writable project."""
+        result = self.box.run("run", AGENT_VM_READ_ONLY="1")
+        self.assert_refused(result, "AGENT_VM_READ_ONLY is not a setting", "readonly")
+        self.assertEqual(self.box.calls(), [])
+
+    def test_a_host_without_room_for_a_vms_disk_is_said_before_there_is_one(self) -> None:
+        full = (
+            "import types\ng.shutil.disk_usage = lambda path: types.SimpleNamespace(free=1 << 30)"
+        )
+        started = quick.start("agent_vm", ["run"], self.box.env, self.box.project, setup=full)
+        self.assert_refused(started.wait(), "1.0 GiB free in Lima's home")
+        self.assertEqual(self.box.limactl("clone"), [])
 
     def test_a_bad_configuration_file_is_named(self) -> None:
         rows = [
