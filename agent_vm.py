@@ -168,17 +168,13 @@ class GitHub(NamedTuple):
     environ: Mapping[str, str] = {}  # the whole environment of the proxy; it may hold the token
     options: Sequence[str] = ()
     # Once the proxy runs:
-    port: int = 0
+    url: str = ""
     secret: str = ""
     probe_secret: str = ""
     readonly: bool = False
 
     def __repr__(self) -> str:
         return f"<GitHub {self.repo}>"
-
-    @property
-    def url(self) -> str:
-        return f"http://host.lima.internal:{self.port}"
 
 
 class Plan(NamedTuple):
@@ -370,8 +366,9 @@ def instance_from(fields: Mapping[str, Any]) -> Instance:
 
 
 def limactl_reason(stderr: str) -> str:
-    """limactl's own last words: its logrus error lines, else its last line, else ""."""
-    messages = re.findall(r'level=(?:error|fatal) msg="((?:[^"\\]|\\.)*)"', stderr)
+    """limactl's own last words: its last error in either form of its logs, else its last line."""
+    wrong = r'level(?:=|":")(?:error|fatal)"?[ ,]"?msg"?[=:]"((?:[^"\\]|\\.)*)"'
+    messages = re.findall(wrong, stderr)
     last = [line for line in stderr.split("\n") if line.strip()][-1:]
     return "".join(messages[-1:] or last).replace('\\"', '"').replace("\\n", "; ")
 
@@ -528,6 +525,7 @@ shift
 "$@"
 status=$?
 while [ -n "$(jobs -s)" ]; do fg > /dev/null; status=$?; done
+[ -t 0 ] || { trap '' TERM; kill 0; }  # what is left would hold ssh's pipes open
 sync
 echo "$status" > ~/.agent-vm/status
 exit "$status"
@@ -601,8 +599,7 @@ class Signals:
     Handlers of ours, never SIG_IGN, which limactl and ssh would inherit.
     """
 
-    holds = 0
-    waiting = 0
+    holds = waiting = 0
     closing = False  # cleaning up has begun, and no signal may stop it
 
     def catch(self) -> None:
@@ -918,9 +915,6 @@ class Lima:
             raise AgentVMError(f"limactl {args[0]} failed: {reason}", "", "\n".join(last))
         return finished.out
 
-    def version(self) -> str:
-        return self._run("--version", timeout=30)
-
     def list(self) -> list[Instance]:
         return parse_instances(self._run("list", "--format", "json", timeout=min(60, self.timeout)))
 
@@ -1195,6 +1189,15 @@ def failure_logs(host: Host, name: str) -> str:
     return "\n".join(parts)
 
 
+def boot_failure(host: Host, name: str, error: AgentVMError) -> AgentVMError:
+    """Lima says to look into ha.stderr.log, which goes with the VM: the cause is in there."""
+    problem, log_file = str(error), host.folders.lima_home / name / "ha.stderr.log"
+    if log_file.name in problem:
+        cause = limactl_reason(last_bytes(log_file, 50_000).decode(errors="replace"))
+        problem = f"limactl start failed: {cause}"
+    return AgentVMError(problem, error.hint, f"{error.details}\n{failure_logs(host, name)}".strip())
+
+
 def run_hook(guest: Guest, path: Path, mounted: bool, workdir: str = ".") -> None:
     """Run a hook in the guest; `mounted`: it is there already, else its text is sent.
 
@@ -1255,7 +1258,8 @@ def github_proxy(host: Host, asked: GitHub, name: str) -> Iterator[GitHub]:
             port, rights = (proxy.stdout.readline().decode().strip() for _ in range(2))
         if not port.isdigit():
             raise AgentVMError("the GitHub proxy did not start", details=tail(errors))
-        github = asked._replace(environ={}, port=int(port), readonly=rights == "read-only")
+        url = f"http://host.lima.internal:{port}"
+        github = asked._replace(environ={}, url=url, readonly=rights == "read-only")
         log.info(f"GitHub: {github.repo}{', read-only' if github.readonly else ''}")
         try:
             yield github._replace(secret=secret, probe_secret=probe_secret)
@@ -1307,8 +1311,7 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
         try:
             lima.start(name)
         except AgentVMError as error:
-            error.details = f"{error.details}\n{failure_logs(host, name)}".strip()
-            raise
+            raise boot_failure(host, name, error) from error
 
         guest = Guest(clone)
         prepared = guest.run("bash -s", prepare_script(plan, mounts, github))
@@ -1361,6 +1364,7 @@ SECRETS = (*CREDENTIALS, GITHUB_TOKEN, "GH_TOKEN", "GITHUB_TOKEN", "GH_ENTERPRIS
 # GitHub takes no repository that is called so: "." and "..", or x.git and x.wiki.
 OWNER_REPO = r"([A-Za-z0-9][A-Za-z0-9_-]*/(?!\.{1,2}/?$)[A-Za-z0-9._-]+?(?<!\.git)(?<!\.wiki))"
 
+GIB = 1 << 30
 LIMA_RELEASE = "2.2.0"
 LIMA_URL = f"https://github.com/lima-vm/lima/releases/download/v{LIMA_RELEASE}"
 
@@ -1383,6 +1387,13 @@ owner_and_repo = words_like(OWNER_REPO, "OWNER/REPO")
 
 def whole_number(word: str) -> int:
     return int(words_like(r"[1-9]\d{0,5}", "a whole number above 0")(word))
+
+
+def memory_size(word: str) -> int:
+    size, there = whole_number(word), host_memory() // GIB
+    if size > there:
+        raise argparse.ArgumentTypeError(f"the host has {there} GB")
+    return size
 
 
 def existing_file(word: str) -> str:
@@ -1436,7 +1447,7 @@ SETTINGS = {
     "name": Setting(base_suffix, "", "use the base instance agent-vm-base-NAME", "NAME"),
     "minimal": Setting(yes_or_no, False, "only git, curl, jq and Claude Code in the VM"),
     "disk": Setting(whole_number, 20, "size of the VM's disk", "GB"),
-    "memory": Setting(whole_number, 8, "the VM's memory, by default at most half the host's", "GB"),
+    "memory": Setting(memory_size, 8, "the VM's memory, by default at most half the host's", "GB"),
     "cpus": Setting(whole_number, 4, "the VM's CPUs, by default at most half the host's", "N"),
     "template": Setting(existing_file, "", "another Lima template than lima/agent-vm.yaml", "FILE"),
     "image": Setting(image_location, "", "another Debian 13 disk image", "FILE|URL"),
@@ -1516,8 +1527,6 @@ def config_values(path: Path) -> dict[str, str]:
 
 # --- opening: this host, its base instances, its garbage ---
 
-MIN_LIMA = (2, 2)  # before it, `limactl list` fails while another clone is made or deleted
-GIB = 1 << 30
 CLONE_SECONDS = 120  # until `limactl clone` has made a folder, on any host
 
 
@@ -1572,15 +1581,6 @@ def safe_search_path(path: str, state: Path) -> str:
         entry for entry in entries
         if not any(agents_folders(state, place, mounted) for place in spellings(entry))
     )  # fmt: skip
-
-
-def checked_lima_version(lima: Lima) -> str:
-    printed = lima.version().strip()[:80]
-    match = re.search(r"(\d+)\.(\d+)(?:\.\d+)?", printed)
-    if not match or (int(match[1]), int(match[2])) < MIN_LIMA:
-        problem = f"limactl {match[0] if match else repr(printed)} is too old"
-        raise AgentVMError(problem, hint=f"agent-vm needs Lima {MIN_LIMA[0]}.{MIN_LIMA[1]}")
-    return match[0]
 
 
 def confirm(question: str, yes: bool = False) -> bool:
@@ -1880,9 +1880,6 @@ def setup_problems(host: Host, settings: Settings) -> list[tuple[str, str]]:
     if free < need:
         problem = f"{free // GIB} GiB free in Lima's home; setup needs {need // GIB}"
         problems.append((problem, "free some space, or set LIMA_HOME to another disk"))
-    memory, there = settings.get("memory"), host_memory() // GIB
-    if settings.chosen("memory") and memory > there:
-        problems.append((f"--memory {memory}: the host has {there} GiB", "ask for less memory"))
     return problems
 
 
@@ -1911,7 +1908,6 @@ def preflight(host: Host, settings: Settings, yes: bool) -> None:
         log.info("warning: no usable /dev/kvm: the VM is emulated, and slow (the group is kvm)")
     if not host.lima.binary:
         host.lima.binary = install_lima(host.folders, settings.get("lima-url").rstrip("/"), yes)
-    checked_lima_version(host.lima)
 
 
 def install_lima(folders: Folders, url: str, yes: bool) -> str:
@@ -2013,8 +2009,7 @@ def boot_for_setup(host: Host, guest: Guest, provision_log: ProvisionLog) -> Non
         # "boot scripts must have finished" is polled 200 times (Lima's hostagent/requirements.go).
         while guest.run("test -s /run/lima-boot-done").status != 0:
             if time.monotonic() > deadline or guest.run("true").status:
-                logs = failure_logs(host, guest.instance.name)
-                raise AgentVMError(str(error), error.hint, f"{error.details}\n{logs}") from error
+                raise boot_failure(host, guest.instance.name, error) from error
             provision_log.show()
             time.sleep(5)
     provision_log.show()
@@ -2364,7 +2359,8 @@ def looks(host: Host, settings: Settings) -> dict[str, Callable[[], str]]:
     def lima() -> str:
         if not host.lima.binary:
             raise AgentVMError("limactl is not installed", "agent-vm setup installs it")
-        return f"{checked_lima_version(host.lima)} ({host.lima.binary})"
+        printed = first_line_of(host.lima.binary, "--version") or "no version"
+        return f"{printable(printed[:80])} ({host.lima.binary})"
 
     def base_instance() -> str:
         return usable_base(host, base_name(settings)).name

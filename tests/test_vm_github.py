@@ -25,7 +25,7 @@ from tests.support import wait_for
 
 TOKEN = "github_pat_11NOTREAL0_abcdefghijklmnopqrstuvwxyz0123456789"
 GITHUB = GitHub(
-    repo="octo/widget", port=4711, secret="s3cret-" + "x" * 30,
+    repo="octo/widget", url="http://host.lima.internal:4711", secret="s3cret-" + "x" * 30,
     remote="git@github.com:Octo/Widget.git",
 )  # fmt: skip
 # A guest's git that finds the host: the name is resolved as Lima's DNS does it.

@@ -41,9 +41,8 @@ class TemplateTest(unittest.TestCase):
         command = [sys.executable, str(TESTS / "tools/embed.py"), "--check"]
         self.assertEqual(subprocess.run(command, check=False).returncode, 0)
 
-    def test_it_needs_the_lima_that_the_script_asks_for(self) -> None:
-        version = ".".join(map(str, agent_vm.MIN_LIMA))
-        self.assertIn(f"\nminimumLimaVersion: {version}.0\n", self.text)
+    def test_an_older_lima_fails_to_list_while_another_vm_is_cloned(self) -> None:
+        self.assertIn("\nminimumLimaVersion: 2.2.0\n", self.text)
 
     def test_it_mounts_nothing_runs_no_containerd_and_takes_no_key(self) -> None:
         for line in ("mounts: []", "  system: false", "  user: false", "  forwardAgent: false",

@@ -166,6 +166,14 @@ class StatusTest(WorldTest):
         self.assertEqual(self.box.run("shell", "--", "bash", "-c", "kill -TERM $$").status, 143)
         self.assert_nothing_left()
 
+    def test_what_the_agent_leaves_is_ended(self) -> None:
+        """It would hold ssh's pipes, and the run with them."""
+        leave = "sleep 60 & echo $! > left; exit 6"
+        result = self.box.run("shell", "--keep", "--", "bash", "-c", leave)
+        self.assertEqual(result.status, 6)
+        left = int((self.box.project / "left").read_text())
+        wait_for(lambda: not agent_vm.process_start(left), "it is ended")
+
     def test_255_is_a_status_like_any_other(self) -> None:
         result = self.box.run("shell", "--", "bash", "-c", "exit 255")
         self.assertEqual((result.status, result.err), (255, ""))
@@ -847,7 +855,8 @@ class LimaTroubleTest(WorldTest):
 
     def test_a_start_that_fails_shows_and_keeps_limas_logs(self) -> None:
         result = self.box.run("run", FAKE_LIMA_FAIL="start")
-        self.assert_refused(result, 'the "running" status', "could not boot", "Kernel panic red")
+        cause = 'error: limactl start failed: exec: "qemu": could not boot\n'
+        self.assert_refused(result, cause, "Kernel panic red")
         self.assert_nothing_left()
         kept = sorted(path.name for path in (self.box.state / "logs").iterdir())
         self.assertEqual([name.partition(".")[2] for name in kept], ["ha.stderr.log", "serial.log"])
