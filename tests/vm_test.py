@@ -22,6 +22,7 @@ from pathlib import Path
 from tests import quick
 from tests.fakes import mcp_upstream
 from tests.fakes.git_server import GitServer
+from tests.support import Terminal
 from tests.test_proxy_real import real_server
 
 quick.PATIENCE = 900
@@ -292,6 +293,43 @@ class VMTest(unittest.TestCase):
             process.communicate()
         self.assertEqual(process.returncode, 143)
         self.assertEqual((project / "zeros").stat().st_size, 32 << 20)
+        self.assert_nothing_left()
+
+    def test_a_connection_that_breaks_keeps_the_vm(self) -> None:
+        project = self.project()
+        process = self.start("shell", "--", "bash", "-c", "touch up; sleep 600", cwd=project)
+        name = self.started_clone(process)
+        self.wait_until_up(process, project)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        _, err = process.communicate()
+        self.assertIn("the connection to the VM broke", err)
+        self.assertIn(f"kept {name}", err)
+        self.assertEqual((process.returncode, self.agent_vm("gc").stdout), (125, ""))
+        there = self.agent_vm("list", "--json").stdout.splitlines()
+        self.assertIn((name, "Running", "kept"), [
+            (row["name"], row["status"], row["role"]) for row in map(json.loads, there)
+        ])  # fmt: skip
+        self.assertEqual(self.agent_vm("rm", name).returncode, 0)
+        self.assert_nothing_left()
+
+    def test_what_an_agent_leaves_does_not_hold_the_run(self) -> None:
+        script = "sleep 1000 & echo hi; exit 3"
+        result = self.agent_vm("shell", "--", "bash", "-c", script, cwd=self.project())
+        self.assertEqual((result.returncode, result.stdout), (3, "hi\n"), result.stderr)
+
+    def test_ctrl_z_does_not_stop_the_agent_for_good(self) -> None:
+        project = self.project()
+        script = "touch up; read -r line; echo got $line; exit 4"
+        argv = [sys.executable, str(SCRIPT), "shell", "--", "bash", "-c", script]
+        terminal = Terminal(argv, {**self.env, "TERM": "xterm"}, project, None)
+        wait_for((project / "up").exists, 900, "the agent runs")
+        terminal.type("\x1a")
+        time.sleep(2)
+        terminal.type("words\n")
+        terminal.expect("got words")
+        self.assertEqual(terminal.wait(), 4)
+        terminal.close()
         self.assert_nothing_left()
 
     def test_three_at_once_in_one_project(self) -> None:
