@@ -59,7 +59,7 @@ RETRY_SECONDS = 5  # until it is asked for again, when it is not known
 TOKEN_SECONDS = 120  # for the token command
 TOKEN_MARGIN = 60  # a token is renewed that many seconds before it expires
 
-# JSON-RPC error codes: the standard's, MCP's for mirrored headers and lost sessions, one of ours.
+# JSON-RPC error codes: the standard's, and one of ours.
 PARSE_ERROR, INVALID_REQUEST, NO_METHOD, INVALID_PARAMS = -32700, -32600, -32601, -32602
 UPSTREAM_FAILED = -32050
 
@@ -191,7 +191,7 @@ def no_duplicates(pairs: list[tuple[str, Json]]) -> Object:
 
 
 def small_int(digits: str) -> int:
-    if len(digits) > 17:  # beyond 2**53 other parsers see another number
+    if len(digits) > 17:  # with a sign; beyond 2**53 other parsers see another number
         raise ProtocolError("a JSON number has too many digits", code=PARSE_ERROR)
     return int(digits)
 
@@ -900,8 +900,8 @@ def checked_params(message: Object, bounds: Bounds) -> Object:
     meta = {} if meta is None else meta
     insist(isinstance(meta, dict), f"{method}: _meta must be an object")
     for key in given.keys() - METHODS[method].keys():
-        # Clients put all sorts into initialize, too.
-        insist(method == "initialize", f"{method}: the parameter {quoted(key)} is not passed")
+        if method != "initialize":  # clients put all sorts there, too
+            raise Refusal(f"{method}: the parameter {quoted(key)} is not passed")
     params = checked_values(method, METHODS[method], given, bounds)
     kept = checked_values(method, META_PARAMETERS, meta, bounds)
     return {**params, "_meta": kept} if kept else params
@@ -1022,7 +1022,7 @@ def outcome(message: Object) -> tuple[str, str, str]:
     """
     result = message.get("result")
     if not isinstance(result, dict) or result.get("isError"):
-        return "failed", "GitHub's server answered with an error", ""
+        return "failed", "GitHub's server answered with an error, perhaps half-way", ""
     try:
         made = json.loads(result["content"][0]["text"])
         found = [part.get("html_url") or part.get("url") for part in (made, made.get("commit", {}))]
@@ -1270,7 +1270,6 @@ class Token:
 # --- the story: what both kinds of request share ---
 
 APPROVE_SECONDS = 60  # the TypeScript SDK's clients give a call up then, too
-MAX_ASKED = 8  # writes that wait for the user
 # Of the environment, what a command that only says yes or no has no need of.
 SECRET_NAME = re.compile("GITHUB_MCP_|TOKEN|SECRET|PASSW|PASSP|API_?KEY|ACCESS_?KEY", re.I)
 UNRECORDED = "the proxy cannot write its audit file: the host's user has to look at it"
@@ -1294,7 +1293,6 @@ class Repository:
         self.asked_at = float("-inf")
         self.learning: asyncio.Future[None] | None = None
         self.turn = asyncio.Lock()  # a person is asked: one question at a time
-        self.asked = 0  # questions that are asked, or wait for their turn
 
     def bounds(self) -> Bounds:
         self.writes = [when for when in self.writes if when > time.monotonic() - 3600]
@@ -1311,18 +1309,13 @@ class Repository:
 
     async def ask_user(self, question: Object) -> str:
         """Why the host's user does not allow a write; "" when they do."""
-        if self.asked >= MAX_ASKED:
-            return "too many writes wait for the host's user: write one after the other"
+        if self.turn.locked():
+            return "the host's user is asked about another write: write one after the other"
         env = {key: value for key, value in os.environ.items() if not SECRET_NAME.search(key)}
         given = dumps({"repository": str(self.scope), **question})
-        self.asked += 1
-        try:
-            async with self.turn:
-                status, output = await start(
-                    self.policy.approve, given, APPROVE_SECONDS, cwd="/", env=env
-                )
-        finally:
-            self.asked -= 1
+        command = self.policy.approve
+        async with self.turn:
+            status, output = await start(command, given, APPROVE_SECONDS, cwd="/", env=env)
         if status == 0:
             return ""
         if status is None:
@@ -1343,8 +1336,8 @@ async def serve_mcp(repository: Repository, client: Client) -> None:
         message = parse_message(await client.receive())
         method = message["method"]
         headers = client.mcp_headers(message)
-        # Judged again, when it is known what may be written (no branch is called HEAD): of what
-        # passes the rebuilt message is small, and only that is held while others are asked.
+        # A first look, as if the default branch were HEAD, as none is called: of what may pass the
+        # rebuilt message is small, and only that is held until the real one is known.
         verdict = decide(Bounds(repository.scope, policy, defaults=frozenset(["HEAD"])), message)
         if isinstance(verdict, Forward):
             message = verdict.message
@@ -1383,10 +1376,10 @@ async def end_session(repository: Repository, client: Client) -> None:
     """Pass on that a client is done with its session."""
     session = client.head.headers.get("mcp-session-id", "")
     demand(session and not client.is_probe, "there is no session to end")
+    demand(not client.head.length, "a DELETE has no body")  # nor a place for one
     await client.receive()
     try:
-        sent = {"Mcp-Session-Id": session}
-        exchange = await repository.upstream.send("DELETE", "", sent)
+        exchange = await repository.upstream.send("DELETE", "", {"Mcp-Session-Id": session})
         exchange.abort()  # what it says besides is of no use
         client.answer(200 if exchange.status < 300 else exchange.status, b"")
     except UpstreamError as error:
@@ -1609,8 +1602,7 @@ def event_data(event: bytes) -> bytes:
     return b" ".join(line[1:] if line.startswith(b" ") else line for line in data)
 
 
-# What the upstream may send besides answers. It has been told that nobody here takes questions (to
-# fill a form, to sample): one that asks nevertheless has lost the call.
+# What the upstream may send besides answers. It was told that nobody here takes questions.
 NOTES = frozenset(
     "notifications/progress notifications/message notifications/cancelled "
     "notifications/tools/list_changed".split()
@@ -1618,13 +1610,16 @@ NOTES = frozenset(
 
 
 def kind_of(message: Json, forward: Forward) -> str:
-    """What an upstream's message is: "answer", "note", or "" for what does not pass."""
+    """What a message is: "answer", "note", "" for what does not pass; AnswerLost for a question."""
     if not isinstance(message, dict):
         return ""
     if "method" in message:
         if "id" in message and message["method"] != "ping":
             raise AnswerLost("it asks what nobody here answers")
         return "note" if str(message["method"]) in NOTES else ""
+    # A question, since 2026-07-28:
+    if as_object(message.get("result")).get("resultType", "complete") != "complete":
+        raise AnswerLost("it asks what nobody here answers")
     whole = "id" in forward.message and ("result" in message or "error" in message)
     return "answer" if whole and message.get("id") == forward.message["id"] else ""
 
@@ -1668,10 +1663,6 @@ class Head(NamedTuple):
     length: int  # of the body, or CHUNKED
 
 
-def host_name(authority: str) -> str:
-    return PORT.sub("", authority).lower()
-
-
 class Gate(NamedTuple):
     """Who may ask: the names that the proxy is called by, and what Authorization: Bearer has."""
 
@@ -1689,11 +1680,11 @@ class Gate(NamedTuple):
         method, target, version = head.first
         headers = head.headers
         demand(version == "HTTP/1.1", "HTTP/1.1 is spoken here", 505)
-        is_ours = host_name(headers.get("host", "")) in self.hosts
+        is_ours = PORT.sub("", headers.get("host", "")).lower() in self.hosts
         demand(is_ours, "Host is not a name of this proxy", 403)
         if "origin" in headers:
             scheme, _, authority = headers["origin"].partition("://")
-            is_ours = scheme in ("http", "https") and host_name(authority) in self.hosts
+            is_ours = PORT.sub("", authority).lower() in self.hosts and scheme in ("http", "https")
             demand(is_ours, "requests from other origins are refused", 403)
         is_git = target.startswith(GIT)
         demand(is_git or target in PATHS, "the endpoint is /mcp", 404)
@@ -1954,7 +1945,8 @@ class Audit:
     def record(self, deed: Deed, verdict: str, reason: str = "", url: str = "") -> bool:
         """Record that it is let pass ("forward") or not ("refuse"), or what became of it: done,
         failed, unknown, or its answer withheld. False when it cannot be: then it may not pass."""
-        if not self.append(deed, verdict, reason, url) and verdict == "forward":
+        is_flood = verdict == "refuse" and self.counts["refused"] >= MAX_REFUSED
+        if not (is_flood or self.append(deed, verdict, reason, url)) and verdict == "forward":
             return False
         if verdict in ("refuse", "withheld"):
             self.counts["refused"] += 1
@@ -2009,7 +2001,7 @@ POOL_SECONDS = 60  # shorter than servers keep idle connections
 MAX_PACK = 4 * 1024**3  # GitHub refuses more than 2 GiB
 MAX_REPORT = 1024 * 1024  # bytes of GitHub's answer to a push that are looked at
 MAX_PLACES = 8  # messages that are held whole at the same time; the rest wait
-MAX_CLIENTS = 1024
+MAX_CLIENTS = 250  # each may have a connection to the upstream
 
 
 class Wire(asyncio.Protocol):
@@ -2092,11 +2084,11 @@ class Wire(asyncio.Protocol):
         had = len(self.buffer)
         if not self.ended:
             self.reader = asyncio.get_running_loop().create_future()
-            self.allow(self.patience)
+            timer = asyncio.get_running_loop().call_later(self.patience, self.expire)
             try:
                 await self.reader
             finally:
-                self.allow(0)
+                timer.cancel()
         if len(self.buffer) == had:
             raise AnswerLost(self.failure)
 
@@ -2244,7 +2236,7 @@ class Client(Wire):
         """Why there is no answer: in the stream, where one has begun. `said`: by the upstream."""
         usual, made = told_of(message, refuse)
         # The error of an upstream's 4xx: clients tell the protocol's era from it.
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+        with contextlib.suppress(Exception):  # whatever else it said
             error = json.loads(said)["error"]
             more = {"data": error["data"]} if "data" in error else {}
             code, text = int(error["code"]), str(error["message"])[:1000]
@@ -2257,10 +2249,10 @@ class Client(Wire):
         rows = [(command.ref, refused.get(command.ref, whole)) for command in push.commands]
         status = pkt(b"unpack ok\n")
         for ref, why in rows:
-            status += pkt(f"ng {ref} refused: {why}\n".encode()[:1000])
+            status += pkt(f"ng {ref} refused: {why}\n".encode()[:65_000])
         status += b"0000"
-        report = pkt(b"\x01" + status[:60_000]) + b"0000"
-        self.answer(200, report, kind="application/x-git-receive-pack-result")
+        parts = [pkt(b"\x01" + status[at : at + 60_000]) for at in range(0, len(status), 60_000)]
+        self.answer(200, b"".join(parts) + b"0000", kind="application/x-git-receive-pack-result")
 
     # (bounds, forward, message): the answer as the VM gets it; Refusal when it cannot be shown.
     shown = staticmethod(checked_answer)
@@ -2326,10 +2318,10 @@ class Exchange(Wire):
 
     async def finish(self) -> None:
         """After the answer only the end of a stream is to come: for that a moment is waited."""
-        self.patience, self.limit = LINGER_SECONDS, self.size + MAX_HEAD
+        self.allow(LINGER_SECONDS)
+        self.limit = self.size + MAX_HEAD
         with contextlib.suppress(UpstreamError):
             await self.whole()
-        self.patience = self.upstream.timeout
 
     def close(self) -> None:
         """Back to the pool when the exchange is over; closed at once when it was broken off."""
@@ -2443,7 +2435,7 @@ class Upstream:
                 raise UpstreamError(f"HTTP {exchange.status}{hint}")
             kind = exchange.head.headers.get("content-type", "").partition(";")[0]
             if not kind.startswith(f"application/x-{service}-"):
-                raise UpstreamError("its answer is not git's")
+                raise AnswerLost("its answer is not git's")
             client.stream(kind)
             exchange.limit = MAX_PACK
             report = bytearray()  # the beginning of what became of a push
@@ -2755,15 +2747,19 @@ async def run_proxy(options: argparse.Namespace) -> NoReturn:
 
 async def serve(options: argparse.Namespace, repository: Repository, gate: Gate) -> None:
     """Say where it listens, and serve who comes."""
+    import resource
+
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # some hosts allow 256 by default
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, most), most))
     await repository.upstream.token.fresh()  # what does not work is said at once
     address, port = options.listen
     clients: set[Client] = set()
+
+    def made() -> Client:
+        return Client(clients, lambda client: serve_client(repository, gate, client))
+
     try:
-        server = await listen(
-            address,
-            port,
-            lambda: Client(clients, lambda client: serve_client(repository, gate, client)),
-        )
+        server = await listen(address, port, made)
     except OSError as error:
         raise ProxyError(f"cannot listen on {address}:{port}: {error.strerror}", status=1) from None
     if not gate.secret:

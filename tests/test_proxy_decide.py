@@ -1395,7 +1395,7 @@ class MessageTest(unittest.TestCase):
         for made in (1, [], None, "x", {}, {"url": 1}, {"url": "javascript:x"}, {"commit": 1},
                      {"url": url + "\n"}, {"url": url + "\x1b[2J"}, {"url": url + "x" * 300}):  # fmt: skip
             self.assertEqual(became(made), ("done", "", ""), made)
-        failed = ("failed", "GitHub's server answered with an error", "")
+        failed = ("failed", "GitHub's server answered with an error, perhaps half-way", "")
         self.assertEqual(became({"url": url}, isError=True), failed)
         self.assertEqual(proxy.outcome({"id": 1, "error": {"code": 1}}), failed)
         self.assertEqual(proxy.outcome({"id": 1, "result": {}}), ("done", "", ""))

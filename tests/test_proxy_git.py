@@ -355,6 +355,11 @@ class GitTest(unittest.TestCase):
                 self.assertEqual(done.returncode, 1, done.stderr)
                 self.assertIn(words, done.stderr)
                 self.assertIn("[remote rejected]", done.stderr)
+        with self.subTest("a thousand refs"):
+            for number in range(1000):
+                self.git("-C", str(work), "update-ref", f"refs/heads/{'b' * 60}{number}", "HEAD")
+            done = self.push("--all", "origin")
+            self.assertEqual(done.stderr.count("[remote rejected]"), 1001, done.stderr[-300:])
         self.assertEqual(self.branches(), before)
         posts = [s for s in self.server.seen if s.method == "POST" and "receive-pack" in s.path]
         self.assertEqual(len(posts), 1, "only the first one")

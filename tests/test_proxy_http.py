@@ -652,9 +652,11 @@ class StreamTest(LiveTest):
         self.upstream.on("README.md", fake.events(fake.event(question)))
         self.assertEqual(text_of(self.client.ask(call(id=5))), "done")
         question["method"] = "elicitation/create"
-        self.upstream.on("README.md", fake.events(fake.event(question)))
-        failed = self.client.ask(call(id=6))
-        self.assertIn("it asks what nobody here answers", failed["error"]["message"])
+        of_2026 = {"jsonrpc": "2.0", "id": 6, "result": {"resultType": "input_required"}}
+        for asked in (question, of_2026):
+            self.upstream.on("README.md", fake.events(fake.event(asked)))
+            failed = self.client.ask(call(id=6))
+            self.assertIn("it asks what nobody here answers", failed["error"]["message"])
         self.assertEqual(self.upstream.calls("answer"), [])
         self.client.send({"jsonrpc": "2.0", "id": "q", "result": {"action": "accept"}})
         self.assertEqual(self.client.read()[0], 400, "a client answers nothing")
@@ -742,12 +744,15 @@ class StreamTest(LiveTest):
         self.assertNotIn(session, self.upstream.sessions)
         self.upstream.stateful = False
         self.assertEqual(self.connect().raw(ended)[0], 405, "what the upstream answers")
+        headers = (f"Mcp-Session-Id: {session}", "Content-Length: 5000000")
+        large = self.client.head("DELETE", "/mcp", *headers)
+        self.assertEqual(self.connect().raw(large)[0], 400, "nobody waits for a body of no use")
 
     def test_many_clients_at_once_and_nothing_is_left(self) -> None:
         if not Path("/proc/self/fd").exists():
             self.skipTest("no /proc")
         self.client.ask(request("ping"))
-        clients = [self.connect() for _ in range(500)]
+        clients = [self.connect() for _ in range(200)]
         for client in clients:
             client.send(request("ping"))
         self.assertEqual({client.read()[0] for client in clients}, {200})
@@ -787,6 +792,18 @@ class AuditTest(LiveTest):
         files = [{"path": "\U0001f600" * 300, "content": ""}] * 100
         self.client.ask(call("", name="push_files", branch="main", message="m", files=files))
         self.assertLess(self.audit.stat().st_size - before, 100_000)
+
+    def test_refusals_without_end_do_not_fill_the_disk(self) -> None:
+        with tempfile.TemporaryFile() as file, unittest.mock.patch.object(proxy, "MAX_REFUSED", 5):
+            audit = proxy.Audit(file.fileno())
+            with contextlib.redirect_stderr(io.StringIO()):
+                for number in range(20):
+                    audit.record(audit.about("tools/call", f"t{number}", {}), "refuse", "no")
+            file.seek(0)
+            self.assertEqual((len(file.readlines()), audit.counts["refused"]), (5, 20))
+            lines = [json.loads(line) for line in audit.receipt().splitlines()[1:]]
+            self.assertEqual([line["what"] for line in lines][-2:], ["t4", "others"])
+            self.assertEqual(lines[-1]["count"], 15)
 
     def test_what_is_written_by_half_does_not_pass(self) -> None:
         read, write = os.pipe()
@@ -1060,7 +1077,7 @@ class CrowdTest(OwnProxyTest):
         answers = {text_of(json.loads(client.read()[2])) for client in clients}
         self.assertEqual(answers, {"ok create_branch"})
 
-    def test_reads_pass_while_the_user_is_asked_and_not_too_much_waits_for_the_user(self) -> None:
+    def test_reads_pass_while_the_user_is_asked_and_other_writes_do_not_wait(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             policy, yes = Path(folder, "policy.ini"), Path(folder, "yes")
             policy.write_text(f"[policy]\napprove = while ! test -e {yes}; do sleep 0.05; done\n")
@@ -1072,8 +1089,8 @@ class CrowdTest(OwnProxyTest):
             self.assertEqual(text_of(reader.ask(call())), "ok get_file_contents")
             yes.touch()
             answers = [text_of(json.loads(client.read()[2])) for client in clients]
-            self.assertEqual(answers.count("ok create_branch"), 8)
-            self.assertEqual(sum("too many writes wait" in answer for answer in answers), 4)
+            self.assertEqual(answers.count("ok create_branch"), 1)
+            self.assertEqual(sum("one after the other" in answer for answer in answers), 11)
 
 
 class FaultTest(OwnProxyTest):
@@ -1280,13 +1297,18 @@ class LimitsTest(unittest.TestCase):
             running = Proxy(upstream.url, script=script)
             try:
                 slow, idle = Client(running.port), Client(running.port)
-                with contextlib.suppress(OSError):  # it is closed all the same
+                with self.assertRaises(OSError):  # while it goes on, however little it sends
                     for _ in range(50):
                         slow.socket.sendall(b"P")
                         time.sleep(0.05)
-                self.assertTrue(slow.is_closed())
                 self.assertTrue(idle.is_closed())
-                for client in (slow, idle):
+                trickle = Client(running.port)
+                with self.assertRaises(OSError):
+                    trickle.socket.sendall(trickle.head("POST", "/mcp", "Content-Length: 99"))
+                    for _ in range(50):
+                        trickle.socket.sendall(b" ")
+                        time.sleep(0.05)
+                for client in (slow, idle, trickle):
                     client.close()
             finally:
                 running.stop()
