@@ -14,10 +14,10 @@ Starts:   limactl, ssh, git, python3, npm, sudo, tar, ps, sysctl
 Reads:    ~/.config/agent-vm (config.ini, credential, and setup.sh and runtime.sh, which run in the
           guest: once, and before each agent), ~/.claude-vm.setup.sh (as setup.sh), git's global
           configuration, .git of the project (its config with --github only), the files that its
-          options name, /etc/os-release, /etc/localtime, its environment
+          options name, /etc/localtime, its environment
 Writes:   ~/.local/state/agent-vm, ~/.config/agent-vm, ~/.local/share/agent-vm (Lima, where setup
-          gets it), Lima's home ~/.lima, TMPDIR, __pycache__ of the proxy beside this file, and the
-          directory that `template export` names; never the project
+          gets it), Lima's home ~/.lima, TMPDIR, __pycache__ of the proxy beside this file; never
+          the project
 Reaches:  the guest, by ssh to a port of 127.0.0.1; Lima's release, when setup gets it
 """
 
@@ -815,12 +815,12 @@ def write_file(path: Path, contents: str) -> None:
         part.replace(path)
 
 
-def copy_folder(source: Path, target: Path) -> None:
-    shutil.copytree(source, target)
-
-
 def remove_file(path: Path) -> None:
     path.unlink(missing_ok=True)
+
+
+def remove_folder(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def make_private_folder(path: Path) -> None:
@@ -1623,7 +1623,9 @@ def usable_base(host: Host, name: str) -> Instance:
     base = host.lima.find(read_base(host.folders, name)[0]) if host.lima.binary else None
     setup = "agent-vm setup" + name[len(BASE) :].replace("-", " --name ", 1)
     if base is None:
-        raise AgentVMError(f"there is no base instance {name}", setup)
+        building = [one.name for one in host.leases.all() if one.name.startswith(f"{name}.")]
+        hint = f"wait until its setup has ended ({building[0]})" if building else setup
+        raise AgentVMError(f"there is no base instance {name}", hint)
     if base.status != "Stopped":
         running = base.status == "Running"
         problem = f"the base instance {base.name} is {base.status.lower()}: it cannot be cloned"
@@ -1645,8 +1647,7 @@ def collect_garbage(host: Host, wait: bool = False) -> list[str]:
                 continue
             existed = (host.folders.lima_home / lease.name).is_dir()
             if not existed and 0 <= time.time() - lease.created < CLONE_SECONDS:
-                if wait:
-                    log.info(f"{lease.name}: its limactl may be about to make it; again later")
+                log.info(f"{lease.name}: its limactl may be about to make it; again later")
                 continue
             with signals.held():
                 gone = try_remove(host, lease.name)
@@ -1661,10 +1662,9 @@ def collect_garbage(host: Host, wait: bool = False) -> list[str]:
 
 def changed(path: Path) -> float:
     """When; 0 of what has gone meanwhile."""
-    try:
+    with contextlib.suppress(OSError):
         return path.stat().st_mtime
-    except OSError:
-        return 0.0
+    return 0.0
 
 
 # --- the plan of a run ---
@@ -1706,6 +1706,9 @@ def guest_variables(host: Host, settings: Settings) -> dict[str, str]:
         loopback = r"(?<=//)(localhost|127\.0\.0\.1|\[::1\])(?=[:/]|$)"
         here = re.sub(loopback, "host.lima.internal", variables["ANTHROPIC_BASE_URL"])
         variables["ANTHROPIC_BASE_URL"] = here
+    # No key is in the VM to sign with; the environment goes before a repository's configuration.
+    unsigned = {"KEY_0": "commit.gpgSign", "VALUE_0": "false", "COUNT": "1"}
+    variables.update({f"GIT_CONFIG_{name}": value for name, value in unsigned.items()})
     for name in ("no_proxy", "NO_PROXY"):  # Lima copies the host's, and their proxies
         direct = [os.environ.get(name), "localhost,127.0.0.1,host.lima.internal"]
         variables[name] = ",".join(filter(None, direct))
@@ -1747,7 +1750,6 @@ GitHub credential in this VM, and `gh` has none.
   default branch (unless the user's policy allows them), deletions, tags, LFS, the wiki; in a
   read-only session everything.
 - A refusal says its reason. It is a decision, not a fault: tell the user, look for no way round.
-- What listens on a port here is forwarded to the user's 127.0.0.1, unless forwarding is off.
 """
 
 
@@ -1842,11 +1844,12 @@ def plan_github(
 
 PROVISION_LOG = "/var/log/agent-vm-provision.log"
 PROVISION_DONE = "/var/lib/agent-vm/done/20-test"
+SILENCE = 300  # seconds until a VM that does not answer ssh is given up
 
-# What installs QEMU, by the ID or ID_LIKE of /etc/os-release, on x86_64 and on aarch64.
+# What installs QEMU, by the program that does it, on x86_64 and on aarch64.
 QEMU_PACKAGES = {
-    "debian": ("apt-get install -y qemu-utils openssh-client qemu-system-", "x86", "arm"),
-    "fedora": ("dnf install -y qemu-img openssh-clients qemu-system-", "x86", "aarch64"),
+    "apt-get": ("install -y qemu-utils openssh-client qemu-system-", "x86", "arm"),
+    "dnf": ("install -y qemu-img openssh-clients qemu-system-", "x86", "aarch64"),
 }
 
 
@@ -1856,11 +1859,9 @@ def missing_qemu() -> tuple[str, str]:
     missing = [name for name in (f"qemu-system-{machine}", "qemu-img") if not shutil.which(name)]
     if system != "Linux" or not missing:
         return "", ""
-    os_release = Path("/etc/os-release")
-    written = os_release.read_text() if os_release.is_file() else ""
-    for family, (command, x86_64, aarch64) in QEMU_PACKAGES.items():
-        if re.search(rf"^ID(_LIKE)?=.*\b{family}\b", written, re.MULTILINE):
-            return missing[0], f"sudo {command}{x86_64 if machine == 'x86_64' else aarch64}"
+    for program, (words, x86_64, aarch64) in QEMU_PACKAGES.items():
+        if shutil.which(program):
+            return missing[0], f"sudo {program} {words}{x86_64 if machine == 'x86_64' else aarch64}"
     return missing[0], ""
 
 
@@ -1985,11 +1986,21 @@ class ProvisionLog:
     def __init__(self, guest: Guest) -> None:
         self.ssh = [*guest.ssh, *OWN_CONNECTION, guest.instance.hostname]
         self.lines: list[str] = []
+        self.reached = self.said = time.monotonic()
 
     def show(self) -> None:
-        """Show what has come since the last call."""
+        """Show what has come since the last call; give up when ssh has not answered for long."""
         new = f"tail -n +{len(self.lines) + 1} {PROVISION_LOG}"
         finished = captured([*self.ssh, new], timeout=20)
+        now = time.monotonic()
+        if finished.status != SSH_FAILED:
+            self.reached = now
+        elif now - self.reached > SILENCE:
+            problem = f"the VM has not answered ssh for {SILENCE} s"
+            raise AgentVMError(problem, "is the image one of Debian 13 with cloud-init?")
+        elif now - self.said > 60:
+            log.step("waiting for the VM to answer ssh")
+            self.said = now
         whole_lines = finished.out.split("\n")[:-1] if finished.status == 0 else []
         for line in whole_lines:
             if line.startswith("agent-vm: "):
@@ -2074,8 +2085,7 @@ def build_base(host: Host, settings: Settings, args: argparse.Namespace) -> None
         with signals.held():
             for unused in {instance, oldest} - {"", *base_roles(host.folders)}:
                 try_remove(host, unused)
-    kept = "; setup --rollback goes back to the previous one" if current else ""
-    log.step(f"{name} is ready{kept}")
+    log.step(f"{name} is ready" + ("; setup --rollback goes back" if current else ""))
     if not find_credential(host):
         log.info("no credential yet: `claude setup-token` makes one, `agent-vm auth set` stores it")
     for note in notes:
@@ -2116,6 +2126,8 @@ def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int
         raise AgentVMError("the current directory does not exist any more") from error
     readonly, more = settings.get("readonly"), settings.get("mount")
     mounts = plan_mounts(host, project, readonly, more, args.force_mount)
+    if os.path.isfile(".git") and not worktree_git_dir(project):
+        log.info("warning: git cannot work in the VM: .git names a folder that is not mounted")
     hooks = readable_hooks(host.folders.config / "runtime.sh", Path(project, PROJECT_HOOK))
     credential, variables = find_credential(host), guest_variables(host, settings)
     sizes = [f"--{key}={settings.get(key)}" for key in ("cpus", "memory") if settings.chosen(key)]
@@ -2269,6 +2281,15 @@ def cmd_log(args: argparse.Namespace) -> int:
     return 0
 
 
+def cmd_forget(args: argparse.Namespace) -> int:
+    """Remove what is kept of the project: its transcripts, Claude's memory, its repository."""
+    host, _ = open_host(args, need_lima=False, collect=True)
+    key = session_key(os.getcwd())
+    remove_folder(host.folders.state / "sessions" / key)
+    remove_file(host.folders.state / "github" / key)
+    return 0
+
+
 def cmd_auth(args: argparse.Namespace) -> int:
     host, _ = open_host(args, need_lima=False)
     path = host.folders.config / "credential"
@@ -2392,13 +2413,6 @@ def shown_setting(name: str, value: Any) -> str:
     return " ".join(value) if isinstance(value, tuple) else str(value)
 
 
-def cmd_template(args: argparse.Namespace) -> int:
-    folder, target = lima_folder(folders_of(os.environ)), Path(args.directory)
-    copy_folder(folder, target)
-    log.info(f"edit {target}/agent-vm.yaml, then: agent-vm setup --template {target}/agent-vm.yaml")
-    return 0
-
-
 def cmd_shell_init(args: argparse.Namespace) -> int:
     """Shell functions; all that follows `claude-vm` is the agent's, so no flag of ours clashes."""
     # -I: a PYTHONPATH into the project must not choose the modules that run on the host.
@@ -2413,23 +2427,15 @@ def cmd_shell_init(args: argparse.Namespace) -> int:
 
 
 COMPLETION = """\
-if [ -n "${ZSH_VERSION-}" ]; then autoload -Uz compinit bashcompinit; compinit; bashcompinit; fi
-_agent_vm() {
-  local word words='VERBS'
-  if [ "$COMP_CWORD" -gt 1 ]; then
-    words=$(agent-vm "${COMP_WORDS[@]:1:1}" --help 2> /dev/null | grep -oE -e '--[a-z-]+' | sort -u)
-  fi
-  COMPREPLY=()
-  while IFS= read -r word; do COMPREPLY+=("$word"); done \
-    < <(compgen -W "$words" -- "${COMP_WORDS[@]:$COMP_CWORD:1}")
-}
-complete -o default -F _agent_vm agent-vm"""
+if [ -n "${{ZSH_VERSION-}}" ]; then autoload -Uz compinit bashcompinit; compinit; bashcompinit; fi
+complete -o default -W '{}' agent-vm"""
 
 
-def cmd_completion(_args: argparse.Namespace) -> int:
-    """For bash, and for zsh by its bashcompinit; options are asked of the verb's own --help."""
-    verbs = [name[len("cmd_") :].replace("_", "-") for name in globals() if name[:4] == "cmd_"]
-    print(COMPLETION.replace("VERBS", " ".join(verbs)))
+def cmd_completion(args: argparse.Namespace) -> int:
+    """For bash, and for zsh by its bashcompinit: the verbs, and the options of them all."""
+    usages = " ".join(sub.format_usage() for sub in args.verbs.values())
+    options = sorted(set(re.findall(r"--[a-z-]+", usages)))
+    print(COMPLETION.format(" ".join([*args.verbs, *options])))
     return 0
 
 
@@ -2517,19 +2523,19 @@ def build_parser() -> argparse.ArgumentParser:
     flag(verb(cmd_doctor, summary), "--json", "one JSON object a line")
     audit = verb(cmd_log, "what a run did on GitHub, one JSON object a line")
     audit.add_argument("run", nargs="?", default="", help="a VM's name (default: the newest)")
+    verb(cmd_forget, "remove what is kept of this directory's project, its transcripts above all")
     auth = verb(cmd_auth, "store, show or remove the agent's credential")
     auth.add_argument("action", choices=("set", "status", "clear"), help="set reads it from stdin")
-    template = verb(cmd_template, "write the Lima template into a directory of yours")
-    template.add_argument("action", choices=("export",))
-    template.add_argument("directory")
     shell_init = verb(cmd_shell_init, "print claude-vm and its companions, for your shell's file")
     shell_init.add_argument("shell", nargs="?", default="bash", choices=("bash", "zsh", "fish"))
-    verb(cmd_completion, "print completion for bash and zsh")
+    verb(cmd_completion, "print completion for bash and zsh").set_defaults(verbs=verbs.choices)
     return parser
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """argparse, except that everything after the first `--` is taken as it is (run, shell)."""
+    if argv[:1] and argv[0] in ("-v", "--verbose", "-q", "--quiet"):
+        argv = [*argv[1:2], argv[0], *argv[2:]]
     at = argv.index("--") if "--" in argv else len(argv)
     parser = build_parser()
     args, unknown = parser.parse_known_args(argv[:at])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -250,6 +249,23 @@ class SettingsShownTest(WorldTest):
         self.assertNotIn("secret", result.out)
 
 
+class ForgetTest(WorldTest):
+    def test_nothing_is_left_of_the_project_and_others_stay(self) -> None:
+        other = self.box.home / "other"
+        other.mkdir()
+        write = "sh:mkdir -p ~/.claude/projects/x; echo words > ~/.claude/projects/x/memory.md"
+        for folder in (self.box.project, other):
+            self.assertEqual(self.box.run("run", "--", write, cwd=folder).status, 0)
+            key = agent_vm.session_key(str(folder))
+            self.box.write(self.box.state / "github" / key, "octo/widget\n")
+        for _ in range(2):  # twice is as good as once
+            self.assertEqual(self.box.run("forget").status, 0)
+        kept = [path.name for path in self.box.state.glob("[sg]*/*") if path.is_dir()]
+        self.assertEqual(kept, [agent_vm.session_key(str(other))])
+        self.assertEqual(len(list((self.box.state / "github").iterdir())), 1)
+        self.assertIn("memory.md", str(list((self.box.state / "sessions").rglob("*"))))
+
+
 class DoctorTest(WorldTest):
     def checks(self, **env: str) -> dict[str, dict[str, str]]:
         result = self.box.run("doctor", "--json", **env)
@@ -312,26 +328,6 @@ class DoctorTest(WorldTest):
         self.assert_found("host", "fail", "ssh is not installed")
 
 
-class TemplateTest(WorldTest):
-    def test_export_writes_all_of_it(self) -> None:
-        target = self.box.root / "my template"
-        result = self.box.run("template", "export", str(target))
-        self.assertEqual((result.status, result.out), (0, ""), result.err)
-        self.assertEqual(contents(target), contents(SCRIPT.parent / "lima"))
-
-    def test_export_harms_no_folder_that_exists(self) -> None:
-        self.box.write(self.box.project / "agent-vm.yaml", "mine")
-        result = self.box.run("template", "export", str(self.box.project))
-        self.assert_refused(result, "exists", status=1)
-        self.assert_refused(self.box.run("template", "export"), "directory", status=2)
-        self.assertEqual((self.box.project / "agent-vm.yaml").read_text(), "mine")
-
-    def test_export_to_where_nothing_can_be_written(self) -> None:
-        self.box.project.chmod(0o500)
-        result = self.box.run("template", "export", str(self.box.project / "new"))
-        self.assert_refused(result, "cannot use", "ermission denied", status=1)
-
-
 def contents(folder: Path) -> dict[str, str]:
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): path.read_text() for path in files}
@@ -354,9 +350,10 @@ class CopiedAloneTest(WorldTest):
         self.assertRegex(result.out, rf"^agent-vm {agent_vm.__version__}, Python 3\.\d+\.\d+")
 
     def test_it_carries_the_template(self) -> None:
-        target = self.box.root / "exported"
-        self.assertEqual(self.run_copy("template", "export", str(target)).status, 0)
-        self.assertEqual(contents(target), contents(SCRIPT.parent / "lima"))
+        """Written out when it is wanted: doctor -v names the folder, which can be copied."""
+        rows = [line.split() for line in self.run_copy("doctor", "-v").out.splitlines()]
+        (folder,) = [Path(words[1]) for words in rows if words[:1] == ["template"]][1:]
+        self.assertEqual(contents(folder), contents(SCRIPT.parent / "lima"))
 
     def test_it_sets_up_and_runs(self) -> None:
         result = self.run_copy("setup", "--minimal")
@@ -452,32 +449,24 @@ class CompletionTest(WorldTest):
         self.assertEqual(result.stderr, "")
         return result.stdout.split()
 
-    def test_every_verb_is_offered(self) -> None:
+    def test_every_verb_and_option_is_offered(self) -> None:
         verbs = {name[4:].replace("_", "-") for name in vars(agent_vm) if name.startswith("cmd_")}
-        words = re.search(r"words='(.*)'", self.text)
+        words = re.search(r"-W '(.*)'", self.text)
         assert words
-        self.assertEqual(set(words[1].split()), verbs)
-        parser = agent_vm.build_parser()
-        offered = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-        self.assertEqual(set(offered.choices), verbs)
+        offered = set(words[1].split())
+        self.assertEqual({word for word in offered if not word.startswith("--")}, verbs)
+        self.assertLess({"--memory", "--no-readonly", "--rollback", "--force", "--json"}, offered)
 
-    def test_bash_completes_verbs_and_their_options(self) -> None:
-        script = self.text + "\nCOMP_WORDS=(agent-vm run --me) COMP_CWORD=2; _agent_vm\n"
-        script += 'echo "${COMPREPLY[@]}"; COMP_WORDS=(agent-vm se) COMP_CWORD=1; _agent_vm\n'
-        script += 'echo "${COMPREPLY[@]}"'
+    def test_bash_completes(self) -> None:
+        script = f"{self.text}\nwords=$(complete -p agent-vm | sed \"s/.*-W '\\(.*\\)'.*/\\1/\")\n"
+        script += 'compgen -W "$words" -- --me; compgen -W "$words" -- se'
         self.assertEqual(self.completed(["bash"], script), ["--memory", "setup"])
 
     def test_zsh_completes_through_bashcompinit(self) -> None:
-        script = (
-            self.text
-            + """
-            COMP_WORDS=(agent-vm se) COMP_CWORD=1; _agent_vm; print -r -- $COMPREPLY
-            COMP_WORDS=(agent-vm run --me) COMP_CWORD=2; _agent_vm; print -r -- $COMPREPLY
-        """
-        )
-        # zsh itself leaves out what does not begin with what was typed.
+        script = f"{self.text}\nprint -r -- ${{_comps[agent-vm]}}"
         offered = self.completed(["zsh", "-f"], script)
-        self.assertLess({"setup", "run", "--memory"}, set(offered))
+        self.assertIn("_bash_complete", offered)
+        self.assertIn("--memory", " ".join(offered))
 
     def test_it_passes_shellcheck(self) -> None:
         if not shutil.which("shellcheck"):

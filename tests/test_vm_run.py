@@ -649,6 +649,17 @@ class CredentialTest(WorldTest):
             self.assertEqual(env["ANTHROPIC_AUTH_TOKEN"], "gateway-key")
         self.assertNotIn("gateway-key", json.dumps(self.box.calls()))
 
+    def test_commits_are_not_signed_where_there_is_no_key(self) -> None:
+        """A repository's own configuration comes after the user's, and before the environment."""
+        script = "sh:git init -q r; cd r; git config commit.gpgSign true; git config user.name A;"
+        script += "git config user.email a@b; git commit -q --allow-empty -m x && git log --oneline"
+        result = self.box.run("run", "--", script)
+        self.assertRegex(result.out, r"^[0-9a-f]+ x\n$", result.err)
+
+    def test_a_git_folder_that_is_not_mounted_is_said(self) -> None:
+        self.box.write(self.box.project / ".git", "gitdir: ../elsewhere/.git/modules/project\n")
+        self.assertIn("git cannot work in the VM", self.box.run("run").err)
+
     def test_what_is_on_the_host_is_not_asked_of_a_companys_proxy(self) -> None:
         env = self.agent_env(no_proxy="intra.example", https_proxy="http://proxy.example:8080")
         direct = "localhost,127.0.0.1,host.lima.internal"
@@ -804,6 +815,19 @@ class UsageTest(WorldTest):
         started = quick.start("agent_vm", ["run"], self.box.env, self.box.project, setup=full)
         self.assert_refused(started.wait(), "1.0 GiB free in Lima's home")
         self.assertEqual(self.box.limactl("clone"), [])
+
+    def test_verbose_may_stand_before_the_verb(self) -> None:
+        result = self.box.run("-v", "list")
+        self.assertEqual(result.status, 0, result.err)
+        self.assertIn("+ limactl list", result.err)
+        self.assert_refused(self.box.run("-v"), "usage:", status=2)
+
+    def test_during_a_setup_a_run_is_told_to_wait(self) -> None:
+        (self.box.state / "bases" / BASE_NAME).unlink()
+        building = f"{BASE_NAME}.abcdef"
+        here = {"pid": os.getpid(), "start": agent_vm.process_start(os.getpid())}
+        self.box.make_lease(building, boot_id=agent_vm.boot_id(), **here)
+        self.assert_refused(self.box.run("run"), "no base instance", "wait", building)
 
     def test_a_bad_configuration_file_is_named(self) -> None:
         rows = [

@@ -23,6 +23,7 @@ from typing import Any
 from typing import ClassVar
 
 import agent_vm
+from tests import quick
 from tests.quick import Result
 from tests.support import BASE
 from tests.support import BASE_NAME
@@ -197,6 +198,17 @@ class FailureTest(SetupTest):
             self.assertEqual(self.box.limactl("start"), [])
             self.assert_old_base_works()
 
+    def test_a_vm_that_never_answers_ssh_is_given_up(self) -> None:
+        (self.box.bin / "ssh").unlink()
+        executable(self.box.bin / "ssh", "exit 255")
+        env = {**self.box.env, "FAKE_LIMA_HANG": "start"}
+        started = quick.start(
+            "agent_vm", ["setup", "--minimal"], env, self.box.project, setup="g.SILENCE = 0"
+        )
+        result = started.wait()
+        self.assert_refused(result, "has not answered ssh for 0 s", "Debian 13")
+        self.assert_old_base_works()
+
     def test_a_failed_start_shows_limas_logs(self) -> None:
         self.assert_refused(self.setup_vm(FAKE_LIMA_FAIL="start"), "could not boot", "Kernel panic")
 
@@ -331,17 +343,14 @@ class HostTest(SetupTest):
 
     @unittest.skipUnless(LINUX, "QEMU is needed on Linux")
     def test_qemu_is_installed_after_a_yes(self) -> None:
-        (self.box.bin / "qemu-img").rename(self.box.root / "qemu-img")
-        with unittest.mock.patch.dict(os.environ, {"PATH": str(self.box.bin)}):
-            command = agent_vm.missing_qemu()[1]
-        if not command:
-            self.skipTest("not a distribution that setup knows")
-        executable(
-            self.box.bin / "sudo", f"echo $*\n/bin/mv {self.box.root}/qemu-img {self.box.bin}"
-        )
-        result = self.setup_vm("--yes")
-        self.assertEqual((result.status, result.out), (0, ""), result.err)
-        self.assertIn(command[len("sudo ") :] + "\n", result.err)
+        move = f"/bin/mv {self.box.root}/qemu-img {self.box.bin}"
+        executable(self.box.bin / "sudo", f"echo sudo $*\n{move}")
+        for program in ("dnf", "apt-get"):  # where both are, the latter is the system's own
+            executable(self.box.bin / program, "exit 1")
+            (self.box.bin / "qemu-img").rename(self.box.root / "qemu-img")
+            result = self.setup_vm("--yes")
+            self.assertEqual((result.status, result.out), (0, ""), result.err)
+            self.assertRegex(result.err, rf"\nsudo {program} install -y .*qemu-system-\w+\n")
 
     @unittest.skipUnless(LINUX and shutil.which("unshare"), "needs Linux's unshare")
     def test_root_is_refused(self) -> None:
