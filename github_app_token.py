@@ -1282,7 +1282,7 @@ def cmd_git_credential(config: Config, options: argparse.Namespace) -> int:
     site = f"{asked.get('protocol')}://{asked.get('host', '').lower()}"
     if site != oauth_url_of(config.api_url) or repo.lower() != config.repo.lower():
         if site == oauth_url_of(config.api_url) and not asked.get("path"):
-            warn(f"git must send the path: git config --global credential.{site}.useHttpPath true")
+            warn(f"git must send the path: git config credential.{site}.useHttpPath true")
         return 0
     if options.action == "erase":
         cache = Cache()

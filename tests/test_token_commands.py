@@ -14,6 +14,7 @@ from pathlib import Path
 
 import github_app_token as g
 from tests.fakes.github import error
+from tests.support import ROOT
 from tests.token_case import SCRIPT
 from tests.token_case import TIMEOUT
 from tests.token_case import Case
@@ -242,7 +243,7 @@ class AsUsersDoTest(Case):
 
 
 class GitTest(Case):
-    """git itself, with the script as its helper."""
+    """git itself, set up in a clone as docs/tokens.md says."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -250,19 +251,75 @@ class GitTest(Case):
             self.skipTest("git is not on PATH")
         self.profile(key=str(self.key), permissions="dev")
         self.url = f"{self.github.url}/octo/widgets.git"
-        helper = shlex.join([sys.executable, "-I", str(SCRIPT), "git-credential", "--profile", "w"])
-        self.git("config", "--global", f"credential.{self.github.url}.useHttpPath", "true")
-        self.git("config", "--global", f"credential.{self.url}.helper", f"!{helper}")
+        text = (ROOT / "docs/tokens.md").read_text().partition("## git on the host")[2]
+        text = text.partition("```sh\n")[2].partition("```")[0]
+        script = shlex.join([sys.executable, "-I", str(SCRIPT)])
+        text = text.replace("python3 /path/to/github_app_token.py", script)
+        self.recipe = text.replace("--profile widgets", "--profile w")
+        self.clone = self.home / "clone"
 
-    def git(self, *argv: str, data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    def set_up(self, site: str) -> None:
+        """The recipe, twice, in a repository that is made here."""
+        self.git("init", "-q", str(self.clone))
+        recipe = self.recipe.replace("https://github.com", site)
+        for _ in range(2):
+            self.command("sh", "-ec", recipe, where=self.clone)
+
+    def command(self, *argv: str, where: Path | None = None) -> None:
+        subprocess.run(argv, env=self.env, cwd=where or self.home, timeout=TIMEOUT, check=True)
+
+    def git(
+        self, *argv: str, data: bytes = b"", where: Path | None = None
+    ) -> subprocess.CompletedProcess[bytes]:
         env = {**self.env, "GIT_TERMINAL_PROMPT": "0", "GIT_CONFIG_NOSYSTEM": "1"}
         return subprocess.run(
-            ["git", *argv], env=env, input=data, capture_output=True, timeout=TIMEOUT
-        )
+            ["git", *argv], env=env, input=data, capture_output=True, timeout=TIMEOUT,
+            cwd=where or self.home,
+        )  # fmt: skip
+
+    def password(self, url: str, where: Path) -> str:
+        said = self.git("credential", "fill", data=f"url={url}\n\n".encode(), where=where)
+        return said.stdout.decode().partition("password=")[2].partition("\n")[0]
+
+    def test_other_repositories_keep_their_helpers(self) -> None:
+        """`store`, and what `gh auth setup-git` writes, before the recipe and after it."""
+        site = self.github.url
+        other, elsewhere = f"{site}/octo/other.git", site.replace("//", "//gitlab.")
+        lines = (x.replace("//", "//me:STORED@") for x in (site, elsewhere))
+        self.write(".git-credentials", "\n".join(lines).encode())
+        gh = self.write("gh", b"#!/bin/sh\necho username=me\necho password=OF-GH\n", 0o700)
+
+        def gh_sets_up() -> None:
+            self.git("config", "--global", f"credential.{site}.helper", "")
+            self.git("config", "--global", "--add", f"credential.{site}.helper", f"!{gh}")
+
+        def look(usual: str) -> None:
+            for url in (self.url, self.url[:-4], self.url.replace("octo", "OCTO"), f"{self.url}/"):
+                self.assertIn(self.password(url, self.clone), self.github.tokens, url)
+                self.assertEqual(self.password(url, self.home), usual)
+            self.assertEqual(self.password(other, self.home), usual)
+            self.assertEqual(self.password(other, self.clone), "", "no other is asked here")
+            self.assertEqual(self.password(f"{elsewhere}/octo/widgets", self.clone), "STORED")
+
+        self.git("config", "--global", "credential.helper", "store")
+        before = (self.home / ".gitconfig").read_text()
+        self.set_up(site)
+        self.assertEqual((self.home / ".gitconfig").read_text(), before)
+        look("STORED")
+        gh_sets_up()
+        look("OF-GH")
+        shutil.rmtree(self.clone)
+        self.set_up(site)
+        look("OF-GH")
+        self.github.suspended = True
+        self.command("rm", "-r", str(self.cache))
+        self.assertEqual(self.password(self.url, self.clone), "", "nor when there is no token")
 
     def test_it_is_told_to_quit_when_there_is_no_token(self) -> None:
+        self.set_up(self.github.url)
         self.github.suspended = True
-        done = self.git("credential", "fill", data=f"url={self.url}\n\n".encode())
+        asked = f"url={self.url}\n\n".encode()
+        done = self.git("credential", "fill", data=asked, where=self.clone)
         self.assertEqual(done.returncode, 128)
         self.assertIn(b"suspended", done.stderr)
 
@@ -270,11 +327,23 @@ class GitTest(Case):
         """401, get, 200; with a token that has died meanwhile: 401, erase, and get again."""
         self.git("init", "-q", "--bare", str(self.home / "served/octo/widgets.git"))
         self.github.git_root = str(self.home / "served")
-        done = self.git("clone", self.url, str(self.home / "one"))
+        self.set_up(self.github.url)
+        listed = self.git("config", "--local", "--get-regexp", "^credential", where=self.clone)
+        settings = [
+            f"-c{name}={value}"
+            for name, _, value in (x.partition(" ") for x in listed.stdout.decode().splitlines())
+        ]
+        self.assertEqual(len(settings), 3)
+
+        def cloned(name: str) -> subprocess.CompletedProcess[bytes]:
+            return self.git("clone", *settings, self.url, name)
+
+        done = cloned("one")
         self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(self.git("fetch", where=self.home / "one").returncode, 0)
         self.github.tokens.clear()
-        self.assertEqual(self.git("clone", self.url, str(self.home / "two")).returncode, 128)
-        done = self.git("clone", self.url, str(self.home / "two"))
+        self.assertEqual(cloned("two").returncode, 128)
+        done = cloned("two")
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertEqual(len(self.github.paths("POST")), 2, "two tokens")
 
