@@ -61,6 +61,8 @@ MAX_LIFE = 70 * 60  # an installation token lives an hour
 MAX_TIME = 1e11  # seconds; NaN is not below it
 JWT_BEFORE, JWT_AFTER = 60, 300  # seconds around now: GitHub allows 600, clocks are off
 CHILD_SECONDS = 15
+COMMAND_SECONDS = 60  # of a key's command: somebody may have to unlock what it asks
+SECRET = "/dev/fd/SECRET"
 REPLY_SECONDS = 60
 LOCK_SECONDS = 30
 PAUSE = 0.5  # seconds before a request is tried again; twice as long before the third time
@@ -454,41 +456,44 @@ def warn(text: str) -> None:
 
 
 def run_child(
-    argv: Sequence[str], data: bytes = b"", secrets: Sequence[bytes] = (),
+    argv: Sequence[str], data: bytes = b"", secret: bytes = b"",
     env: Mapping[str, str] | None = None,
 ) -> bytes:  # fmt: skip
-    """The stdout of a program; each {N} in argv is the descriptor that secrets[N] comes through."""
+    """The stdout of a program; the word SECRET in argv is a file that holds the secret.
+
+    One that has our environment is the user's own: it has our terminal too, to ask and complain.
+    """
     import subprocess
 
     name = os.path.basename(argv[0])
     if name not in STARTS:
         raise ValueError("a program that the docstring does not name")
-    pipes = [os.pipe() for _ in secrets]
-    for number, (read_end, write_end) in enumerate(pipes):
-        os.write(write_end, secrets[number])
-        os.close(write_end)
-        argv = [word.replace(f"{{{number}}}", str(read_end)) for word in argv]
+    seconds, stderr = CHILD_SECONDS, subprocess.DEVNULL
+    if env is None:
+        seconds, stderr = COMMAND_SECONDS, sys.stderr.fileno()
+    read_end, write_end = os.pipe()
+    os.write(write_end, secret)
+    os.close(write_end)
+    argv = [f"/dev/fd/{read_end}" if word == SECRET else word for word in argv]
     child = None
     try:
         with SIGNALS.held():  # or a signal that comes now would leave it alone
             child = subprocess.Popen(
-                argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                pass_fds=[read_end for read_end, _ in pipes], start_new_session=True, env=env,
+                argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
+                pass_fds=[read_end], env=env,
             )  # fmt: skip
-        output, _ = child.communicate(data, timeout=CHILD_SECONDS)
+        output, _ = child.communicate(data, timeout=seconds)
     except BaseException as error:
         if child:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
+            child.kill()
             child.wait()
         if isinstance(error, OSError):
             raise Failure(MEND, f"cannot run {name}: {error.strerror}") from None
         if isinstance(error, subprocess.TimeoutExpired):
-            raise Failure(MEND, f"{name} did not end in {CHILD_SECONDS} s") from None
+            raise Failure(MEND, f"{name} did not end in {seconds} s") from None
         raise
     finally:
-        for read_end, _ in pipes:
-            os.close(read_end)
+        os.close(read_end)
     if child.returncode:
         raise Failure(MEND, f"{name} failed (status {child.returncode})")
     return output
@@ -649,32 +654,24 @@ class OpensslKey:
         if not os.path.isabs(self.openssl):
             raise Failure(MEND, "openssl is not on PATH", "install it, or use --key agent")
         try:
-            self.public = self.run("rsa", "-in", "/dev/fd/{0}", "-pubout", secrets=[self.pem])
-            self.spki = base64.b64decode(b"".join(self.public.split(b"\n")[1:-2]))
-        except (Failure, ValueError) as failure:
+            self.spki = self.run("rsa", "-in", SECRET, "-pubout", "-outform", "DER")
+        except Failure as failure:
             raise bad_key(f"no RSA key that openssl can read ({failure})") from None
         if RSA_ALGORITHM not in self.spki[:40]:
             raise bad_key("of another kind, and GitHub wants plain RSA")
 
-    def run(self, *argv: str, secrets: Sequence[bytes], data: bytes = b"") -> bytes:
-        """openssl, with its secrets through pipes: not in argv, files or the environment.
+    def run(self, *argv: str, data: bytes = b"") -> bytes:
+        """openssl, with the key through a pipe: not in argv, files or the environment.
 
         That is made from nothing: OPENSSL_CONF and LD_PRELOAD must not reach what holds the key.
         """
         env = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
         command = [self.openssl, *argv, "-passin", "pass:"]  # or it may ask the terminal
-        return run_child(command, data, secrets, env)
+        return run_child(command, data, self.pem, env)
 
     def sign(self, data: bytes) -> bytes:
-        """RS256 (PKCS#1 v1.5). openssl says nothing when it signs otherwise: so it is verified."""
-        sign = ("dgst", "-sha256", "-sign", "/dev/fd/{0}")
-        verify = ("dgst", "-sha256", "-verify", "/dev/fd/{0}", "-signature", "/dev/fd/{1}")
-        signature = self.run(*sign, secrets=[self.pem], data=data)
-        try:
-            self.run(*verify, secrets=[self.public, signature], data=data)
-        except Failure:
-            raise Failure(MEND, "openssl's signature is not one of this key") from None
-        return signature
+        """RS256 (PKCS#1 v1.5)."""
+        return self.run("dgst", "-sha256", "-sign", SECRET, data=data)
 
 
 class AgentKey:

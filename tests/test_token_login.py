@@ -314,6 +314,25 @@ class RefreshTest(LoginCase):
         self.assertEqual(self.run_it("git-credential", "erase", data=given).status, 0)
         self.assertNotEqual(self.passes(self.run_it("token")), token)
 
+    def test_git_was_refused_with_it_while_it_is_refreshed(self) -> None:
+        """What git knows of the one before does not touch the new one (a slow disk shows it)."""
+        self.old_login(10)
+        before = self.stored()["token"]
+        grant = self.github.login(POLL, {"grant_type": ""})
+        self.github.on(POLL, grant._replace(then="hang"))
+        refresh = self.start("token")
+        self.assertTrue(self.github.hangs.wait(20))
+        host = self.github.url.partition("//")[2]
+        given = f"protocol=http\nhost={host}\npath=octo/widgets.git\npassword={before}\n"
+        slow = "real = g.Cache.withhold\ndef slow(*a): g.time.sleep(1); real(*a)\n"
+        slow += "g.Cache.withhold = slow\n"
+        erase = self.start("git-credential", "erase", data=given.encode(), setup=slow)
+        time.sleep(0.3)
+        self.github.go.set()
+        token = self.passes(refresh.wait())
+        self.assertEqual(erase.wait().status, 0)
+        self.assertEqual((self.stored()["token"], self.stored()["withheld"]), (token, False))
+
 
 class LogoutTest(LoginCase):
     def test_logout(self) -> None:
