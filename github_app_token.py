@@ -114,7 +114,6 @@ class Token(NamedTuple):
     permissions: dict[str, str]
     login: str = ""  # whose it is: the App's slug, or the user
     refresh_token: str = ""
-    refresh_expires_at: float = 0.0
     withheld: bool = False  # not given out: it may be dead, or nobody has looked what it reaches
 
     def __repr__(self) -> str:
@@ -778,7 +777,10 @@ class GitHub:
             hint = "a captive portal, a proxy, or not the address of GitHub's API"
             raise Failure(LATER, f"{host_of(url)} redirects to {host_of(target)}", hint)
         if rate_limited(reply):
-            hint = f"try again in {reply.headers.get('retry-after', '60')} s, or later"
+            reset = reply.headers.get("x-ratelimit-reset", "")
+            spent = reply.headers.get("x-ratelimit-remaining") == "0" and reset.isdecimal()
+            wait = f"{int(reset) - self.now():.0f}" if spent else "60"  # GitHub's clock counts
+            hint = f"try again in {reply.headers.get('retry-after', wait)} s, or later"
             raise Failure(LATER, f"GitHub's rate limit is reached: {reply.said()}", hint)
         return reply
 
@@ -864,9 +866,6 @@ def token_for(config: Config, refused: str, renew: Callable[..., Token]) -> tupl
     cache = Cache()
     pinned = pinned_id(config, cache)
     path = cache.token_path(config)
-    token = cache.find_token(path)
-    if token and usable(token, config, pinned, refused, time.time()):
-        return token, True
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(cache.lock(path))
@@ -875,6 +874,10 @@ def token_for(config: Config, refused: str, renew: Callable[..., Token]) -> tupl
                 raise  # two that refresh a login at once lose it
             warn(f"{failure}: going on without its lock")
         token = cache.find_token(path)  # who held the lock may have got one
+        if token and abs(token.clock_offset) > JWT_BEFORE:  # the clock may have been set since
+            github = GitHub(config)
+            github.api("GET", "/rate_limit")  # any answer has a Date
+            token = token._replace(clock_offset=github.offset)
         if token and usable(token, config, pinned, refused, time.time()):
             return token, True
         return renew(config, cache, pinned, token), False
@@ -1000,8 +1003,7 @@ def parse_login_token(grant: Object, now: float) -> Token:
         token = check_token(grant["access_token"])
         refresh = check_token(grant["refresh_token"]) if grant.get("refresh_token") else ""
         life = float(grant.get("expires_in") or 0)
-        refresh_life = float(grant.get("refresh_token_expires_in") or 0)
-        if not (0 <= life < MAX_TIME and 0 <= refresh_life < MAX_TIME):
+        if not 0 <= life < MAX_TIME:
             raise ValueError("not a time")
     except (KeyError, TypeError, ValueError, OverflowError):
         raise Failure(FAILED, "GitHub's answer has no usable token") from None
@@ -1010,7 +1012,7 @@ def parse_login_token(grant: Object, now: float) -> Token:
         raise Failure(MEND, "this token is refused: it would never expire", hint)
     return Token(
         token=token, expires_at=now + life, clock_offset=0.0, repo_id=0, repo="", permissions={},
-        refresh_token=refresh, refresh_expires_at=now + refresh_life, withheld=True,
+        refresh_token=refresh, withheld=True,
     )  # fmt: skip
 
 
@@ -1162,8 +1164,6 @@ def refreshed(config: Config, cache: Cache, pinned: int, token: Token | None) ->
     if config.accept_new_repo or token.repo_id != (pinned or token.repo_id):
         why = f"the login is for repository {token.repo_id}; is that {config.repo} still?"
         raise Failure(MEND, why, login_needed(config, "").hint)
-    if token.refresh_expires_at < time.time() + token.clock_offset:
-        raise login_needed(config, "the login has expired")
     github = GitHub(config)
     path = cache.token_path(config)
     asked = {
@@ -1346,8 +1346,7 @@ def look_at_login(config: Config, cache: Cache) -> Iterator[str]:
         reply = GitHub(config).api("GET", "/user", token.token)
         if reply.status == 401:
             raise login_needed(config, "GitHub does not accept the login's token any more")
-    days = (token.refresh_expires_at - time.time()) / 86400
-    yield f"login: {token.login}, can be refreshed for {days:.0f} days"
+    yield f"login: {token.login}"
 
 
 # --- settings ---

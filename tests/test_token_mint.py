@@ -134,6 +134,39 @@ class InstallationTest(Case):
                 ends = datetime.fromisoformat(data["expires_at"].replace("Z", "+00:00"))
                 self.assertAlmostEqual(ends.timestamp() - time.time(), 3600, delta=20)
 
+    def test_a_clock_that_is_set_right(self) -> None:
+        """What was cached before is judged by GitHub's Date: dead or alive, whatever we believed."""
+        for ahead in (-1800.0, -400.0, 1800.0):
+            with self.subTest(ahead):
+                self.github.clock = ahead
+                shutil.rmtree(self.cache, ignore_errors=True)
+                first = self.passes(self.token())
+                self.github.clock = 0
+                (path,) = self.cache.glob("installation-*.json")
+                value = json.loads(path.read_text())
+                for left, alive in ((600, True), (-60, False)):
+                    path.write_text(json.dumps({**value, "expires_at": time.time() + left}))
+                    data = json.loads(self.passes(self.token("--format", "json")))
+                    self.assertEqual(data["token"] == first, alive)
+                    ends = datetime.fromisoformat(data["expires_at"].replace("Z", "+00:00"))
+                    self.assertAlmostEqual(
+                        ends.timestamp() - time.time(), left if alive else 3600, delta=20
+                    )
+
+    def test_when_a_rate_limit_ends(self) -> None:
+        """By GitHub's clock; nothing waits for it."""
+        self.github.clock = -5000
+        reset = str(int(self.github.now()) + 1200)
+        spent = {"X_RateLimit_Remaining": "0", "X_RateLimit_Reset": reset}
+        began = time.monotonic()
+        self.github.on(FOUND, error(403, "API rate limit exceeded", **spent))
+        done = self.token()
+        self.fails(done, g.LATER)
+        self.assertRegex(done.err, "try again in (1200|119[0-9]) s")
+        self.github.on(FOUND, error(403, "secondary rate limit", X_RateLimit_Reset=reset))
+        self.fails(self.token(), g.LATER, "try again in 60 s")
+        self.assertLess(time.monotonic() - began, 5)
+
     def test_a_token_must_live_long_enough(self) -> None:
         first = self.passes(self.token())
         self.expire()  # in 100 seconds
