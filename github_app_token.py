@@ -291,7 +291,6 @@ OTHER_BLOCKS = {
 }
 # How a public key in DER says that it is RSA and nothing else (RFC 8017, A.1: rsaEncryption).
 RSA_ALGORITHM = bytes.fromhex("300d06092a864886f70d0101010500")
-SHORTEST_KEY = 290  # bytes of a public key in DER: about 2048 bits, as GitHub's own have
 
 
 def bad_key(what: str) -> Failure:
@@ -546,14 +545,21 @@ class Cache:
 
     def check_folder(self) -> None:
         """Make the folder, or say why it cannot be used."""
+        place = self.folder
         try:
             os.makedirs(self.folder, 0o700, exist_ok=True)
-            info = os.lstat(self.folder)
+        except PermissionError as error:
+            place = os.path.dirname(error.filename)
         except OSError as error:
             raise Failure(MEND, f"cannot use {self.folder}: {error.strerror}") from None
-        ours = stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid()
-        if not ours or info.st_mode & READABLE:
-            raise Failure(MEND, f"{self.folder} is not yours alone", f"chmod 700 {self.folder}")
+        info, mine = os.lstat(place), os.geteuid()
+        if info.st_uid != mine:
+            hint = "run this as that user"
+            if mine and place.startswith(os.path.expanduser("~/.")):  # one run under sudo made it
+                hint = f"sudo chown -R {mine} {place}"
+            raise Failure(MEND, f"{place} belongs to user {info.st_uid} (0 is root)", hint)
+        if not stat.S_ISDIR(info.st_mode) or info.st_mode & READABLE:
+            raise Failure(MEND, f"{place} is not yours alone", f"chmod 700 {place}")
 
     def read_token(self, path: str, forbidden: int = READABLE) -> Token | None:
         """The token of a file, None when there is no file; Failure when it cannot be used."""
@@ -695,10 +701,7 @@ class AgentKey:
     def sign(self, data: bytes) -> bytes:
         flags = (2).to_bytes(4, "big")  # SSH_AGENT_RSA_SHA2_256
         answer = self.call(b"\x0d" + packed(self.blob) + packed(data) + flags, 14)
-        kind, signature = strings(strings(answer)[0])
-        if kind != b"rsa-sha2-256":
-            raise Failure(MEND, "the ssh-agent signs with SHA-1 only")
-        return signature
+        return strings(strings(answer)[0])[1]  # after its kind
 
     def call(self, message: bytes, expected: int) -> bytes:
         """The body of the agent's answer (draft-ietf-sshm-ssh-agent)."""
@@ -836,8 +839,6 @@ class App:
         self.github = github
         kind, _, wanted = config.key.partition(":")
         self.key = AgentKey(wanted) if kind == "agent" else OpensslKey(read_key(config.key))
-        if len(self.key.spki) < SHORTEST_KEY:
-            raise bad_key("shorter than 2048 bits")
         self.sign()
 
     def sign(self) -> None:
@@ -892,7 +893,10 @@ def pinned_id(config: Config, cache: Cache) -> int:
         number = json.loads(read_file(path, READABLE, os.O_NOFOLLOW))["id"]
     except FileNotFoundError:
         return 0
-    except (OSError, Failure, ValueError, TypeError, KeyError, RecursionError):
+    except OSError as error:  # that says nothing about the repository
+        cache.check_folder()
+        raise Failure(MEND, f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, RecursionError):
         number = None
     # What is damaged is not as good as absent: the name may mean another repository by now.
     if type(number) is not int or not 0 < number < 10**18:

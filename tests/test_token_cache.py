@@ -69,6 +69,31 @@ class CacheTest(Case):
         shown = json.loads(self.passes(self.token("--format", "json")))
         self.assertEqual([item["id"] for item in shown["repositories"]], [11])
 
+    def test_a_folder_that_is_another_users(self) -> None:
+        """After a run under sudo it is root's, or what lies above it: nobody drops a pin for that."""
+        self.passes(self.token())
+        denied = (
+            "made = g.Cache.__init__\n"
+            "def begun(self): os.geteuid = lambda: 4242; made(self)\n"
+            "g.Cache.__init__ = begun\nreal = os.open\n"
+            "def no(path, *_, **__): raise PermissionError(13, 'Permission denied', path)\n"
+            "os.open = lambda path, *a, **k: (no if '/.local/' in path else real)(path, *a, **k)\n"
+        )
+        above = self.home / ".local"
+        cannot = "os.makedirs = lambda *_, **__: no({!r})\n"
+        for where, setup in (
+            (self.cache, denied),
+            (above, denied + cannot.format(str(above / "state"))),
+        ):
+            for argv in (("login", "--repo-id", "11"), ("revoke",), ("token",)):
+                done = self.run_it(*argv, setup=setup)
+                fix = f"sudo chown -R 4242 {where}\n"
+                self.fails(done, g.MEND, f"{where} belongs to user {os.getuid()}", fix)
+                self.assertNotIn("--accept-new-repo", done.err)
+        done = self.run_it("revoke", setup=denied + cannot.format(str(self.home / "x")))
+        self.fails(done, g.MEND, f"{self.home} belongs to user")
+        self.assertNotIn("chown", done.err, "nothing else is to be given away")
+
     def test_no_home(self) -> None:
         here = self.home / "here"
         here.mkdir()

@@ -51,7 +51,6 @@ class KeyTest(Case):
             ("no RSA key", made("EC", "ec_paramgen_curve:P-256")),
             ("no RSA key", key().replace(b"MII", b"AAA")),
             ("wants plain RSA", made("RSA-PSS", "rsa_keygen_bits:2048")),
-            ("shorter than 2048 bits", openssl("genrsa", "1024")),
             ("the public key", openssl("rsa", "-pubout", data=key())),
             ("no PEM file", openssl("rsa", "-outform", "DER", data=key())),
             ("encrypted", openssl("rsa", "-aes128", "-passout", "pass:horse", data=key())),

@@ -246,7 +246,9 @@ class PinTest(Case):
             " if 'repository-' in str(path): raise PermissionError(13, 'Permission denied')\n"
             " return real(path, *a, **k)\nos.open = no\n"
         )
-        self.fails(self.token(setup=setup), g.MEND, "--accept-new-repo")
+        done = self.token(setup=setup)
+        self.fails(done, g.MEND, "cannot read", "Permission denied")
+        self.assertNotIn("--accept-new-repo", done.err, "it says nothing about the repository")
         self.passes(self.token("--accept-new-repo"))
         self.expire()
         self.passes(self.token())
