@@ -280,15 +280,6 @@ def checked(reply: Reply, what: str) -> Reply:
 
 # --- pure: keys ---
 
-# Kinds of PEM that people have at hand, and what to do; all else is openssl's to judge.
-OTHER_BLOCKS = {
-    "OPENSSH PRIVATE KEY": "in OpenSSH's format: convert a copy, ssh-keygen -p -m PEM -f COPY",
-    "EC PRIVATE KEY": "an EC key, and GitHub wants RSA",
-    "ENCRYPTED PRIVATE KEY": "encrypted: ssh-add it, and --key agent",
-    "PUBLIC KEY": "the public key, and the private one is needed",
-    "RSA PUBLIC KEY": "the public key, and the private one is needed",
-    "CERTIFICATE": "a certificate, and the private key is needed",
-}
 # How a public key in DER says that it is RSA and nothing else (RFC 8017, A.1: rsaEncryption).
 RSA_ALGORITHM = bytes.fromhex("300d06092a864886f70d0101010500")
 
@@ -305,11 +296,10 @@ def pem_of(raw: bytes) -> bytes:
     block = re.search(r"-----BEGIN ([A-Z0-9 ]+)-----\n.*?-----END \1-----", text, re.DOTALL)
     if not block:
         raise bad_key("no PEM file, or not all of one: from BEGIN to END, line by line")
-    label = block[1]
-    if "Proc-Type: 4,ENCRYPTED" in block[0]:  # how PKCS#1 says it
-        label = "ENCRYPTED PRIVATE KEY"
-    if label in OTHER_BLOCKS:
-        raise bad_key(OTHER_BLOCKS[label])
+    if re.search("[ ,]ENCRYPTED", block[0]):  # its label, or a line in it (PKCS#1)
+        raise bad_key("encrypted: ssh-add it, and --key agent")
+    if block[1] == "OPENSSH PRIVATE KEY":  # all else is openssl's to judge
+        raise bad_key("in OpenSSH's format: convert a copy, ssh-keygen -p -m PEM -f COPY")
     return f"{block[0]}\n".encode("ascii", "replace")
 
 
@@ -485,8 +475,6 @@ def run_child(
         if child:
             child.kill()
             child.wait()
-        if isinstance(error, OSError):
-            raise Failure(MEND, f"cannot run {name}: {error.strerror}") from None
         if isinstance(error, subprocess.TimeoutExpired):
             raise Failure(MEND, f"{name} did not end in {seconds} s") from None
         raise
@@ -662,8 +650,6 @@ class OpensslKey:
             self.spki = self.run("rsa", "-in", SECRET, "-pubout", "-outform", "DER")
         except Failure as failure:
             raise bad_key(f"no RSA key that openssl can read ({failure})") from None
-        if RSA_ALGORITHM not in self.spki[:40]:
-            raise bad_key("of another kind, and GitHub wants plain RSA")
 
     def run(self, *argv: str, data: bytes = b"") -> bytes:
         """openssl, with the key through a pipe: not in argv, files or the environment.
@@ -744,6 +730,8 @@ class GitHub:
             except OSError as error:
                 why = f"cannot use the CA file {config.ca_file}: {error.strerror or 'not one'}"
                 raise Failure(USAGE, why) from None
+            if config.ca_file:  # Python 3.13 is strict about the form of CAs, companies are not
+                tls.verify_flags &= ~ssl.VERIFY_X509_STRICT
             self.opener.add_handler(urllib.request.ProxyHandler())
             self.opener.add_handler(urllib.request.HTTPSHandler(context=tls))
         self.offset = 0.0  # GitHub's clock minus ours, by the last answer's Date
@@ -807,9 +795,13 @@ class GitHub:
             cause = getattr(error, "reason", error)
             said = str(cause) if isinstance(cause, OSError) else ""  # else of HTTPS_PROXY, maybe
             reason = redact(said) or type(cause).__name__
-            hint = "--ca-file, if the host opens TLS" if "CERTIFICATE" in reason.upper() else ""
+            status, hint = LATER, ""
+            if "CERTIFICATE" in reason.upper():
+                status, hint = MEND, "--ca-file with the company's CA, if the network opens TLS"
+            elif "failed: 407" in reason:  # http.client's words for CONNECT
+                status, hint = MEND, "HTTPS_PROXY must hold the proxy's user and password"
             said = f"{host_of(url)} cannot be reached: {reason[:200]}"
-            raise Failure(LATER, said, hint) from None
+            raise Failure(status, said, hint) from None
         if len(body) > MAX_REPLY:
             raise Failure(FAILED, f"{host_of(url)} sent more than {MAX_REPLY} bytes")
         headers = {name.lower(): value for name, value in response.headers.items()}
@@ -852,8 +844,10 @@ class App:
         said = reply.said()
         if reply.status != 401:
             return reply
-        if not re.search("'iat'|'exp'|claim", said):
+        if not re.search("'iat'|'exp'", said):
             hint = f"is {fingerprint(self.key.spki)} among the keys of App {self.app_id}?"
+            if "'iss'" in said:
+                hint = "--app-id: this server wants the App's numeric id (or the client id)"
             raise Failure(MEND, f"GitHub does not know this App with this key: {said}", hint)
         if abs(self.github.offset - self.signed_at) < JWT_BEFORE / 2:
             raise Failure(MEND, f"GitHub does not accept the JWT's time: {said}", "set the clock")

@@ -8,6 +8,7 @@ import json
 import shutil
 import ssl
 import stat
+import sys
 import time
 import unittest
 from datetime import datetime
@@ -87,6 +88,9 @@ class InstallationTest(Case):
         for status, word, path, reply in (
             (g.MEND, "SHA256:", FOUND, error(401, "A JSON web token could not be decoded")),
             (g.MEND, "set the clock", FOUND, error(401, "'Issued at' claim ('iat') must be …")),
+            (g.MEND, "the App's numeric id (or the client id)", FOUND,
+             error(401, "'Issuer' claim ('iss') must be an Integer")),
+            (g.MEND, "among the keys", FOUND, error(401, "a claim of another kind")),
             (g.MEND, "SSO", FOUND, error(403, "Resource protected", X_GitHub_SSO="required")),
             (g.MEND, "suspended", MINT, error(403, "This installation has been suspended")),
             (g.LATER, "503", FOUND, error(503, "")),
@@ -295,7 +299,9 @@ class NetworkTest(Case):
         keys = self.home / "keys.log"
         with GitHub(context) as secure:
             self.profile(api_url=secure.url)
-            self.fails(self.token(setup=NO_PAUSE), g.LATER, "--ca-file")
+            began = time.monotonic()
+            self.fails(self.token(setup="g.PAUSE = 9\n"), g.MEND, "--ca-file", "signed certificate")
+            self.assertLess(time.monotonic() - began, 9, "it is not tried again")
             self.assertEqual(secure.seen, [])
             self.profile(api_url=secure.url, ca_file=str(certificate))
             listed = {"NO_PROXY": "localhost", "SSLKEYLOGFILE": str(keys)}
@@ -309,6 +315,48 @@ class NetworkTest(Case):
                 done = self.token(setup=NO_PAUSE, HTTPS_PROXY=mistyped)
                 self.fails(done, g.LATER, "cannot be reached")
                 self.assertNotIn("pr0xy", done.err)
+
+    def test_a_companys_ca_that_python_is_too_strict_for(self) -> None:
+        """Its certificates lack what RFC 5280 wants of them, as many do."""
+        ca, signed = str(self.home / "ca.pem"), str(self.home / "signed.pem")
+        for name, subject, issuer, extension in (
+            (ca, "/CN=company", (), "basicConstraints=CA:TRUE"),
+            (signed, "/CN=localhost", ("-CA", ca, "-CAkey", str(self.key)),
+             "subjectAltName=DNS:localhost"),
+        ):  # fmt: skip
+            text = f"[req]\ndistinguished_name=n\n[n]\n[x]\n{extension}\n".encode()
+            config = str(self.write("x.cnf", text))
+            asked = str(self.home / "asked.pem")
+            openssl("req", "-new", "-key", str(self.key), "-subj", subject, "-config", config,
+                    "-out", asked)  # fmt: skip
+            by = issuer or ("-signkey", str(self.key))
+            openssl("x509", "-req", "-in", asked, "-days", "2", "-set_serial", "7", *by,
+                    "-extfile", config, "-extensions", "x", "-out", name)  # fmt: skip
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(signed, self.key)
+        with GitHub(context) as secure:
+            self.profile(api_url=secure.url)
+            done = self.token(SSL_CERT_FILE=ca)
+            if sys.version_info >= (3, 13):
+                self.fails(done, g.MEND, "Missing Authority Key Identifier", "--ca-file")
+            else:
+                self.passes(done)
+                self.expire()
+            self.profile(api_url=secure.url, ca_file=ca)
+            self.passes(self.token())
+            self.expire()
+            self.profile(api_url=secure.url.replace("localhost", "127.0.0.1"), ca_file=ca)
+            self.fails(self.token(), g.MEND, "certificate is not valid for '127.0.0.1'")
+
+    def test_a_proxy_that_wants_a_login(self) -> None:
+        asked: list[bytes] = []
+        refusal = b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n"
+        with listening(asked, refusal) as port:
+            proxy = f"http://user:pr0xy-secret@127.0.0.1:{port}"
+            done = self.token("--api-url", "ghe.invalid", HTTPS_PROXY=proxy)
+        self.fails(done, g.MEND, "407 Proxy Authentication Required", "user and password")
+        self.assertNotIn("pr0xy-secret", done.err)
+        self.assertEqual(len(asked), 1, "it is not tried again")
 
     def test_through_a_proxy(self) -> None:
         """CONNECT, with the proxy's password for the proxy alone."""
@@ -344,8 +392,8 @@ class NotStoredTest(Case):
         self.assertEqual(self.github.tokens, {})
 
 
-def listening(asked: list[bytes]) -> Any:
-    """A server that keeps what it is asked and hangs up; it gives its port."""
+def listening(asked: list[bytes], answer: bytes = b"") -> Any:
+    """A server that keeps what it is asked, says `answer` and hangs up; it gives its port."""
     import contextlib
     import socket
     import threading
@@ -359,6 +407,7 @@ def listening(asked: list[bytes]) -> Any:
                 while True:
                     client, _ = listener.accept()
                     asked.append(client.recv(65536))
+                    client.sendall(answer)
                     client.close()
 
         thread = threading.Thread(target=serve)
