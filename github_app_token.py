@@ -1358,7 +1358,7 @@ def read_profile(name: str) -> dict[str, str]:
     path = os.path.join(xdg_home("XDG_CONFIG_HOME", "~/.config"), "github-app-token.ini")
     parser = configparser.ConfigParser(interpolation=None)
     try:
-        parser.read_string(read_file(path, WRITABLE).decode("utf-8"))
+        parser.read_string(read_file(path, WRITABLE).decode("utf-8-sig"))
         section = dict(parser[name])
     except OSError as error:
         raise Failure(USAGE, f"cannot read {path}: {error.strerror}") from None
@@ -1370,6 +1370,9 @@ def read_profile(name: str) -> dict[str, str]:
     for key in section.keys() - set(SETTINGS):
         shown = key if re.fullmatch("[a-z_-]{1,20}", key) else "a line"  # maybe of a pasted key
         raise Failure(USAGE, f"{path}: {shown} is not a setting", "known: " + ", ".join(SETTINGS))
+    for key, value in section.items():  # in quotes, and with a note, as other INI files have it
+        if not value.startswith("command:"):  # whose quotes and ; are the shell's
+            section[key] = re.sub(r"""^(["']?)(.*?)\1(\s+[;#].*)?$""", r"\2", value)
     return section
 
 

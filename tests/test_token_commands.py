@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 import unittest
 from pathlib import Path
@@ -15,9 +17,15 @@ from pathlib import Path
 import github_app_token as g
 from tests.fakes.github import error
 from tests.support import ROOT
+from tests.token_case import NO_SLEEP
 from tests.token_case import SCRIPT
 from tests.token_case import TIMEOUT
 from tests.token_case import Case
+
+
+class CommandCase(Case):
+    def command(self, *argv: str, where: Path | None = None) -> None:
+        subprocess.run(argv, env=self.env, cwd=where or self.home, timeout=TIMEOUT, check=True)
 
 
 class CommandTest(Case):
@@ -124,6 +132,23 @@ class CommandTest(Case):
         self.assertEqual(self.github.seen[-1].body["permissions"]["contents"], "write")
         self.fails(self.run_it("token", GITHUB_APP_PROFILE=""), g.USAGE, "--repo OWNER/NAME")
 
+    def test_profiles_as_other_programs_have_them(self) -> None:
+        """A BOM, quotes and notes; a command's are the shell's."""
+        text = (
+            "\ufeff[w]\nrepo = octo/widgets ; the one\napp_id='Iv23liEXAMPLE'\n"
+            f'api_url = {self.github.url}\nkey = "{self.key}"  # mine\npermissions = dev ; note\n'
+        )
+        self.ini.write_text(text)
+        self.passes(self.run_it("token"))
+        command = f"""command:echo 'no ; note' "# none" >{self.home}/said ; cat {self.key}"""
+        self.ini.write_text(text.replace(f'"{self.key}"  # mine', command))
+        self.expire()
+        self.passes(self.run_it("token"))
+        self.assertEqual((self.home / "said").read_text(), "no ; note # none\n")
+        for value in ('"octo/widgets', "octo/widgets;x", 'octo/"widgets"'):
+            self.ini.write_text(f"[w]\nrepo = {value}\n")
+            self.fails(self.run_it("token"), g.USAGE, "not a repository")
+
     def test_profiles_that_are_none(self) -> None:
         self.fails(self.run_it("token", "--profile", "x"), g.USAGE, "[x]")
         for text, word in (
@@ -158,6 +183,52 @@ class CommandTest(Case):
         self.fails(self.token("--app-id", "a/b"), g.USAGE, "--app-id")
         for verb in ("token", "login", "logout", "status", "revoke", "git-credential"):
             self.assertIn("--repo", self.run_it(verb, "--help").out)
+
+
+class WalkTest(CommandCase):
+    """docs/tokens.md, from nothing to the first token, and the login."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.text = (ROOT / "docs/tokens.md").read_text()
+        self.ini.unlink()
+
+    def blocks(self, title: str, kind: str) -> list[str]:
+        part = self.text.partition(f"## {title}\n")[2].partition("\n## ")[0]
+        found = re.findall(rf"(?s)```{kind}\n(.*?)```", part)
+        return [textwrap.dedent(block) for block in found]
+
+    def say(self, title: str) -> None:
+        (profile,) = self.blocks(title, "ini")
+        with self.ini.open("a") as file:
+            file.write(f"{profile}api_url = {self.github.url}\n")
+
+    def test_the_first_token(self) -> None:
+        title = "From nothing to the first token"
+        (self.home / "Downloads").mkdir()
+        shutil.copy(self.key, self.home / "Downloads/our-app.2026-01-01.private-key.pem")
+        place = self.blocks(title, "sh")[0]
+        self.addCleanup(os.umask, os.umask(0o002))  # as many distributions have it
+        self.command("sh", "-ec", place)
+        self.say(title)
+        for verb in ("status", "token"):
+            done = self.run_it(verb, "--profile", "widgets")
+            self.assertEqual(done.status, 0, done.out + done.err)
+        for page in ("tokens.md", "github.md"):
+            text = (ROOT / "docs" / page).read_text()
+            (command,) = re.findall(r'--token-command[\s\\]+"(.*?)"', text)
+            self.assertIn("$PWD/", command, "the proxy runs it in /")
+        self.assertIn("/organizations/ORG/settings/apps/new", self.text)
+        self.assertNotIn("shred", self.text)
+
+    def test_a_login(self) -> None:
+        title = "Without a key: the device flow"
+        self.ini.touch(0o600)
+        self.say(title)
+        for line in self.blocks(title, "sh")[0].splitlines():
+            done = self.run_it(*line.split()[2:], setup=NO_SLEEP)
+            self.assertEqual(done.status, 0, done.err)
+        self.assertTrue(done.out.startswith("ghu_"))
 
 
 class AsUsersDoTest(Case):
@@ -242,7 +313,7 @@ class AsUsersDoTest(Case):
             self.assertIn(word, done.stdout)
 
 
-class GitTest(Case):
+class GitTest(CommandCase):
     """git itself, set up in a clone as docs/tokens.md says."""
 
     def setUp(self) -> None:
@@ -264,9 +335,6 @@ class GitTest(Case):
         recipe = self.recipe.replace("https://github.com", site)
         for _ in range(2):
             self.command("sh", "-ec", recipe, where=self.clone)
-
-    def command(self, *argv: str, where: Path | None = None) -> None:
-        subprocess.run(argv, env=self.env, cwd=where or self.home, timeout=TIMEOUT, check=True)
 
     def git(
         self, *argv: str, data: bytes = b"", where: Path | None = None
