@@ -227,8 +227,7 @@ def parse_message(body: Bytes) -> Object:
     if not {"jsonrpc", "method"} <= message.keys() <= {"jsonrpc", "method", "id", "params"}:
         raise ProtocolError(f"not a JSON-RPC request: keys {quoted(sorted(message))}")
     demand(message["jsonrpc"] == "2.0", 'jsonrpc must be "2.0"')
-    has_id = "id" not in message or is_id(message["id"])
-    demand(has_id, "id must be an integer or a string of plain ASCII")
+    demand("id" not in message or is_id(message["id"]), "id must be an integer or plain ASCII")
     demand(isinstance(message["method"], str), "method must be a string")
     if message.get("params", {}) is None:
         del message["params"]
@@ -249,6 +248,7 @@ def as_object(value: Json) -> Object:
 
 # Controls, formats (zero width, direction), surrogates, private, unassigned, line ends.
 UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+JOINERS = "\u200c\u200d"  # of Persian, and of emoji
 # What GitHub's tokens look like.
 TOKEN_LIKE = re.compile(r"g(?:h[pousr]_|hs-|ithub_pat_)[A-Za-z0-9._-]{30,}")
 DIGITS = re.compile("[0-9]{1,16}", re.ASCII).fullmatch
@@ -392,17 +392,11 @@ def is_left_out(rule: Rule, value: Json, bounds: Bounds) -> bool:
     return not bounds.policy.has(rule.needs)
 
 
-def is_plain(value: Json, limit: int) -> bool:
-    """A short string without control and format characters, on one line."""
-    return (
-        isinstance(value, str)
-        and len(value) <= limit
-        and not UNSEEN & set(map(unicodedata.category, value))
-    )
-
-
-def is_number(value: Json, limit: int) -> bool:
-    return type(value) in (int, float) and 0 <= value <= limit
+def is_plain(value: Json, limit: int, besides: str = "") -> bool:
+    """A short string on one line, without control and format characters but for `besides`."""
+    if not isinstance(value, str) or len(value) > limit:
+        return False
+    return not UNSEEN & set(map(unicodedata.category, set(value).difference(besides)))
 
 
 def check_ref(value: Json, _bounds: Bounds) -> Json:
@@ -470,15 +464,12 @@ def glob_match(glob: str, name: str) -> bool:
     """
     reached = {0}
     for part in GLOB_PARTS.split(fold(glob)):
-        if part == "**":
-            reached = set(range(min(reached), len(name) + 1))
-        elif part == "**/":
-            first = min(reached)
-            reached |= {at + 1 for at in range(first, len(name)) if name[at] == "/"}
-        elif part == "*":
+        if part in ("*", "**", "**/"):
             for at in range(min(reached), len(name)):
-                if at in reached and name[at] != "/":
+                if at in reached and (part != "*" or name[at] != "/"):
                     reached.add(at + 1)
+            if part == "**/":
+                reached = {at for at in reached if name[at - 1 : at] in ("", "/")}
         elif part == "?":
             reached = {at + 1 for at in reached if name[at : at + 1] not in ("", "/")}
         else:
@@ -506,9 +497,20 @@ QUALIFIERS = frozenset(
 SCOPES = "repo|repository|org|organization|user|owner|enterprise|saved|team|project"
 SCOPE_IN_TEXT = re.compile(rf"(?:{SCOPES})\s*:")
 QUERY_FORBIDDEN = re.compile(r"[()\\|;{}\[\]`^]")
-QUERY_TOKEN = re.compile(r' *((?:([A-Za-z][A-Za-z-]*):)?("[^"]*"|[^\s"]+))(?= |$)')
+QUERY_TOKEN = re.compile(
+    r" *(-(?!-))?(?:([A-Za-z][A-Za-z-]*):(?!:))?"
+    r'((?:[^\s",]+,)*"[^"]*"(?:,(?:"[^"]*"|[^\s",]+))*|[^\s"]+)(?= |$)'
+)
 QUERY_DATE = re.compile(r"[<>=.*\d:TZ+-]+")
-WIDENING = re.compile(r"(?<!\w)(?<!\w-)(?:or|and|not)(?!\w|-\w)")  # but not do-not-merge
+QUOTED = re.compile('"[^"]*"')
+# What a search of text takes for a blank, and its grammar may not: in foo(), feat(ui):, a::b, --all
+# and of a phrase all of it.
+WORD_SIGNS = re.compile(r"(?<=\w)\(([\w.,*]*)\)(?!\w)|::|:$|^-+|^[&+/]$")
+PHRASE_SIGNS = re.compile(r'[()\\|;{}\[\]`^]|(?<![^\s"])[/,:;&+-]+')
+# AND and NOT take away from what repo: has found, OR alone adds to it. In a phrase, of which
+# github.com takes the quotes off, it makes two that must both be there.
+WIDENING = re.compile(r"(?<!\w)(?<!\w-)or(?!\w|-\w)")  # but not this-or-that
+OR_IN_PHRASE = re.compile(r'(?<=[^" ]) or (?=[^" ])', re.IGNORECASE)
 IS_VALUES = frozenset("open closed issue pr merged unmerged draft queued locked unlocked".split())
 SEARCHED = "it has to be a search text of up to 256 visible characters"
 
@@ -516,48 +518,54 @@ SEARCHED = "it has to be a search text of up to 256 visible characters"
 def narrow_query(query: Json, bounds: Bounds) -> str:
     """The query confined to the repository, or Refusal.
 
-    `OR`, parentheses, negation and a second scope all lead out of `repo:O/R`; github.com takes
-    quotes off before it parses, so quoted text is held to the same rules. The hits are checked as
-    well: this layer stops queries from being oracles, that one holds if the grammar changes.
+    `OR`, parentheses and a second scope lead out of `repo:O/R`; github.com takes quotes off before
+    it parses, so quoted text is held to the same rules. The hits are checked as well: this layer
+    stops queries from being oracles, that one holds if the grammar changes.
     """
-    insist(is_plain(query, 256), SEARCHED)
+    insist(is_plain(query, 256, JOINERS), SEARCHED)
     insist(all(c == " " or not c.isspace() for c in query), SEARCHED)
-    kept = query_tokens(bounds.scope, query)
-    normal = unicodedata.normalize("NFKC", query)
+    narrowed = " ".join(query_tokens(bounds.scope, query))
+    # How two readers could see two queries: by what is not seen, or only looks like a letter.
+    normal = unicodedata.normalize("NFKC", "".join(c for c in narrowed if c not in JOINERS))
     insist(is_plain(normal, 1024), SEARCHED)
-    query_tokens(bounds.scope, normal)
-    return " ".join([f"repo:{bounds.scope}", *kept])
+    insist(" ".join(query_tokens(bounds.scope, normal)) == normal, SEARCHED)
+    return f"repo:{bounds.scope} {narrowed}".rstrip()
 
 
 def query_tokens(scope: Scope, query: str) -> list[str]:
-    found = QUERY_FORBIDDEN.search(query)
-    insist(not found, f"searches here go without {found and found[0]}")
     kept, position, query = [], 0, query.rstrip(" ")
     while position < len(query):
         match = QUERY_TOKEN.match(query, position)
         if not match:
             raise Refusal('put quotes around a whole word or phrase only, or after "name:"')
         position = match.end()
-        name, value = (match[2] or "").lower(), match[3]
-        if name == "repo":
+        minus, name, given = match[1] or "", (match[2] or "").lower(), match[3]
+        value = given
+        if name == "repo" and not minus:
             insist(scope.is_named(value), f"only repo:{scope} is searched, and that is added here")
             continue
-        if (name, value.lower()) != ("reason", '"not planned"'):
-            # github.com sees a phrase's words without the quotes.
-            text = value.strip('"').casefold()
-            starts = {word[0] for word in text.split()} or {":"}
-            insist(not starts & set("/,:;&+-"), "no word here begins with / , : ; & + or -")
-            insist(not WIDENING.search(text), "searches here go without the words and, or, not")
-            insist(not SCOPE_IN_TEXT.search(text), "searches here name no scope with a colon")
-        if name:
-            insist(name in QUALIFIERS, f"searches here go without the qualifier {name}:")
-            in_quotes = value.startswith('"')
-            dated = QUERY_DATE.fullmatch(value)
-            insist(in_quotes or ":" not in value or dated, f"put {name}: before one value")
-            insist(name != "is" or value.lower() in IS_VALUES, "is: goes with a state only")
-        elif ":" in value and not value.startswith('"'):
-            raise Refusal(f"put {quoted(value)} in quotes, or leave the colon out")
-        kept.append(match[1])
+        known = not name or name in QUALIFIERS
+        insist(known, f"searches here go without the qualifier {name}: (quotes make it text)")
+        if not name and '"' in value:
+            words = PHRASE_SIGNS.sub(" ", value.replace('"', " ")).split()
+            value = OR_IN_PHRASE.sub(" or " if minus else '" "', f'"{" ".join(words)}"')
+        elif not name and not minus:
+            value = WORD_SIGNS.sub(r" \1", value).strip()
+            if not value:
+                continue
+        text = re.sub(r'"?,"|",|"', " ", value).casefold()
+        found = QUERY_FORBIDDEN.search(value)
+        insist(not found, f"searches here go without {found and found[0]} outside of a phrase")
+        starts = {word[0] for word in text.split()} or {":"}
+        insist(not starts & set("/,:;&+-"), "no word here begins with / , : ; & + or -")
+        insist(not WIDENING.search(text), "searches here go without the word or")
+        scoped = SCOPE_IN_TEXT.search(f"{given.casefold()} {text}")
+        insist(not scoped, "searches here name no scope with a colon")
+        bare = QUOTED.sub("", value)
+        dated = name and QUERY_DATE.fullmatch(bare)
+        insist(":" not in bare or dated, f"put {quoted(bare)} in quotes, or leave the colon out")
+        insist(name != "is" or value.lower() in IS_VALUES, "is: goes with a state only")
+        kept.append(f"{minus}{match[2]}:{value}" if name else minus + value)
     return kept
 
 
@@ -573,7 +581,7 @@ SEGMENT = pattern("a name or a number", r"(?!\.+$)[A-Za-z0-9._-]{1,100}")
 DATE = r"[0-9]{4}-[0-9]{2}-[0-9]{2}([T ][0-9:.]{4,15}(Z|[+-][0-9:]{4,6})?)?"
 ANY_VALUE = simple(
     "a line, a number or a flag",
-    lambda value: is_plain(value, 256) or isinstance(value, bool) or is_number(value, 2**53),
+    lambda value: is_plain(value, 256) or (isinstance(value, (int, float)) and abs(value) <= 2**53),
 )
 FIELD = record("field_name", field_name=LINE, field_option_name=LINE, value=ANY_VALUE, delete=FLAG)
 
@@ -622,7 +630,7 @@ RULES: dict[str, Rule] = {
     "level": choice(
         "debug", "info", "notice", "warning", "error", "critical", "alert", "emergency"
     ),
-    "progress": simple("a number", lambda value: is_number(value, 2**53)),
+    "progress": simple("a number", lambda n: type(n) in (int, float) and 0 <= n <= 2**53),
     "protocol": pattern("a protocol version", r"[0-9]{4}-[0-9]{2}-[0-9]{2}"),
     "remark": free_text(1024),
     "request_id": simple("a string or an integer", is_id),
@@ -1787,7 +1795,7 @@ def checked_answer(bounds: Bounds, forward: Forward, message: Object) -> Object:
     result = message.get("result")
     if not isinstance(result, dict):
         return message
-    method = forward.message["method"]
+    shown, method = result, forward.message["method"]
     if method == "tools/call":
         shown = checked_result(bounds.scope, forward.check, result)
     elif method == "tools/list":
@@ -1796,8 +1804,6 @@ def checked_answer(bounds: Bounds, forward: Forward, message: Object) -> Object:
         offered = result.get("capabilities") or {}
         kept = {key: offered[key] for key in ("tools", "logging") if key in offered}
         shown = {**result, "capabilities": kept, "instructions": instructions(bounds)}
-    else:
-        shown = result
     return message if shown is result else {**message, "result": shown}
 
 
@@ -1847,7 +1853,7 @@ def instructions(bounds: Bounds) -> str:
         f"Branches that can be written: {branches}.": writes and branches != "**",
         f"Paths that cannot be written: {paths}.": writes,
         "Pull requests cannot be merged here.": writes and "merge" not in policy.allow,
-        "Search takes plain words and qualifiers; and, or, not and ( ) are refused.": True,
+        "Search takes words, phrases in quotes and qualifiers, also with -; or is refused.": True,
     }
     return "\n".join(sentence for sentence, holds in told.items() if holds)
 
@@ -2595,10 +2601,9 @@ def policy_value(path: str, key: str, value: str) -> Json:
 
 def variable(name: str, what: str, regex: str, default: str = "") -> str:
     value = os.environ.get(name, default).strip()
-    if not value and not re.fullmatch(regex, ""):
-        raise ProxyError(f"{name} is not set", f"it is {what}")
     if not re.fullmatch(regex, value):
-        raise ProxyError(f"{name} is not {what}: {value!r}")
+        wrong = f"is not {what}: {value!r}" if value else "is not set"
+        raise ProxyError(f"{name} {wrong}", f"it is {what}")
     return value
 
 

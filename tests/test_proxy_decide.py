@@ -469,42 +469,44 @@ CALLS_OPTED_IN: dict[str, dict[str, dict[str, Any]]] = {
 
 # By a word of the reason, too.
 QUERIES = {
-    "the words and, or, not": [
-        "a OR b", "a or b", "NOT a", '"a" and b', '"OR"', '"not"',
+    "without the word or": [
+        "a OR b", "a or b", '"OR"', '"or b"', '"a or"', '"a or or b"', '-"a or b"', "-or",
+        'label:"a or b"', 'label:bug,"or"', "and/or", "OR", "foo() OR b", "NOT or",
     ],
     "searches here go without ": [
         "(a)", "a) OR (b", ";x", "a| b", "a;b", "a\\b", "{a}", "[a]", "`a`", "^a",
+        "foo((a))", "foo(a", "a)", "a(b)c", 'label:"a (b)"', "-foo()", "re()po:evil/x",
     ],
     "begins with / , : ; & + or -": [
-        "-repo:good/r", "-label:bug", '"REPO : evil/x"', "/x y/", ",evil/x", "&x", "+x",
-        "http://x",
+        "/x y/", ",evil/x", "&x", "+x", 'label:"-a"', 'label:"a",-b', '"a" ":"', "org():evil", '"org():x"',
+        "a:::b",
     ],
     "only repo:good/r is searched": [
         "repo:evil/x", "REPO:evil/x", "repo:good/r,evil/x", "repo:good", "repo：evil/x",
+        'repo:good/r,"evil/x"', 'repo:"good/r","evil/x"',
     ],
     "quotes around a whole word": [
-        'repo:"good/r"x', 'a"b', '"', '"a"b', 'a "b',
+        'repo:"good/r"x', 'a"b', '"', '"a"b', 'a "b', 'label:"a"b', 'label:"a",',
     ],
     "name no scope": [
         '"repo:evil/x" bug', "label:repo:evil/x", 'label:"repo:evil/x"', '"uſer:evil"', "uſer:x",
-        "in:title,repo:x", "repo: evil/x",
-    ],
+        "in:title,repo:x", "repo: evil/x", '"REPO : evil/x"', '"-repo:evil/x"', '"(repo:evil/x)"',
+        "user::x", "org::evil", 'label:"a","user:evil"', '"a( org:evil"', "team: a", '-"user:evil"',
+            ],
     "without the qualifier": [
         "org:evil", "user:evil", "owner:evil", "enterprise:evil", "saved:x", "team:a/b",
-        "project:a/1", "fork:true", "topic:x", "stars:>1",
+        "project:a/1", "fork:true", "topic:x", "stars:>1", "-repo:good/r", "-repo:evil/x", "-org:evil",
+        "-user:evil", "http://x", "fix:crash",
     ],
     "a state only": [
-        "is:private", "is:public",
+        "is:private", "is:public", "-is:private",
     ],
     "256 visible characters": [
         "a\tb", "a\u00a0b", "a\u2003b", "a\u200bb", "a\ufeffb", "\u202ea", "\ud7ff\u0378",
-        "a\u0000b", "a\nb",
+        "a\u0000b", "a\nb", "fix：", "foo（）", "ａ：：ｂ", '"a ＯＲ b"', '"（x"', '"－x"',
     ],
     "in quotes, or leave the colon out": [
-        "ｒepo:evil/x", "field.x:1",
-    ],
-    "before one value": [
-        "author:x:y",
+        "ｒepo:evil/x", "field.x:1", "author:x:y", "12:30",
     ],
 }  # fmt: skip
 
@@ -527,6 +529,23 @@ QUERIES_THAT_PASS = {
     "label:bug,enhancement milestone:v1.0": "repo:good/r label:bug,enhancement milestone:v1.0",
     "  two   blanks  ": "repo:good/r two blanks",
     "user_id owners organisation": "repo:good/r user_id owners organisation",
+    # A minus, and the words and, not: they take away from what is found.
+    "is:open -label:wontfix -is:draft": "repo:good/r is:open -label:wontfix -is:draft",
+    "-author:app/dependabot is:merged": "repo:good/r -author:app/dependabot is:merged",
+    '-label:"needs triage" -crash': 'repo:good/r -label:"needs triage" -crash',
+    "does not work": "repo:good/r does not work",
+    '"not found"': 'repo:good/r "not found"',
+    '"a" and b NOT c': 'repo:good/r "a" and b NOT c',
+    'label:"a b","c d" label:bug,"e f"': 'repo:good/r label:"a b","c d" label:bug,"e f"',
+    # What text search takes for a blank anyway.
+    "fix: crash": "repo:good/r fix crash",
+    "TypeError: x is undefined": "repo:good/r TypeError x is undefined",
+    "feat(ui)!: add foo() std::vector": "repo:good/r feat ui! add foo std vector",
+    "--verbose foo - bar & c": "repo:good/r verbose foo bar c",
+    '"--verbose" "/api/v1" "foo(bar)"': 'repo:good/r "verbose" "api/v1" "foo bar"',
+    "\"undefined (reading 'map')\"": "repo:good/r \"undefined reading 'map'\"",
+    '"No such file or directory"': 'repo:good/r "No such file" "directory"',
+    "👨\u200d💻 نمی\u200cخواهم": "repo:good/r 👨\u200d💻 نمی\u200cخواهم",
 }
 
 

@@ -55,7 +55,8 @@ NEVER = {
     "list_secret_scanning_alerts", "get_secret_scanning_alert", "assign_copilot_to_issue",
     "issue_dependency_write", "list_notifications", "star_repository",
 }  # fmt: skip
-WIDENING_WORDS = {"or", "and", "not"}
+WIDENING_WORDS = {"or"}
+JOINERS = "\u200c\u200d"
 SCOPE_WORDS = ("repo", "org", "user", "owner", "enterprise", "saved", "team", "project",
                "repository", "organization")  # fmt: skip
 IN_A_PATH = ("path", "ref", "sha", "tag", "branch", "from_branch", "tree_sha", "base", "resource_id",
@@ -78,6 +79,7 @@ def query_is_confined(query: str) -> bool:
     if query != start and not query.startswith(start + " "):
         return False
     rest = query[len(start) :]
+    rest = "".join(c for c in rest if c not in JOINERS)
     for text in (rest, rest.replace('"', ""), unicodedata.normalize("NFKC", rest)):
         folded = text.replace('"', " ").casefold()
         if any(c in "()[]{}|\\;`" or (c.isspace() and c != " ") for c in text):
@@ -90,7 +92,8 @@ def query_is_confined(query: str) -> bool:
             return False
         if set(re.split(r"[^\w-]+", folded)) & WIDENING_WORDS:
             return False
-        if any(token[0] in "-/+,:&" for token in text.split(" ") if token):
+        tokens = (re.sub("^-(?=.)", "", token) for token in text.split(" "))
+        if any(token[0] in "-/+,:&" for token in tokens if token):
             return False
     return rest.count('"') % 2 == 0
 
@@ -191,7 +194,8 @@ QUERY_PARTS = [
     "a|b", "\\", '"', "crash", "panic", "read-only", "ｒｅｐｏ：evil/x", "ＯＲ", "\u00a0", "\u200b", "\n", "\t",
     "ſaved:x", "in:title", "language:go", "path:src", "hash:0123abc", "merge:true", "-label:x", ",x",
     '",evil/x"', "a;b", "x:y", "é", "日本", "field.x:y", "sort:created-asc", "no:label", "andy", "north",
-    "ORg:evil", "u\u0073er:evil", "user\u00adx", "K", "x" * 90,
+    "-is:draft", "--all", "-", "fix:", "foo()", "f(a,b)", "a::b", "repo::evil", "org():x", 'label:"a b","c d"',
+    '"(x) or y"', '"-repo:evil/x"', '"org(:x"', "\u200d", "not", "and", "ORg:evil", "u\u0073er:evil", "user\u00adx", "K", "x" * 90,
 ]  # fmt: skip
 ENVELOPE_KEYS = ["jsonrpc", "id", "method", "params", "result", "error", "Method", "PARAMS", "x"]
 
