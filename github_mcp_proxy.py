@@ -140,10 +140,10 @@ class Policy(NamedTuple):
         return not word or word in self.allow
 
 
-# What can be opted in to; docs/github.md says what each one opens.
-ALLOW = frozenset(
-    "merge approve people default-branch actions alerts advisories discussions".split()
-)
+# What can be opted in to, and the toolsets that the upstream is asked for then.
+ALLOW = {"merge": "", "approve": "", "people": "", "default-branch": "", "actions": "actions",
+         "alerts": "code_security,code_quality,dependabot", "discussions": "discussions",
+         "advisories": "security_advisories"}  # fmt: skip
 
 
 class Bounds(NamedTuple):
@@ -2586,7 +2586,7 @@ def policy_value(path: str, key: str, value: str) -> Json:
     words = tuple(re.split(r"[,\s]+", value.strip())) if value.strip() else ()
     if key in ("branches", "deny_paths"):
         return words
-    if key == "allow" and ALLOW.issuperset(words):
+    if key == "allow" and ALLOW.keys() >= set(words):
         return frozenset(words)
     if key == "approve" or (key == "default_branch" and not value.startswith(("refs/", "heads/"))):
         return value.strip()
@@ -2672,10 +2672,10 @@ def build_repository(options: argparse.Namespace) -> Repository:
     if env_flag("GITHUB_MCP_READONLY", "0"):
         policy = policy._replace(readonly=True)
     # What GitHub's server is told to offer; a second line behind the table.
-    names = "([a-z0-9_-]+(,[a-z0-9_-]+)*)?"
-    toolsets = variable("GITHUB_MCP_TOOLSETS", "a list of names", names, DEFAULT_TOOLSETS)
+    asked = variable("GITHUB_MCP_TOOLSETS", "a list of names", "[a-z0-9_,-]*", DEFAULT_TOOLSETS)
+    toolsets = [asked or "default", *filter(None, map(ALLOW.get, sorted(policy.allow)))]
     headers = {
-        "X-MCP-Toolsets": toolsets,
+        "X-MCP-Toolsets": ",".join(toolsets),
         "X-MCP-Readonly": "true" if policy.readonly else "",
         "X-MCP-Lockdown": "true" if env_flag("GITHUB_MCP_LOCKDOWN", "1") else "",
     }

@@ -568,6 +568,21 @@ class UpstreamTest(LiveTest):
         words = [word.rstrip("*") for word in shown.split()]
         self.assertEqual(words, ["[redacted]", "https://x/y?[redacted]", "[redacted]"])
 
+    def test_what_is_opted_in_to_is_asked_for(self) -> None:
+        policy = Path(self.folder.name, "opted-in.ini")
+        policy.write_text("[policy]\nallow = merge, alerts, actions\n")
+        more = ",actions,code_security,code_quality,dependabot"
+        for given, asked in (
+            ("", "repos,issues,pull_requests,git,labels" + more),
+            ("repos", "repos" + more),
+        ):
+            running = Proxy(self.upstream.url, "--policy", str(policy), GITHUB_MCP_TOOLSETS=given)
+            self.addCleanup(running.stop)
+            client = Client(running.port)
+            self.addCleanup(client.close)
+            client.ask(call())
+            self.assertEqual(self.upstream.calls()[-1].headers["x-mcp-toolsets"], asked)
+
     def test_the_list_of_tools_is_narrowed_and_kept(self) -> None:
         schema = {
             "type": "object",

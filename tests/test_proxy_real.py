@@ -177,7 +177,7 @@ class RealServerTest(unittest.TestCase):
         policy.write_text(POLICY)
         cls.running = Proxy(
             upstream, "--policy", str(policy),
-            GITHUB_MCP_TOOLSETS="all", GITHUB_MCP_LOCKDOWN="0", GITHUB_MCP_TOKEN="github_pat_" + "t" * 30,
+            GITHUB_MCP_LOCKDOWN="0", GITHUB_MCP_TOKEN="github_pat_" + "t" * 30,
         )  # fmt: skip
         cls.addClassCleanup(cls.running.stop)
 
