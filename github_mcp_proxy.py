@@ -38,6 +38,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 from typing import NamedTuple
 from typing import NoReturn
@@ -153,7 +154,7 @@ class Bounds(NamedTuple):
     policy: Policy
     writes: int = 0  # in the last hour
     defaults: frozenset[str] = frozenset()  # the default branch, as the upstream tells it
-    moved: bool = False  # the repository's name now belongs to another one
+    moved: str = ""  # why nothing passes: the repository has another name now, or its name another
 
 
 class Forward(NamedTuple):
@@ -252,7 +253,6 @@ JOINERS = "\u200c\u200d"  # of Persian, and of emoji
 # What GitHub's tokens look like.
 TOKEN_LIKE = re.compile(r"g(?:h[pousr]_|hs-|ithub_pat_)[A-Za-z0-9._-]{30,}")
 DIGITS = re.compile("[0-9]{1,16}", re.ASCII).fullmatch
-GLOB_PARTS = re.compile(r"(\*\*/?|\*|\?)")
 # What git check-ref-format forbids, and what would be more than a path segment in a URL:
 # the server puts refs into paths, where `..`, `%2e` and `?` reached other endpoints.
 REF_FORBIDDEN = re.compile(r"""[\x00-\x20\x7f~^:?*\[\\%#"'`;&$<>|{}()]|\.\.|@\{|//|\.lock(/|$)""")
@@ -292,9 +292,8 @@ def insist(condition: object, sentence: str) -> None:
 
 def as_integer(value: Json) -> Json:
     """Models send 5.0, and "5"; what is sent on is the integer."""
-    if type(value) is float and value.is_integer():
-        return int(value)
-    return int(value) if isinstance(value, str) and DIGITS(value) else value
+    is_text = isinstance(value, str) and DIGITS(value)
+    return int(value) if is_text or (type(value) is float and value.is_integer()) else value
 
 
 def as_flag(value: Json) -> Json:
@@ -457,26 +456,18 @@ def check_written_file(value: Json, bounds: Bounds) -> Json:
 
 
 def glob_match(glob: str, name: str) -> bool:
-    """`*` and `?` stay within a segment, `**` spans any number; case does not count.
-
-    No regular expression: `*a*a*a*` would take time without bound. Here each part of the glob
-    makes, of the places in the name that the parts before it reach, those that it reaches.
-    """
-    reached = {0}
-    for part in GLOB_PARTS.split(fold(glob)):
-        if part in ("*", "**", "**/"):
-            for at in range(min(reached), len(name)):
-                if at in reached and (part != "*" or name[at] != "/"):
-                    reached.add(at + 1)
-            if part == "**/":
-                reached = {at for at in reached if name[at - 1 : at] in ("", "/")}
-        elif part == "?":
-            reached = {at + 1 for at in reached if name[at : at + 1] not in ("", "/")}
+    """`*` and `?` stay within a segment, `**` spans any number of them; case does not count."""
+    segments, reached = fold(name).split("/"), {0}  # as many of them may be matched by now
+    for part in re.sub(r"(?<![^/])\*\*$", "**/*", fold(glob)).split("/"):
+        if part == "**":
+            reached = set(range(min(reached), len(segments)))
         else:
-            reached = {at + len(part) for at in reached if name.startswith(part, at)}
+            like = part.replace("[", "[[]")  # no set of characters
+            left = reached - {len(segments)}
+            reached = {at + 1 for at in left if fnmatchcase(segments[at], like)}
         if not reached:
             return False
-    return len(name) in reached
+    return len(segments) in reached
 
 
 # --- pure: search queries ---
@@ -805,10 +796,7 @@ def parse_tool(kind: str, needs: str, *words: str) -> Tool:
 
 TOOLS: dict[str, Tool] = {name: parse_tool(*words) for name, *words in parse_rows(TABLE)}
 # The fields of a hit that say where it is from; they are asked for even when the VM does not.
-ISSUE_IS = ("html_url", "repository_url")
-IDENTITY = {
-    "search_code": ("repository",), "search_issues": ISSUE_IS, "search_pull_requests": ISSUE_IS
-}  # fmt: skip
+IDENTITY = ("html_url", "repository_url", "repository")
 
 METHODS = {name: parse_parameters(words) for name, *words in parse_rows(PROTOCOL)}
 META = "io.modelcontextprotocol/"
@@ -842,13 +830,12 @@ def decide(bounds: Bounds, message: Object) -> Verdict:
 
 
 def decide_call(message: Object, bounds: Bounds) -> Verdict:
-    scope, policy = bounds.scope, bounds.policy
-    params = dict(message.get("params") or {})
+    policy, params = bounds.policy, dict(message.get("params") or {})
     arguments = params.pop("arguments", None)
     outer = checked_params({"method": "tools/call", "params": params}, bounds)
     name = outer["name"]
     tool = TOOLS.get(name)
-    insist(not bounds.moved, f"{scope} has come to mean another repository: nothing passes")
+    insist(not bounds.moved, bounds.moved)
     if not tool:
         raise Refusal(f"the proxy does not pass {quoted(name)}: tools/list shows what it passes")
     insist(policy.has(tool.needs), f"{name} {NEEDS % tool.needs}")
@@ -878,7 +865,7 @@ def tool_arguments(name: str, tool: Tool, arguments: Object, bounds: Bounds) -> 
     checked: Object = {"owner": scope.owner, "repo": scope.repo} if tool.scoped else {}
     checked.update(checked_values(name, tool.parameters, arguments, bounds))
     if tool.check == "hits" and checked.get("fields"):
-        checked["fields"] = list(dict.fromkeys([*checked["fields"], *IDENTITY[name]]))
+        checked["fields"] = list(dict.fromkeys([*checked["fields"], *IDENTITY]))
     return checked
 
 
@@ -1015,10 +1002,13 @@ def checked_result(scope: Scope, check: str, result: Object) -> Object:
             data = json.loads(block["text"])
         except (KeyError, TypeError, ValueError):
             raise Refusal("the answer could not be checked") from None
-        data = own_hits(data, scope) if check == "hits" else without_foreign(data, scope)
-        ours = f"the item is not of {scope}, or does not say of which repository"
-        insist(data is not FOREIGN, ours)
-        content.append({"type": "text", "text": json.dumps(data)})
+        ours = own_hits(data, scope) if check == "hits" else without_foreign(data, scope)
+        insist(ours is not FOREIGN, f"the item is not of {scope}, or does not say where it is")
+        content.append({"type": "text", "text": json.dumps(ours)})
+        had, left = (one.get("items") if isinstance(one, dict) else one for one in (data, ours))
+        if had and not left:
+            said = f"Left out: all of it, as not known to be of {scope} (does GitHub call it so?)"
+            content.append({"type": "text", "text": said})
     kept: Object = {key: result[key] for key in ("resultType",) if key in result}
     return {**kept, "content": content}
 
@@ -1047,6 +1037,9 @@ GIT_SERVICE = re.compile(
     r"/git/([^/?]+)/([^/?]+?)(?:\.git)?/"
     r"(?:info/refs\?service=(git-upload-pack|git-receive-pack)|(git-upload-pack|git-receive-pack))"
 )
+MOVED_TO = re.compile(r"https?://[^/]+/([\w.-]+/[\w.-]+?)(?:\.git)?/(?:info/refs|git-)").match
+RENAMED = "GitHub calls this repository {0} now: the host's user has to give --repo {0}"
+ANOTHER = "the repository's name has come to mean another one: nothing passes"
 NO_OBJECT = re.compile("0+").fullmatch
 OBJECT = re.compile("[0-9a-f]{40}|[0-9a-f]{64}").fullmatch
 PKT_SIZE = re.compile(b"[0-9a-f]{4}").fullmatch
@@ -1083,7 +1076,7 @@ def git_service(bounds: Bounds, method: str, target: str) -> str:
     service: str = called or advertised
     writes = service == "git-receive-pack"
     insist(not (writes and bounds.policy.readonly), "the policy is read-only: nothing is pushed")
-    insist(not bounds.moved, f"the name {scope} has come to mean another repository")
+    insist(not bounds.moved, bounds.moved)
     return service
 
 
@@ -1297,7 +1290,7 @@ class Repository:
         self.writes: list[float] = []  # when, in the last hour
         self.defaults: frozenset[str] = frozenset()  # the default branch
         self.id = 0
-        self.moved = False
+        self.moved = ""
         self.asked_at = float("-inf")
         self.learning: asyncio.Future[None] | None = None
         self.turn = asyncio.Lock()  # a person is asked: one question at a time
@@ -2392,7 +2385,7 @@ class Upstream:
                 await exchange.begin()
                 stale = exchange.status == 401 and self.token.command and not (renewed or upload)
                 if not stale:
-                    check_status(exchange.status)
+                    check_status(exchange.status, exchange.head.headers.get("location", ""))
                     return exchange
             except BaseException as error:
                 exchange.abort()
@@ -2467,20 +2460,24 @@ class Upstream:
             try:
                 found, default_branch = await asyncio.wait_for(ask(repository), CONNECT_SECONDS)
             except Exception as error:  # whatever came: then it is not known
+                repository.moved = str(error) if isinstance(error, Refusal) else repository.moved
                 said = str(error) if isinstance(error, UpstreamError) else "no answer of use"
                 log(f"{self.address.netloc}: {said}")
                 continue
             if found:
-                repository.moved = bool(repository.id and repository.id != found)
+                repository.moved = ANOTHER if repository.id not in (0, found) else ""
                 repository.id = repository.id or found
             if default_branch and is_plain(default_branch, 255):
                 names.add(default_branch)
         repository.defaults = frozenset(names) or repository.defaults
 
 
-def check_status(status: int) -> None:
+def check_status(status: int, location: str) -> None:
     """UpstreamError for the answers that are between the proxy and the upstream."""
     if 300 <= status < 400:
+        renamed = MOVED_TO(location)
+        if renamed:
+            raise Refusal(RENAMED.format(renamed[1]))
         raise UpstreamError("it redirects elsewhere, which is not followed")
     if status in (401, 403):
         raise UpstreamError(f"it does not accept the host's token (HTTP {status})")
@@ -2510,9 +2507,12 @@ async def ask_search(repository: Repository) -> tuple[int, str]:
         while kind != "answer":
             kind, found, _ = await exchange.next_message(forward)
         await exchange.finish()
-    for item in json.loads(found["result"]["content"][0]["text"])["items"]:
+    items = json.loads(found["result"]["content"][0]["text"])["items"]
+    for item in items:
         if repository.scope.is_named(item["full_name"]):
             return int(item["id"]), item.get("default_branch") or ""
+    if items:
+        raise Refusal(RENAMED.format(items[0]["full_name"]))
     return 0, ""
 
 
@@ -2584,7 +2584,7 @@ def read_policy(path: str) -> Policy:
 
 def policy_value(path: str, key: str, value: str) -> Json:
     words = tuple(re.split(r"[,\s]+", value.strip())) if value.strip() else ()
-    if key in ("branches", "deny_paths"):
+    if key in ("branches", "deny_paths") and not re.search(r"[^/,\s]\*\*|\*\*[^/,\s]", value):
         return words
     if key == "allow" and ALLOW.keys() >= set(words):
         return frozenset(words)

@@ -788,7 +788,7 @@ class PassTest(unittest.TestCase):
 
     def test_a_hit_always_says_where_it_is_from(self) -> None:
         fields = sent(call("search_code", query="x", fields=["path"]))["fields"]
-        self.assertEqual(fields, ["path", "repository"])
+        self.assertEqual(fields, ["path", *proxy.IDENTITY])
 
     def test_what_is_opted_in_to(self) -> None:
         sent(call("merge_pull_request", pullNumber=1), EVERYTHING)
@@ -845,6 +845,24 @@ class AnswerTest(unittest.TestCase):
         self.assertEqual(self.shown("search_issues", none), {**none, "items": []})
         only_ours = {"total_count": 1, "incomplete_results": False, "items": [ours]}
         self.assertEqual(self.shown("search_issues", only_ours), only_ours)
+
+    def test_a_list_of_which_nothing_is_left_says_so(self) -> None:
+        other = issue("evil/secret", 2)
+        ours = issue("good/r", 1)
+        for tool, data, said in (
+            ("search_issues", {"total_count": 1, "items": [other]}, True),
+            ("search_issues", {"total_count": 2, "items": [other, ours]}, False),
+            ("search_issues", {"total_count": 0, "items": []}, False),
+            ("issue_read", [other], True),
+            ("issue_read", [other, ours], False),
+            ("issue_read", [], False),
+            ("issue_read", ours, False),
+        ):
+            text = {"type": "text", "text": json.dumps(data)}
+            result = proxy.checked_result(SCOPE, proxy.TOOLS[tool].check, {"content": [text]})
+            notes = [block["text"] for block in result["content"][1:]]
+            self.assertEqual(["not known to be of good/r" in note for note in notes], [True] * said)
+            self.assertNotIn("secret", str(notes))
 
     def test_hits_in_code_and_commits(self) -> None:
         code = {"total_count": 1, "incomplete_results": False, "items": [{"repository": "good/r"}]}
@@ -1119,7 +1137,7 @@ class ShapeTest(unittest.TestCase):
             self.assertEqual(self.shown(tool, mixed), {"items": own})
 
     def test_found_issues_with_few_fields(self) -> None:
-        few = ["title", *proxy.IDENTITY["search_issues"]]
+        few = ["title", *proxy.IDENTITY[:2]]
         ours = {key: issue("good/r", 1)[key] for key in few}
         others = {key: issue("evil/x", 1)[key] for key in few}
         found = {"total_count": 2, "incomplete_results": False, "items": [ours, others]}
@@ -1420,9 +1438,10 @@ class MessageTest(unittest.TestCase):
         self.assertEqual(proxy.outcome({"id": 1, "result": {}}), ("done", "", ""))
 
     def test_a_name_that_becomes_another_repository(self) -> None:
-        verdict = proxy.decide(BOUNDS._replace(moved=True), call("list_tags"))
-        assert isinstance(verdict, Refuse)
-        self.assertIn("another repository", verdict.reason)
+        for message in (call("list_tags"), call("search_issues", query="x")):
+            verdict = proxy.decide(BOUNDS._replace(moved="it is elsewhere"), message)
+            assert isinstance(verdict, Refuse)
+            self.assertEqual(verdict.reason, "it is elsewhere")
 
     def test_instructions_say_what_is_refused(self) -> None:
         self.assertIn("main cannot be written", proxy.instructions(BOUNDS))
@@ -1501,6 +1520,8 @@ class PolicyTest(unittest.TestCase):
             ("not a value", "[policy]\nallow = all\n"),
             ("not a policy setting", "[policy]\nbranch = x\n"),
             ("not a value", "[policy]\nreadonly = maybe\n"),
+            ("not a value", "[policy]\ndeny_paths = docs/**, **.pem\n"),
+            ("not a value", "[policy]\nbranches = agent**\n"),
             ("not a value", "[policy]\ndefault_branch = refs/heads/main\n"),
             ("not a value", "[policy]\nwrites_per_hour = many\n"),
         ):
@@ -1545,7 +1566,8 @@ class PolicyTest(unittest.TestCase):
         for glob, name, expected in (
             ("**", "a/b", True), ("*", "a", True), ("*", "a/b", False), ("a/**", "a/b/c", True),
             ("a/**", "a", False), ("**/x", "x", True), ("**/x", "a/b/x", True), ("a?", "ab", True),
-            ("a.b", "axb", False), ("A/*", "a/b", True),
+            ("a.b", "axb", False), ("A/*", "a/b", True), ("a[b]/*", "a[b]/c", True), ("[ab]", "a", False),
+            ("a/**/b", "a/b", True), ("a/**/b", "a/x/y/b", True), ("a/**/b", "a/b/c", False),
         ):  # fmt: skip
             self.assertIs(proxy.glob_match(glob, name), expected, (glob, name))
 

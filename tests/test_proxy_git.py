@@ -28,6 +28,7 @@ from tests.test_proxy_http import SECRET
 from tests.test_proxy_http import TOKEN
 from tests.test_proxy_http import Client
 from tests.test_proxy_http import Proxy
+from tests.test_proxy_http import call
 
 SCOPE = proxy.Scope("good", "r")
 POLICY = proxy.Policy(default_branch="main")
@@ -139,7 +140,7 @@ class PushTest(unittest.TestCase):
             readonly = BOUNDS._replace(policy=POLICY._replace(readonly=True))
             proxy.git_service(readonly, "POST", f"{good}/git-receive-pack")
         with self.assertRaises(proxy.Refusal):
-            moved = BOUNDS._replace(moved=True)
+            moved = BOUNDS._replace(moved="it is elsewhere")
             proxy.git_service(moved, "POST", f"{good}/git-upload-pack")
 
 
@@ -519,12 +520,26 @@ class GitTest(unittest.TestCase):
         other = self.home / "served/evil/secret.git"
         self.addCleanup(shutil.rmtree, other)
         self.git("clone", "-q", "--bare", str(self.bare), str(other))
-        self.server.redirect = f"{self.server.url}/evil/secret.git/info/refs?service="
+        self.server.redirect = f"{self.server.url}/evil/secret"
         for argv in (["clone", self.url, str(self.work)], ["push", self.url, "HEAD:fix"]):
             done = self.git("-C", str(self.first), *argv, check=False)
             self.assertNotEqual(done.returncode, 0)
             self.assertIn("redirects elsewhere", done.stderr)
         self.assertEqual([seen for seen in self.server.seen if "evil" in seen.path], [])
+
+    def test_a_new_name_is_said(self) -> None:
+        for target in ("info/refs?service=git-upload-pack", "git-receive-pack"):
+            self.server.redirect = f"{self.server.url}/Good/new.name.git/{target}"
+            for argv in (["clone", self.url, str(self.work)], ["push", self.url, "HEAD:fix"]):
+                done = self.git("-C", str(self.first), *argv, check=False)
+                self.assertNotEqual(done.returncode, 0)
+                self.assertIn("calls this repository Good/new.name now", done.stderr)
+        self.start()
+        client = Client(self.running.port)
+        self.addCleanup(client.close)
+        for name, arguments in (("create_branch", {"branch": "b"}), ("list_tags", {})):
+            said = json.dumps(client.ask(call("", name=name, **arguments)))
+            self.assertIn("the host's user has to give --repo Good/new.name", said)
 
     def test_push_options(self) -> None:
         self.commit(self.clone(), "new", "z")

@@ -626,6 +626,18 @@ class UpstreamTest(LiveTest):
                     self.assertIn("other than the default one", answer)
             self.upstream.default_branch = "main"
 
+    def test_a_repository_that_has_another_name_now(self) -> None:
+        self.upstream.renamed = "good/new"
+        running = Proxy(self.upstream.url)
+        self.addCleanup(running.stop)
+        client = Client(running.port)
+        self.addCleanup(client.close)
+        client.ask(call("", name="create_branch", branch="b"))  # waits until it is known
+        for name in ("get_file_contents", "list_commits"):
+            said = text_of(client.ask(call("x", name=name)))
+            self.assertIn("GitHub calls this repository good/new now", said)
+        self.assertEqual(self.upstream.calls(), [])
+
     def test_a_fork_is_found_by_the_search(self) -> None:
         """GitHub's search leaves forks out unless it is told not to."""
         self.upstream.found = "as a fork"

@@ -162,6 +162,7 @@ class Upstream:
         self.tokens: set[str] | None = None  # those that are accepted; None: any
         self.tools: list[Message] = []
         self.default_branch = "main"
+        self.renamed = ""  # what the search calls the repository
         self.found = "always"  # by a search; "as a fork": only with fork:true; "never"
         self.handlers: dict[str, Handler] = {}
         self.seen: list[Exchange] = []
@@ -356,7 +357,7 @@ class Upstream:
     def call(self, x: Exchange) -> None:
         if x.params["name"] == "search_repositories":
             name, _, rest = x.arguments["query"].partition(" ")
-            item = {"id": REPOSITORY_ID, "full_name": name.partition(":")[2]}
+            item = {"id": REPOSITORY_ID, "full_name": self.renamed or name.partition(":")[2]}
             found = self.found == "always" or (self.found == "as a fork" and "fork:true" in rest)
             hits = {"items": [{**item, "default_branch": self.default_branch}] * found}
             return x.answer(x.text(json.dumps(hits)))
