@@ -69,7 +69,7 @@ SOCKET_NAME = "/ssh.sock.1234567890123456"
 CONFINED_MOUNT_TYPE = {"qemu": "9p", "vz": "virtiofs", "krunkit": "virtiofs"}
 
 # Of these the guest has its own, and of some the host's would hold its processes.
-SYSTEM_DIRS = "/bin /dev /etc /home /lib /opt /proc /root /run /sbin /sys /tmp /usr /var".split()
+SYSTEM_DIRS = "/ /bin /dev /etc /home /lib /opt /proc /root /run /sbin /sys /tmp /usr /var".split()
 
 # What reading JSON of another form raises; RecursionError when it is nested very deep.
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
@@ -211,8 +211,6 @@ def overlaps(place: Place, other: Place) -> bool:
 
 def mount_refusal(place: Place, home: Place, private: Mapping[str, Place]) -> str:
     """Why a folder should not be given to an agent, or ""."""
-    if place.path == "/":
-        return "it is the root of the file system"
     if inside(home, place):
         return f"it holds the home directory {home.path}"
     for name, folder in private.items():
@@ -912,7 +910,8 @@ class Lima:
             late = f"no answer within {limit:.0f} s" if finished.status is None else ""
             reason = late or limactl_reason(finished.err) or f"status {finished.status}"
             last = [line for line in finished.err.split("\n") if line.strip()][-8:]
-            raise AgentVMError(f"limactl {args[0]} failed: {reason}", "", "\n".join(last))
+            hint = "offline: setup --image FILE, or --template FILE" if args[0] == "create" else ""
+            raise AgentVMError(f"limactl {args[0]} failed: {reason}", hint, "\n".join(last))
         return finished.out
 
     def list(self) -> list[Instance]:
@@ -1518,7 +1517,9 @@ def config_values(path: Path) -> dict[str, str]:
         return {}
     except (OSError, ValueError, KeyError, configparser.Error) as error:
         first_line = str(error).splitlines()[0]
-        raise AgentVMError(f"{path}: {first_line}", "it needs one section, [agent-vm]") from error
+        raise AgentVMError(
+            f"{path}: {first_line}", "one section [agent-vm], each key once"
+        ) from error
     unknown = sorted(set(values) - set(SETTINGS))
     if unknown:
         raise AgentVMError(f"{path}: unknown key {unknown[0]!r}", "keys: " + " ".join(SETTINGS))
@@ -2363,7 +2364,6 @@ def cmd_doctor(args: argparse.Namespace) -> int:
             rows.append((name, shown_setting(name, value) or "-", origin))
         places = {"template": lima_folder(host.folders), **host.folders._asdict()}
         rows += [(name, str(path), "") for name, path in places.items()]
-        print()
         print_table(rows)
     return 1 if failed else 0
 

@@ -221,7 +221,7 @@ class MountTest(TableTest):
     def test_what_is_refused_as_a_mount(self) -> None:
         private = {"your ssh keys": Place("/home/u/.ssh"), "Lima's home": Place("/lima")}
         rows = [
-            ("/", "the root of the file system"), ("/home", "home directory /home/u"),
+            ("/", "it holds the home directory"), ("/home", "home directory /home/u"),
             ("/home/u", "home directory /home/u"), ("/home/u/.ssh", "your ssh keys"),
             ("/home/u/.ssh/x", "your ssh keys"), ("/lima/vm", "Lima's home"), ("/lima", "Lima"),
         ]  # fmt: skip

@@ -391,7 +391,9 @@ class MountTest(WorldTest):
 
     def test_private_folders_are_not_mounted(self) -> None:
         keys = Path(self.folder(".ssh"))
-        for folder in (Path("/"), self.box.home, keys, self.box.lima, self.box.state.parent):
+        self.assert_refused(self.box.run("run", cwd=Path("/")), "the guest needs its own")
+        self.assert_refused(self.box.run("run", "--mount", "/usr:/"), "the guest needs its own")
+        for folder in (self.box.home, keys, self.box.lima, self.box.state.parent):
             with self.subTest(folder=folder):
                 self.assert_refused(self.box.run("run", cwd=folder), "not given to an agent")
         self.assertEqual(self.box.limactl("clone"), [])
