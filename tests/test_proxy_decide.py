@@ -316,8 +316,7 @@ CALLS: dict[str, dict[str, dict[str, Any]]] = {
         "path dot": call("get_file_contents", path="./a"),
         "path backslash": call("get_file_contents", path="a\\..\\b"),
         "path %": call("get_file_contents", path="%2e%2e/x"),
-        "path ?": call("get_file_contents", path="a?ref=x"),
-        "path #": call("get_file_contents", path="a#b"),
+        "path % twice": call("get_file_contents", path="%252e%252e/x"),
         "path NUL": call("get_file_contents", path="a\0b"),
         "path zero width": call("get_file_contents", path="a\u200bb"),
         "path number": call("get_file_contents", path=1),
@@ -380,6 +379,11 @@ CALLS: dict[str, dict[str, dict[str, Any]]] = {
         "CODEOWNERS": call("delete_file", branch="b", path="CODEOWNERS", message="m"),
         "codeowners in docs": call("delete_file", branch="b", path="docs/codeowners", message="m"),
         ".gitmodules": call("delete_file", branch="b", path=".gitmodules", message="m"),
+        "GitLab": call("delete_file", branch="b", path=".gitlab-ci.yml", message="m"),
+        "CircleCI": call("delete_file", branch="b", path=".circleci/config.yml", message="m"),
+        "Dependabot": call("delete_file", branch="b", path=".github/dependabot.yml", message="m"),
+        "workflow, joiner": call("delete_file", branch="b", path=".github/work\u200dflows/x", message="m"),
+        "CODEOWNERS, joiner": call("delete_file", branch="b", path="CODE\u200cOWNERS", message="m"),
         "all workflows": call("delete_file", branch="b", path=".github/workflows", message="m"),
         "the folder above": call("delete_file", branch="b", path=".github", message="m"),
         "the folder above, case": call("delete_file", branch="b", path="/.GITHUB/", message="m"),
@@ -397,6 +401,7 @@ CALLS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "nothing in .git": {
         ".git": call("delete_file", branch="b", path=".git/config", message="m"),
+        ".git, joiner": call("delete_file", branch="b", path="a/.g\u200cit/config", message="m"),
     },
     "a file's path": {
         "root": call("delete_file", branch="b", path="/", message="m"),
@@ -448,6 +453,9 @@ CALLS: dict[str, dict[str, dict[str, Any]]] = {
         "reviewers": call("create_pull_request", head="x", base="main", title="t", reviewers=["org/team"]),
         "assignees": call("issue_write", method="create", title="t", assignees=["someone"]),
     },
+    "allow = delete-labels": {
+        "a label's end": call("label_write", method="delete", name="bug"),
+    },
     "allow = approve": {
         "APPROVE": call("pull_request_review_write", method="create", pullNumber=1, event="APPROVE"),
         "APPROVE later": call("pull_request_review_write", method="submit_pending", pullNumber=1, event="APPROVE"),
@@ -486,6 +494,7 @@ QUERIES = {
         'repo:good/r,"evil/x"', 'repo:"good/r","evil/x"',
     ],
     "quotes around a whole word": [
+        "a\u00a0b", "a\u2003b", "author:a\u00a0repo:evil/x",
         'repo:"good/r"x', 'a"b', '"', '"a"b', 'a "b', 'label:"a"b', 'label:"a",',
     ],
     "name no scope": [
@@ -502,7 +511,7 @@ QUERIES = {
         "is:private", "is:public", "-is:private",
     ],
     "256 visible characters": [
-        "a\tb", "a\u00a0b", "a\u2003b", "a\u200bb", "a\ufeffb", "\u202ea", "\ud7ff\u0378",
+        "a\tb", "a\u200bb", "a\ufeffb", "\u202ea", "\ud7ff\u0378",
         "a\u0000b", "a\nb", "fix：", "foo（）", "ａ：：ｂ", '"a ＯＲ b"', '"（x"', '"－x"',
     ],
     "in quotes, or leave the colon out": [
@@ -879,6 +888,12 @@ class AnswerTest(unittest.TestCase):
                 self.shown("search_code", data)
         with self.assertRaises(proxy.Refusal):
             proxy.checked_result(SCOPE, "hits", {"content": [{"type": "image"}]})
+
+    def test_an_answer_without_text_is_withheld(self) -> None:
+        structured = {"items": [{"html_url": "https://github.com/good/r/issues/1"}]}
+        for check in ("hits", "items"):
+            with self.assertRaises(proxy.Refusal):
+                proxy.checked_result(SCOPE, check, {"content": [], "structuredContent": structured})
 
     def test_a_transferred_issue_is_withheld(self) -> None:
         issue = {"number": 1, "html_url": "https://github.com/evil/secret/issues/1", "body": "s"}
@@ -1310,13 +1325,15 @@ class RuleTest(unittest.TestCase):
             (proxy.list_of(proxy.RULES["number"], 2), [[], [1], [1, 2]], [[1, 2, 3], [0], 1, "1", {}, None]),
             (record, [{"a": 1}, {"a": 1, "b": "x"}], [{}, {"b": "x"}, {"a": 1, "c": 1}, {"A": 1}, []]),
             (proxy.FLAG, [True, False], [0, 1, "True", "yes", "", None]),
-            (proxy.LINE, ["", "a b", "é", "x" * 256], ["x" * 257, "a\n", "a\u202e", "\ue000", 1, "\u2028"]),
-            (proxy.COMMITISH, ["main", "a/b", "v1.0", SHA, "refs/pull/1/head", "é"],
+            (proxy.LINE, ["", "a b", "é", "x" * 256, "👨\u200d💻", "می\u200cروم", "\u200fא\u200e", "ไทย\u200bไทย"],
+             ["x" * 257, "a\n", "a\u202e", "a\u2067", "a\u00ad", "\ue000", 1, "\u2028"]),
+            (proxy.COMMITISH, ["main", "HEAD", "head/x", "1234567/x", "a/HEAD/b", "a/b", "v1.0", SHA, "refs/pull/1/head", "é"],
              ["", "@", "a..b", "a.", ".a", "a/.b", "a//b", "a b", "a~1", "a^", "a:b", "a?", "a*", "a[", "a\\b",
+              "HEAD/pulls", SHA + "/pulls", "A" * 40 + "/x", "a.", "a./b", "/a", "a/", "a'b", "a(b)", "a&b",
               "a@{1}", "a.lock", "a.lock/b", "-a", "a%2f", "a#b", "a\u200b", 1, None, ["a"], "x" * 256]),
             (proxy.RULES["head_filter"], ["fix", "user:fix", "user:a/b"], [":fix", "a:b:c", "a/b:c", "user:..", 1, ["a:b"]]),
-            (proxy.RULES["path"], ["", "a", "a/b.c", "a b", ".a", "..a", "é"],
-             ["a//b", "..", "a/..", "./a", "a\\b", "a?b", "a#b", "a%2e", "a\n", 1, None, "..;/a", "a" * 4097]),
+            (proxy.RULES["path"], ["", "a", "a/b.c", "a b", ".a", "..a", "é", "a?b", "C#/100% x", "نمی\u200cخواهم/👨\u200d💻", "...", "a.."],
+             ["a//b", "..", "a/..", "./a", "a\\b", "a%2e", "a\n", 1, None, "..;/a", "a" * 4097, "a/./b", "a/../b"]),
             (proxy.RULES["cursor"], ["", "Y3Vyc29yOnYyOpHOAA==", "a:1"], ["a b", 'a"', "a\n", 1, "x" * 513]),
             (proxy.RULES["date"], ["2024-01-01", "2024-01-01T10:00:00Z", "2024-01-01T10:00:00+02:00"],
              ["", "2024", "today", "2024-01-01 OR x", "2024-01-01\n", 20240101]),

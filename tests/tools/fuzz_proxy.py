@@ -80,7 +80,8 @@ def query_is_confined(query: str) -> bool:
         return False
     rest = query[len(start) :]
     rest = "".join(c for c in rest if c not in JOINERS)
-    for text in (rest, rest.replace('"', ""), unicodedata.normalize("NFKC", rest)):
+    without = re.sub(r'"?,"|",', " ", rest).replace('"', "")  # of label:"a b","c d"
+    for text in (rest, without, unicodedata.normalize("NFKC", rest)):
         folded = text.replace('"', " ").casefold()
         if any(c in "()[]{}|\\;`" or (c.isspace() and c != " ") for c in text):
             return False
@@ -134,12 +135,12 @@ def check_call(name: str, arguments: Mapping[str, Any], policy: Policy) -> None:
         insist(query_is_confined(arguments["query"]), "a query", arguments["query"])
     for key in IN_A_PATH:
         if isinstance(arguments.get(key), str) and (name, key) != ("list_pull_requests", "head"):
-            check_path_part(arguments[key])
+            check_path_part(arguments[key], "" if key.startswith("path") else "?#%")
     if name in WRITES_FILES or name == "create_branch":
         check_branch(arguments["branch"], policy)
     files = arguments.get("files", [arguments] if name in WRITES_FILES else [])
     for file in files:
-        check_path_part(file["path"])
+        check_path_part(file["path"], "")
         check_written(file["path"])
     insist(arguments.get("event") != "APPROVE" or "approve" in policy.allow, "approval", arguments)
     insist(not arguments.get("assignees") or "people" in policy.allow, "people", arguments)
@@ -148,11 +149,13 @@ def check_call(name: str, arguments: Mapping[str, Any], policy: Policy) -> None:
     insist(arguments.get("return_content", True) is True, "a signed URL", arguments)
 
 
-def check_path_part(value: str) -> None:
+def check_path_part(value: str, of_urls: str = "?#%") -> None:
     parts = value.split("/") if value else []
     insist(not set(parts) & {"", ".", ".."}, "a segment", value)
-    insist(not set(value) & set("\\?#%\0\r\n"), "a character of URLs", value)
-    insist(all(unicodedata.category(c) not in ("Cc", "Cf", "Cs") for c in value), "unseen", value)
+    insist(not set(value) & set("\\\0\r\n" + of_urls), "a character of URLs", value)
+    insist(urllib.parse.unquote(value) == value, "more than one spelling", value)
+    seen = value if of_urls else "".join(c for c in value if c not in JOINERS)
+    insist(all(unicodedata.category(c) not in ("Cc", "Cf", "Cs") for c in seen), "unseen", value)
 
 
 def check_branch(value: str, policy: Policy) -> None:
@@ -165,7 +168,8 @@ def check_branch(value: str, policy: Policy) -> None:
 
 
 def check_written(path: str) -> None:
-    parts = [part.rstrip(". ") for part in unicodedata.normalize("NFKC", path).lower().split("/")]
+    seen = "".join(c for c in unicodedata.normalize("NFKC", path).lower() if c not in JOINERS)
+    parts = [part.rstrip(". ") for part in seen.split("/")]
     insist(parts[0] not in (".git", ".gitmodules", "codeowners"), "a denied path", path)
     insist(parts[:2] not in ([".github", "workflows"], [".github", "actions"]), "denied", path)
     insist(parts[-2:] not in ([".github", "codeowners"], ["docs", "codeowners"]) or len(parts) > 2,
@@ -183,6 +187,7 @@ ODD_STRINGS = [
     "delete", "resolve_thread", ".github/workflows/x.yml", ".GITHUB/Workflows./x", ".github",
     ".github/workflows", ".gitmodules", "CODEOWNERS", "docs/CODEOWNERS", ".git/config", "a" * 300,
     "src/a.py", "agent/x", "agent/x/y", "feature", "0123abc", "a" * 40, "2024-01-01", "true", "null",
+    "a#b", "100%", "a?b", ".g\u200cit/x", "CODE\u200dOWNERS", "HEAD/pulls", "a" * 40 + "/x",
     "😀", "é", "e\u0301", "[x](y)", "`x`", "\ud83d", "ghp_0123456789abcdefghij", "-x", "a b",
 ]  # fmt: skip
 QUERY_PARTS = [
