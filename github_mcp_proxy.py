@@ -136,6 +136,7 @@ class Policy(NamedTuple):
     allow: frozenset[str] = frozenset()
     writes_per_hour: int = 300
     approve: str = ""  # a command that is asked before each write
+    lockdown: bool = True  # the upstream is asked to hide what outsiders wrote
 
     def has(self, word: str) -> bool:
         return not word or word in self.allow
@@ -186,14 +187,12 @@ ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 def no_duplicates(pairs: list[tuple[str, Json]]) -> Object:
     found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ProtocolError("a JSON object has the same key twice", code=PARSE_ERROR)
+    demand(len(found) == len(pairs), "a JSON object has the same key twice", code=PARSE_ERROR)
     return found
 
 
 def small_int(digits: str) -> int:
-    if len(digits) > 17:  # with a sign; beyond 2**53 other parsers see another number
-        raise ProtocolError("a JSON number has too many digits", code=PARSE_ERROR)
+    demand(len(digits) <= 17, "a number of too many digits", code=PARSE_ERROR)  # others round it
     return int(digits)
 
 
@@ -202,8 +201,7 @@ STRICT = json.JSONDecoder(object_pairs_hook=no_duplicates, parse_int=small_int)
 
 def parse_json(body: Bytes) -> Json:
     """The value of `body`, or ProtocolError. What is in it has still to meet the rules below."""
-    if body.count(b"{") + body.count(b"[") > MAX_CONTAINERS:
-        raise ProtocolError("a message of too many parts", 413)
+    demand(body.count(b"{") + body.count(b"[") <= MAX_CONTAINERS, "it has too many parts", 413)
     try:
         return STRICT.decode(body.decode("utf-8"))
     except (ValueError, RecursionError):
@@ -262,10 +260,7 @@ NO_BRANCH = re.compile(
 # `%2e`, `?` and HEAD/pulls reached other endpoints.
 REF_FORBIDDEN = re.compile(rf"[%#'&()]|^(HEAD|[0-9a-fA-F]{{40}})/|{NO_BRANCH.pattern}")
 REF = "a branch, tag or commit, not user:branch, as git allows, without characters special in a URL"
-UNTOLD = (
-    "no branch is written, as the upstream did not tell which is the default one: the host's user "
-    "can set default_branch in the policy file"
-)
+UNTOLD = "GitHub did not tell the default branch: the user can set default_branch in the policy"
 OTHER_BRANCH = "write to a branch other than the default one and open a pull request"
 NEEDS = "needs `allow = %s` in the host's policy file"
 FILE_FORBIDDEN = re.compile(r"\\|%[0-9a-fA-F]{2}|\.\.;|(^|/)\.{0,2}(/|$)")
@@ -573,8 +568,6 @@ ANY_VALUE = simple(
 )
 FIELD = record("field_name", field_name=LINE, field_option_name=LINE, value=ANY_VALUE, delete=FLAG)
 
-CLIENT = {"name": "agent-vm", "version": __version__}
-
 # The rules by the names that the tables below use.
 RULES: dict[str, Rule] = {
     "always": only(True),
@@ -615,7 +608,7 @@ RULES: dict[str, Rule] = {
     # nothing that an upstream may ask for. A tool's arguments have rules of their own.
     "arguments": Rule("an object", lambda _value, _bounds: {}),
     "capabilities": Rule("an object", lambda _value, _bounds: {}),
-    "client": Rule("an object", lambda _value, _bounds: CLIENT),
+    "client": Rule("an object", lambda _it, _bounds: {"name": "agent-vm", "version": __version__}),
     "level": choice(
         "debug", "info", "notice", "warning", "error", "critical", "alert", "emergency"
     ),
@@ -1779,6 +1772,10 @@ def redact(data: Bytes, *tokens: bytes) -> Bytes:
 
 # --- pure: the list of tools, and what the agent is told ---
 
+LOCKDOWN = "Lockdown can hide what outsiders wrote: GITHUB_MCP_LOCKDOWN=0, on the host, shows it."
+# Of github-mcp-server, what may be so by it: it says nothing of what it leaves out of a list.
+LOCKED = re.compile(r'by lockdown mode|^\[\]$|"comments":\[\]|"parent":null')
+
 
 def checked_answer(bounds: Bounds, forward: Forward, message: Object) -> Object:
     """The upstream's answer to `forward` as the VM gets it, the same object when nothing changes;
@@ -1789,6 +1786,9 @@ def checked_answer(bounds: Bounds, forward: Forward, message: Object) -> Object:
     shown, method = result, forward.message["method"]
     if method == "tools/call":
         shown = checked_result(bounds.scope, forward.check, result)
+        text = str(as_object((result.get("content") or [{}])[0]).get("text"))[:100_000]
+        if bounds.policy.lockdown and forward.tool.endswith("_read") and LOCKED.search(text):
+            shown = {**shown, "content": [*shown["content"], {"type": "text", "text": LOCKDOWN}]}
     elif method == "tools/list":
         shown = listed_tools(bounds.policy, result)
     elif method in ("initialize", "server/discover"):
@@ -1801,8 +1801,8 @@ def checked_answer(bounds: Bounds, forward: Forward, message: Object) -> Object:
 def listed_tools(policy: Policy, result: Object) -> Object:
     """Of the upstream's tools those that may be called, their schemas narrowed to what passes."""
     narrowed = [narrow_tool(tool, policy) for tool in result.get("tools") or []]
-    kept = {**result, "tools": [tool for tool in narrowed if tool]}
-    return {**kept, "cacheScope": "private"} if "cacheScope" in result else kept
+    scope = {"cacheScope": "private"} if "cacheScope" in result else {}
+    return {**result, "tools": [tool for tool in narrowed if tool], **scope}
 
 
 def narrow_tool(offered: Object, policy: Policy) -> Object:
@@ -1814,12 +1814,11 @@ def narrow_tool(offered: Object, policy: Policy) -> Object:
     rules = {key: rule for key, rule in tool.parameters.items() if policy.has(rule.needs)}
     required = [key for key in schema.get("required", []) if key not in ("owner", "repo")]
     properties = {}
-    for key, prop in schema.get("properties", {}).items():
-        choices = rules[key].choices if key in rules else ()
-        if choices and "enum" in prop:
-            prop = {**prop, "enum": [value for value in prop["enum"] if value in choices]}
-        if key in rules or key in ("owner", "repo"):
-            properties[key] = prop
+    for key, rule in {"owner": LINE, "repo": LINE, **rules}.items():
+        if key in schema.get("properties", {}):
+            properties[key] = prop = dict(schema["properties"][key])
+            if rule.choices and "enum" in prop:
+                prop["enum"] = [value for value in prop["enum"] if value in rule.choices]
     if not rules.keys() >= set(required):
         return {}
     told = ("name", "title", "description", "annotations")
@@ -1843,6 +1842,7 @@ def instructions(bounds: Bounds) -> str:
         and "default-branch" not in policy.allow,
         f"Branches that can be written: {branches}.": writes and branches != "**",
         f"Paths that cannot be written: {paths}.": writes,
+        LOCKDOWN: policy.lockdown,
         "Pull requests cannot be merged here.": writes and "merge" not in policy.allow,
         "Search takes words, phrases in quotes and qualifiers, also with -; or is refused.": True,
     }
@@ -2588,7 +2588,7 @@ def policy_value(path: str, key: str, value: str) -> Json:
         return frozenset(words)
     if key == "approve" or (key == "default_branch" and not value.startswith(("refs/", "heads/"))):
         return value.strip()
-    if key == "readonly" and value.lower() in FLAGS:
+    if key in ("readonly", "lockdown") and value.lower() in FLAGS:
         return FLAGS[value.lower()]
     if key == "writes_per_hour" and re.fullmatch("[0-9]{1,9}", value):
         return int(value)
@@ -2667,15 +2667,17 @@ def build_repository(options: argparse.Namespace) -> Repository:
     owner = variable("GITHUB_MCP_OWNER", "a user or an organization", "[A-Za-z0-9_-]{1,100}")
     repo = variable("GITHUB_MCP_REPO", "a repository's name", r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,100}")
     policy = Policy() if options.policy is None else read_policy(options.policy)
-    if env_flag("GITHUB_MCP_READONLY", "0"):
-        policy = policy._replace(readonly=True)
+    policy = policy._replace(
+        readonly=policy.readonly or env_flag("GITHUB_MCP_READONLY", "0"),
+        lockdown=policy.lockdown and env_flag("GITHUB_MCP_LOCKDOWN", "1"),
+    )
     # What GitHub's server is told to offer; a second line behind the table.
     asked = variable("GITHUB_MCP_TOOLSETS", "a list of names", "[a-z0-9_,-]*", DEFAULT_TOOLSETS)
     toolsets = [asked or "default", *filter(None, map(ALLOW.get, sorted(policy.allow)))]
     headers = {
         "X-MCP-Toolsets": ",".join(toolsets),
         "X-MCP-Readonly": "true" if policy.readonly else "",
-        "X-MCP-Lockdown": "true" if env_flag("GITHUB_MCP_LOCKDOWN", "1") else "",
+        "X-MCP-Lockdown": "true" if policy.lockdown else "",
     }
     value = os.environ.pop("GITHUB_MCP_TOKEN", "").strip()  # out of the children's environment
     if not value and not options.token_command:

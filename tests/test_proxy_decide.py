@@ -889,6 +889,38 @@ class AnswerTest(unittest.TestCase):
         with self.assertRaises(proxy.Refusal):
             proxy.checked_result(SCOPE, "hits", {"content": [{"type": "image"}]})
 
+    def test_what_lockdown_may_have_emptied_says_so(self) -> None:
+        """The shapes are github-mcp-server's, in lockdown."""
+        restricted = "access to issue details is restricted by lockdown mode"
+        thread = '{"review_threads":[{"id":"T","comments":[],"total_count":0}],"totalCount":1}'
+        ours = json.dumps(issue("good/r", 5)).replace(": ", ":")
+        get, comments, reviews, threads, diff = (
+            call("issue_read", method="get", issue_number=5),
+            call("issue_read", method="get_comments", issue_number=5),
+            call("pull_request_read", method="get_reviews", pullNumber=7),
+            call("pull_request_read", method="get_review_comments", pullNumber=7),
+            call("pull_request_read", method="get_diff", pullNumber=7),
+        )
+        for message, text, more, says in (
+            (get, restricted, {"isError": True}, True), (get, ours, {}, False),
+            (comments, "[]", {}, True), (reviews, "[]", {}, True), (reviews, "[1]", {}, False),
+            (threads, thread, {}, True), (diff, "+a = []", {}, False), (call("list_issues"), "[]", {}, False),
+        ):  # fmt: skip
+            for lockdown in (True, False):
+                bounds = BOUNDS._replace(policy=POLICY._replace(lockdown=lockdown))
+                forward = proxy.decide(bounds, message)
+                assert isinstance(forward, Forward)
+                result = {"content": [{"type": "text", "text": text}], **more}
+                answer = proxy.checked_answer(bounds, forward, {"id": 1, "result": result})[
+                    "result"
+                ]
+                with self.subTest(text, lockdown=lockdown):
+                    notes = [block["text"] for block in answer["content"][1:]]
+                    self.assertEqual(notes, [proxy.LOCKDOWN] if says and lockdown else [])
+                    self.assertEqual(answer.get("isError"), more.get("isError"))
+                told = proxy.instructions(bounds)
+                self.assertEqual("GITHUB_MCP_LOCKDOWN=0" in told, lockdown)
+
     def test_an_answer_without_text_is_withheld(self) -> None:
         structured = {"items": [{"html_url": "https://github.com/good/r/issues/1"}]}
         for check in ("hits", "items"):
@@ -1523,10 +1555,11 @@ class PolicyTest(unittest.TestCase):
             return proxy.read_policy(str(path))
 
     def test_a_file(self) -> None:
-        text = "[policy]\nbranches = agent/*, fix/**\nallow = merge people\nreadonly = no\nwrites_per_hour = 5\n"
+        text = "[policy]\nbranches = agent/*, fix/**\nallow = merge people\nreadonly = no\nwrites_per_hour = 5\nlockdown = off\n"
         policy = self.read(text)
         self.assertEqual(policy.branches, ("agent/*", "fix/**"))
         self.assertEqual(policy.allow, {"merge", "people"})
+        self.assertEqual((policy.lockdown, Policy().lockdown), (False, True))
         self.assertEqual((policy.writes_per_hour, policy.deny_paths), (5, Policy().deny_paths))
 
     def test_what_is_wrong_is_said(self) -> None:

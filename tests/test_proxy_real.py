@@ -165,18 +165,19 @@ def real_server(
 
 @unittest.skipUnless(shutil.which("github-mcp-server"), "github-mcp-server is not on PATH")
 class RealServerTest(unittest.TestCase):
+    upstream: str
     server: subprocess.Popen[bytes]
     running: Proxy
 
     @classmethod
     def setUpClass(cls) -> None:
-        upstream, cls.server = real_server(cls)
+        cls.upstream, cls.server = real_server(cls)
         folder = tempfile.TemporaryDirectory()
         cls.addClassCleanup(folder.cleanup)
         policy = Path(folder.name, "policy.ini")
         policy.write_text(POLICY)
         cls.running = Proxy(
-            upstream, "--policy", str(policy),
+            cls.upstream, "--policy", str(policy),
             GITHUB_MCP_LOCKDOWN="0", GITHUB_MCP_TOKEN="github_pat_" + "t" * 30,
         )  # fmt: skip
         cls.addClassCleanup(cls.running.stop)
@@ -297,6 +298,27 @@ class RealServerTest(unittest.TestCase):
         Api.more[:] = [("/search/", found)]
         for name in ("search_issues", "search_pull_requests", "search_commits", "search_code"):
             self.assertEqual(json.loads(self.tool(name, query="crash")), {"items": []})
+
+    def test_lockdown_is_named_where_it_hides_something(self) -> None:
+        stranger = {"login": "stranger", "type": "User"}
+        url = "https://github.com/good/r/issues/5#issuecomment-1"
+        Api.more[:] = [
+            ("graphql", {"data": {"repository": {"isPrivate": False}}}),
+            (r"\{viewer", {"data": {"viewer": {"login": "me"}}}),
+            ("/issues/5$", {**issue("good/r", 5), "user": stranger}),
+            ("/issues/5/comments", [{"id": 1, "body": "b", "user": stranger, "html_url": url}]),
+            ("/permission", {"permission": "read", "role_name": "read"}),
+        ]
+        running = Proxy(self.upstream, GITHUB_MCP_TOKEN="github_pat_" + "t" * 30)
+        self.addCleanup(running.stop)
+        client = Client(running.port)
+        self.addCleanup(client.close)
+        for method, said in (("get", "restricted by lockdown mode"), ("get_comments", "[]")):
+            arguments = {"method": method, "issue_number": 5}
+            asked = request("tools/call", name="issue_read", arguments=arguments)
+            texts = [block["text"] for block in client.ask(asked)["result"]["content"]]
+            self.assertIn(said, texts[0])
+            self.assertEqual(texts[1:], [proxy.LOCKDOWN])
 
     def test_queries_reach_the_api_as_they_were_judged(self) -> None:
         for query, expected in (
