@@ -1741,7 +1741,6 @@ GITHUB_URL = re.compile(
 )  # fmt: skip
 GITHUB_BRIEFING = """
 # GitHub in this VM
-
 You reach exactly one GitHub repository, {repo}, through a proxy on the user's machine; there is no
 GitHub credential in this VM, and `gh` has none.
 
@@ -1750,6 +1749,7 @@ GitHub credential in this VM, and `gh` has none.
 - Write to a branch other than the default one, and open a pull request. Refused: pushes to the
   default branch (unless the user's policy allows them), deletions, tags, LFS, the wiki; in a
   read-only session everything.
+- What outsiders wrote may be hidden: the user shows it by GITHUB_MCP_LOCKDOWN=0 agent-vm run.
 - A refusal says its reason. It is a decision, not a fault: tell the user, look for no way round.
 """
 

@@ -225,6 +225,7 @@ class GitHubRunTest(GitHubWorld):
         self.assertIn("GitHub: octo/widget\n", result.err)
         self.assertIn(self.secret, self.guest_file("gitconfig"))
         self.assertIn("octo/widget", self.guest_file("briefing"))
+        self.assertIn("GITHUB_MCP_LOCKDOWN=0", self.guest_file("briefing"))
         modes = self.guest_file("modes")
         for name in (".claude.json", "gitconfig", "probe-header", "credential"):
             self.assertRegex(modes, rf"600 \S*{name}\n")
