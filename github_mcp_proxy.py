@@ -155,6 +155,8 @@ class Bounds(NamedTuple):
     policy: Policy
     writes: int = 0  # in the last hour
     defaults: frozenset[str] = frozenset()  # the default branch, as the upstream tells it
+    tags: frozenset[str] = frozenset()  # where git tells them
+    made: frozenset[str] = frozenset()  # refs that were created here
     moved: str = ""  # why nothing passes: the repository has another name now, or its name another
 
 
@@ -424,6 +426,7 @@ def check_branch(value: Json, bounds: Bounds, forbidden: re.Pattern[str] = REF_F
         insist(not is_default, f"{value} is the default branch: {OTHER_BRANCH}")
     matches = any(glob_match(glob, name) for glob in policy.branches)
     insist(matches, f"only branches matching {', '.join(policy.branches)} are written")
+    insist(value not in bounds.tags, f"{value} is a tag: who asks for it would get the branch")
     return value
 
 
@@ -609,9 +612,7 @@ RULES: dict[str, Rule] = {
     "arguments": Rule("an object", lambda _value, _bounds: {}),
     "capabilities": Rule("an object", lambda _value, _bounds: {}),
     "client": Rule("an object", lambda _it, _bounds: {"name": "agent-vm", "version": __version__}),
-    "level": choice(
-        "debug", "info", "notice", "warning", "error", "critical", "alert", "emergency"
-    ),
+    "level": choice(*"debug info notice warning error critical alert emergency".split()),
     "progress": simple("a number", lambda n: type(n) in (int, float) and 0 <= n <= 2**53),
     "protocol": pattern("a protocol version", r"[0-9]{4}-[0-9]{2}-[0-9]{2}"),
     "remark": free_text(1024),
@@ -1111,8 +1112,9 @@ def judge_push(bounds: Bounds, commands: Sequence[Command]) -> dict[str, str]:
     for command in commands:
         kind, _, branch = command.ref.partition("refs/heads/")
         try:
-            insist(not kind and branch, "only branches are pushed here")
-            insist(not NO_OBJECT(command.new), "branches are not deleted here")
+            insist(not kind and branch, "only branches are pushed here: --no-follow-tags")
+            made_here = command.ref in bounds.made
+            insist(made_here or not NO_OBJECT(command.new), "it was not created here: not deleted")
             check_branch(branch, bounds, NO_BRANCH)
         except Refusal as refusal:
             refused[command.ref] = str(refusal)
@@ -1218,7 +1220,6 @@ class Token:
 
     def __init__(self, value: str, command: str) -> None:
         self.value = value
-        self.earlier = ""  # the one before: still to be redacted
         self.command = command
         self.expires = 0.0 if command else float("inf")  # seconds since the epoch
         self.renewing: asyncio.Future[None] | None = None
@@ -1255,8 +1256,7 @@ class Token:
             self.expires = float(expires) if expires else float("inf")
         except (ValueError, KeyError, TypeError, AttributeError, ProxyError):
             raise UpstreamError("the host's token command gave no usable token") from None
-        if value != self.value:
-            self.earlier, self.value = self.value, value
+        self.value = value
 
 
 # --- the story: what both kinds of request share ---
@@ -1280,6 +1280,8 @@ class Repository:
         self.audit = audit
         self.writes: list[float] = []  # when, in the last hour
         self.defaults: frozenset[str] = frozenset()  # the default branch
+        self.tags: frozenset[str] = frozenset()
+        self.made: set[str] = set()
         self.id = 0
         self.moved = ""
         self.asked_at = float("-inf")
@@ -1288,7 +1290,8 @@ class Repository:
 
     def bounds(self) -> Bounds:
         self.writes = [when for when in self.writes if when > time.monotonic() - 3600]
-        return Bounds(self.scope, self.policy, len(self.writes), self.defaults, self.moved)
+        known = Bounds(self.scope, self.policy, len(self.writes), self.defaults, self.tags)
+        return known._replace(made=frozenset(self.made), moved=self.moved)
 
     async def know(self, *, wait: bool) -> None:
         """Learn the repository's id and default branch, anew each minute that it is used."""
@@ -1400,7 +1403,10 @@ async def relay_mcp(
                 client.event(hide(data), *headers)
             elif kind == "answer":
                 if forward.write:
-                    audit.record(deed, *outcome(message))
+                    became = outcome(message)
+                    audit.record(deed, *became)
+                    if forward.tool == "create_branch" and became[0] == "done":
+                        repository.made.add(f"refs/heads/{deed.target['branch']}")
                 try:
                     shown = client.shown(repository.bounds(), forward, message)
                     client.answer(200, hide(data if shown is message else dumps(shown)), *headers)
@@ -1538,11 +1544,6 @@ HEADERS = re.compile(
 VALUE = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f]*").fullmatch
 LENGTH = re.compile("[0-9]{1,12}", re.ASCII).fullmatch
 CHUNK_SIZE = re.compile(rb"[0-9a-fA-F]{1,8}").fullmatch
-# Given twice, these make two readers see two messages (RFC 9112, 11.2).
-SINGLE = frozenset(
-    "host content-length transfer-encoding authorization content-type origin mcp-session-id "
-    "mcp-protocol-version mcp-method mcp-name".split()
-)
 POSTED = {"Accept": "application/json, text/event-stream", "Content-Type": "application/json"}
 JSON_TYPE = "application/json"
 EVENT_STREAM = "text/event-stream"
@@ -1558,15 +1559,15 @@ def parse_head(data: Bytes, *, is_request: bool) -> Head:
     can be made to see another message than the next one."""
     line, _, block = data.decode("latin-1").partition("\r\n")
     words = line.split(" ", 2)
-    what = "request" if is_request else "answer"
-    demand(len(words) == 3 and VALUE(line), f"not an HTTP {what}")
+    demand(len(words) == 3 and VALUE(line), "not an HTTP request, or no answer to one")
     demand(HEADERS(block), "a malformed header")
     headers: dict[str, str] = {}
     for row in block.split("\r\n")[:-1]:
         name, _, value = row.partition(":")
         name, value = name.lower(), value.strip(" \t")
         if name in headers:
-            demand(not (is_request and name in SINGLE), f"the header {name} is given twice")
+            # It makes two readers see two messages (RFC 9112, 11.2).
+            demand(not is_request, f"the header {name} is given twice")
             value = headers[name] + ", " + value
         headers[name] = value
     coding, length = headers.get("transfer-encoding"), headers.get("content-length")
@@ -1697,8 +1698,6 @@ class Gate(NamedTuple):
 
 HEADER_MISMATCH = -32020
 VERSION_HEADER = re.compile("[A-Za-z0-9.-]{0,32}").fullmatch
-# Which parameters are mirrored, tools/list says.
-OPTIONAL = {"mcp-param-owner", "mcp-param-repo"}
 
 
 def version_headers_of(headers: Mapping[str, str], message: Object) -> Object:
@@ -1709,10 +1708,10 @@ def version_headers_of(headers: Mapping[str, str], message: Object) -> Object:
         demand(VERSION_HEADER(value), "MCP-Protocol-Version is malformed")
         return {"MCP-Protocol-Version": value}
     expected = mirrored_headers(message)
-    for name in expected.keys() | OPTIONAL:
-        same = headers.get(name) == expected.get(name)
-        left_out = name in OPTIONAL and name not in headers
-        demand(same or left_out, f"{name} differs from the body", code=HEADER_MISMATCH)
+    for name in {*expected, "mcp-param-owner", "mcp-param-repo"}:
+        left_out = name.startswith("mcp-param-") and name not in headers  # tools/list says which
+        same = left_out or headers.get(name) == expected.get(name)
+        demand(same, f"{name} differs from the body", code=HEADER_MISMATCH)
     return {}
 
 
@@ -2011,7 +2010,6 @@ class Wire(asyncio.Protocol):
         self.wires = wires  # all of its side
         self.patience = patience  # seconds that one wait may take
         self.story = story  # what is done with a client's, once it is there
-        self.is_client = story is not None
         self.task: asyncio.Future[Any] | None = None
         self.buffer = bytearray()
         self.reader: asyncio.Future[None] | None = None  # set while somebody waits for more
@@ -2021,9 +2019,7 @@ class Wire(asyncio.Protocol):
         self.failure = "it closed the connection"
         self.is_busy = False  # nothing reads: what comes is early
         self.timer: asyncio.TimerHandle | None = None
-        self.limit: float = 0  # of the body
         self.left = 0  # bytes of the body, or of its chunk; CHUNKED: a chunk's size is next
-        self.size = 0  # bytes of the body, as far as it has said so
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -2097,7 +2093,7 @@ class Wire(asyncio.Protocol):
         return data
 
     def fault(self, reason: str, status: int = 400) -> Exception:
-        if self.is_client:
+        if self.story:
             return ProtocolError(reason, status)
         return AnswerLost(f"its answer is malformed: {reason}")
 
@@ -2113,11 +2109,11 @@ class Wire(asyncio.Protocol):
         """Read a head; a body of up to `limit` bytes is next."""
         data = await self.until(b"\r\n\r\n", MAX_HEAD, f"a head of more than {MAX_HEAD} bytes", 431)
         try:
-            self.head = parse_head(data + b"\r\n", is_request=self.is_client)
+            self.head = parse_head(data + b"\r\n", is_request=bool(self.story))
         except ProtocolError as error:
             raise self.fault(str(error), error.status) from None
         self.limit, self.left = limit, self.head.length
-        self.size = max(0, self.left)
+        self.size = max(0, self.left)  # as far as it is known
 
     async def part(self) -> bytes:
         """Some more of the body; b"" when it is over."""
@@ -2168,15 +2164,13 @@ class Client(Wire):
         self.is_probe = False
         self.is_known = False  # it has shown the secret
         self.is_last = False  # close after this answer
-        self.is_streaming = False
 
     async def next_request(self) -> None:
         self.is_streaming = self.is_busy = False
         self.is_last = True  # unless it can be read to its end
         self.allow(0)
         self.patience = IDLE_SECONDS if self.is_known else REQUEST_SECONDS
-        if len(self.wires) > MAX_CLIENTS and not self.is_known:
-            raise ProtocolError("too many clients", 503)
+        demand(self.is_known or len(self.wires) <= MAX_CLIENTS, "too many clients", 503)
         if not self.buffer:
             await self.more()
         self.allow(REQUEST_SECONDS)
@@ -2350,7 +2344,7 @@ class Upstream:
 
     def hide(self, data: Bytes) -> Bytes:
         """What came, without tokens and signed URLs."""
-        return redact(data, self.token.value.encode(), self.token.earlier.encode())
+        return redact(data, self.token.value.encode())
 
     async def post(self, forward: Forward, headers: Mapping[str, str]) -> Exchange:
         sent = {**POSTED, **headers, **mirrored_headers(forward.message)}
@@ -2442,6 +2436,8 @@ class Upstream:
                 client.write(chunk_of(data))
                 await client.drain()
             became = pushed_refs(report, push)
+            new = {command.ref for command in push.commands if NO_OBJECT(command.old)}
+            repository.made |= {ref for ref in new if became.get(ref) == ""}
             for deed in deeds:
                 why = became.get(deed.target.get("ref", ""))
                 if why is not None:
@@ -2459,7 +2455,7 @@ class Upstream:
                 found, default_branch = await asyncio.wait_for(ask(repository), CONNECT_SECONDS)
             except Exception as error:  # whatever came: then it is not known
                 repository.moved = str(error) if isinstance(error, Refusal) else repository.moved
-                said = str(error) if isinstance(error, UpstreamError) else "no answer of use"
+                said = str(error) if isinstance(error, (UpstreamError, Refusal)) else "no answer"
                 log(f"{self.address.netloc}: {said}")
                 continue
             if found:
@@ -2491,6 +2487,7 @@ def check_status(status: int, location: str) -> None:
 OWN_HEADERS = {
     "MCP-Protocol-Version": "2025-06-18", "X-MCP-Toolsets": "repos", "X-MCP-Readonly": "true",
 }  # fmt: skip
+TAG_REF = re.compile(rb" refs/tags/([^\n ]+)")
 HEAD_REF = re.compile(rb" HEAD symref-target:refs/heads/([^\n ]+)")
 
 
@@ -2518,11 +2515,14 @@ async def ask_git(repository: Repository) -> tuple[int, str]:
     """0 and the default branch: that is git's HEAD (gitprotocol-v2)."""
     assert repository.git
     body = pkt(b"command=ls-refs\n") + b"0001" + pkt(b"symrefs\n") + pkt(b"ref-prefix HEAD\n")
+    body += pkt(b"ref-prefix refs/tags/\n") + b"0000"
     headers = {"Git-Protocol": "version=2", "Content-Type": "application/x-git-upload-pack-request"}
     path = f"/{repository.scope}.git/git-upload-pack"
-    asked = await repository.git.send("POST", path, headers, body + b"0000")
+    asked = await repository.git.send("POST", path, headers, body)
     with contextlib.closing(asked) as exchange:
-        head = HEAD_REF.search(await exchange.whole())
+        refs = bytes(await exchange.whole())
+    repository.tags = frozenset(tag.decode(errors="replace") for tag in TAG_REF.findall(refs))
+    head = HEAD_REF.search(refs)
     return 0, head[1].decode() if head else ""
 
 

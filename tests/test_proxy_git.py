@@ -74,6 +74,10 @@ class PushTest(unittest.TestCase):
             (POLICY, ONE, "refs/heads/MAIN", "default branch"),
             (POLICY, ONE, "refs/heads/learnt", "default branch"),
             (POLICY, ZERO, "refs/heads/fix", "not deleted"),
+            (POLICY, ZERO, "refs/heads/mine", ""),
+            (POLICY, ZERO, "refs/heads/main", "not deleted"),
+            (POLICY, ONE, "refs/heads/v1", "v1 is a tag"),
+            (POLICY, ONE, "refs/heads/v1.x", ""),
             (POLICY, ONE, "refs/tags/v1", "only branches"),
             (POLICY, ONE, "refs/pull/1/head", "only branches"),
             (POLICY, ONE, "HEAD", "only branches"),
@@ -92,7 +96,8 @@ class PushTest(unittest.TestCase):
             (POLICY._replace(writes_per_hour=0), ONE, "refs/heads/fix", "too many writes"),
         ):
             with self.subTest(ref, policy=policy):
-                bounds = proxy.Bounds(SCOPE, policy, defaults=frozenset(["learnt"]))
+                bounds = proxy.Bounds(SCOPE, policy, defaults=frozenset(["learnt"]),
+                                      tags=frozenset(["v1"]), made=frozenset(["refs/heads/mine"]))  # fmt: skip
                 refused = proxy.judge_push(bounds, [proxy.Command(ZERO, new, ref)])
                 self.assertEqual(list(refused), [ref] if why else [])
                 self.assertIn(why, refused.get(ref, ""))
@@ -341,6 +346,9 @@ class GitTest(unittest.TestCase):
                 shutil.rmtree(work)
 
     def test_refused_pushes(self) -> None:
+        self.git("-C", str(self.bare), "branch", "old", "main")
+        self.git("-C", str(self.bare), "tag", "v1", "main")
+        self.start()
         work = self.clone()
         self.push("origin", "HEAD:fix")
         before = self.branches()
@@ -350,8 +358,9 @@ class GitTest(unittest.TestCase):
                 ("origin", "HEAD:main"),
                 "(refused: main is the default branch: write to a branch other than the default one",
             ),
-            (("origin", ":fix"), "branches are not deleted"),
-            (("origin", "HEAD:refs/tags/v1"), "only branches"),
+            (("origin", ":old"), "not created here: not deleted"),
+            (("origin", "HEAD:refs/heads/v1"), "v1 is a tag"),
+            (("origin", "HEAD:refs/tags/v2"), "only branches"),
             (("origin", "HEAD:one", "HEAD:main"), "another ref of this push"),
         ):
             with self.subTest(refs):
@@ -367,6 +376,23 @@ class GitTest(unittest.TestCase):
         self.assertEqual(self.branches(), before)
         posts = [s for s in self.server.seen if s.method == "POST" and "receive-pack" in s.path]
         self.assertEqual(len(posts), 1, "only the first one")
+
+    def test_what_was_created_here_may_be_deleted_here(self) -> None:
+        self.start()
+        self.clone()
+        self.assertEqual(self.push("origin", "HEAD:mine").returncode, 0)
+        self.assertEqual(self.push("origin", ":mine").returncode, 0)
+        self.git("-C", str(self.bare), "branch", "theirs", "main")
+        self.git("-C", str(self.bare), "branch", "taken", "main")
+        client = Client(self.running.port)
+        self.addCleanup(client.close)
+        failed = {"content": [{"type": "text", "text": "it is there"}], "isError": True}
+        self.addCleanup(self.upstream.handlers.clear)
+        client.ask(call("", name="create_branch", branch="theirs"))
+        self.upstream.on("create_branch", lambda x: x.answer(x.result(failed)))
+        client.ask(call("", name="create_branch", branch="taken"))
+        self.assertEqual(self.push("origin", ":theirs").returncode, 0, "as the tool has made it")
+        self.assertIn("not deleted", self.push("origin", ":taken").stderr)
 
     def peak(self) -> int:
         """The most that the proxy ever had resident, in KiB; 0 where nothing tells."""

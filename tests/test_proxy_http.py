@@ -191,7 +191,7 @@ class FramingTest(unittest.TestCase):
 
         async def read() -> tuple[bytes, bytes]:
             wire = proxy.Wire(set(), 1)
-            wire.is_client = is_request
+            wire.story = is_request
             wire.transport = Pipe()  # type: ignore[assignment]
 
             async def feed() -> None:
