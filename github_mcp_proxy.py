@@ -1164,7 +1164,8 @@ async def open_connection(
     except asyncio.TimeoutError:
         raise UpstreamError("it does not accept connections") from None
     except ssl.SSLError as error:
-        raise UpstreamError(f"no TLS, or no certificate to trust: {error.reason}") from None
+        why = getattr(error, "verify_message", error.reason)
+        raise UpstreamError(f"no TLS, or no certificate to trust (--ca-file): {why}") from None
     except OSError as error:
         raise UpstreamError(f"it cannot be reached: {error.strerror or error}") from None
 
@@ -2683,17 +2684,16 @@ def build_repository(options: argparse.Namespace) -> Repository:
     if not value and not options.token_command:
         raise ProxyError("GITHUB_MCP_TOKEN is not set", "or give --token-command")
     token = Token("" if options.token_command else check_token(value), options.token_command)
-    address, git, path = parse_address(options.upstream, "--upstream"), None, options.audit
-    git_address = parse_address(options.git, "--git") if options.git else address
-    tls = None
+    address, path = parse_address(options.upstream, "--upstream"), options.audit
+    served = parse_address(options.git, "--git") if options.git else None
     try:
-        if options.ca_file or "https" in (address.scheme, git_address.scheme):
-            tls = ssl.create_default_context(cafile=options.ca_file or None)
+        tls = ssl.create_default_context(cafile=options.ca_file or None)
     except OSError:  # ssl.SSLError is one
         raise ProxyError(f"cannot read certificates from {options.ca_file}") from None
+    if options.ca_file:  # Python 3.13 is strict about forms that many a company's CA does not have
+        tls.verify_flags &= ~ssl.VERIFY_X509_STRICT
     upstream = Upstream(address, token, headers, tls, options.timeout)
-    if options.git:
-        git = Upstream(git_address, token, {}, tls, options.timeout, is_git=True)
+    git = Upstream(served, token, {}, tls, options.timeout, is_git=True) if served else None
     try:
         audit = Audit(-1 if path is None else open_audit(path))
     except OSError as error:
