@@ -581,7 +581,8 @@ class UpstreamTest(LiveTest):
             client = Client(running.port)
             self.addCleanup(client.close)
             client.ask(call())
-            self.assertEqual(self.upstream.calls()[-1].headers["x-mcp-toolsets"], asked)
+            sent = self.upstream.calls("get_file_contents")[-1]
+            self.assertEqual(sent.headers["x-mcp-toolsets"], asked)
 
     def test_the_list_of_tools_is_narrowed_and_kept(self) -> None:
         schema = {
