@@ -27,6 +27,7 @@ import hmac
 import json
 import os
 import re
+import resource
 import select
 import signal
 import ssl
@@ -1611,9 +1612,8 @@ def kind_of(message: Json, forward: Forward) -> str:
         if "id" in message and message["method"] != "ping":
             raise AnswerLost("it asks what nobody here answers")
         return "note" if str(message["method"]) in NOTES else ""
-    # A question, since 2026-07-28:
     if as_object(message.get("result")).get("resultType", "complete") != "complete":
-        raise AnswerLost("it asks what nobody here answers")
+        raise AnswerLost("it asks what nobody here answers")  # since 2026-07-28 so
     whole = "id" in forward.message and ("result" in message or "error" in message)
     return "answer" if whole and message.get("id") == forward.message["id"] else ""
 
@@ -2686,12 +2686,14 @@ def build_repository(options: argparse.Namespace) -> Repository:
     token = Token("" if options.token_command else check_token(value), options.token_command)
     address, path = parse_address(options.upstream, "--upstream"), options.audit
     served = parse_address(options.git, "--git") if options.git else None
+    tls = None
     try:
-        tls = ssl.create_default_context(cafile=options.ca_file or None)
+        if options.ca_file or "https" in (address.scheme, served and served.scheme):
+            tls = ssl.create_default_context(cafile=options.ca_file or None)
+            if options.ca_file:  # Python 3.13 is strict about forms that many a CA does not have
+                tls.verify_flags &= ~ssl.VERIFY_X509_STRICT
     except OSError:  # ssl.SSLError is one
         raise ProxyError(f"cannot read certificates from {options.ca_file}") from None
-    if options.ca_file:  # Python 3.13 is strict about forms that many a company's CA does not have
-        tls.verify_flags &= ~ssl.VERIFY_X509_STRICT
     upstream = Upstream(address, token, headers, tls, options.timeout)
     git = Upstream(served, token, {}, tls, options.timeout, is_git=True) if served else None
     try:
@@ -2752,8 +2754,6 @@ async def run_proxy(options: argparse.Namespace) -> NoReturn:
 
 async def serve(options: argparse.Namespace, repository: Repository, gate: Gate) -> None:
     """Say where it listens, and serve who comes."""
-    import resource
-
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # some hosts allow 256 by default
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, most), most))
     await repository.upstream.token.fresh()  # what does not work is said at once
