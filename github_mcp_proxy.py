@@ -454,8 +454,8 @@ def check_written_file(value: Json, bounds: Bounds) -> Json:
 
 
 def glob_match(glob: str, name: str) -> bool:
-    """`*` and `?` stay within a segment, `**` spans any number of them; case does not count."""
-    segments, reached = fold(name).split("/"), {0}  # as many of them may be matched by now
+    """Of a folded name: `*` and `?` stay within a segment, `**` spans any number of them."""
+    segments, reached = name.split("/"), {0}  # as many of them may be matched by now
     for part in re.sub(r"(?<![^/])\*\*$", "**/*", fold(glob)).split("/"):
         if part == "**":
             reached = set(range(min(reached), len(segments)))
@@ -531,8 +531,7 @@ def query_tokens(scope: Scope, query: str) -> list[str]:
         if name == "repo" and not minus:
             insist(scope.is_named(value), f"only repo:{scope} is searched, and that is added here")
             continue
-        known = not name or name in QUALIFIERS
-        insist(known, f"searches here go without the qualifier {name}: (quotes make it text)")
+        insist(not name or name in QUALIFIERS, f"without the qualifier {name}:, or in quotes")
         if not name and '"' in value:
             words = PHRASE_SIGNS.sub(" ", value.replace('"', " ")).split()
             value = OR_IN_PHRASE.sub(" or " if minus else '" "', f'"{" ".join(words)}"')
@@ -1772,9 +1771,9 @@ def redact(data: Bytes, *tokens: bytes) -> Bytes:
 
 # --- pure: the list of tools, and what the agent is told ---
 
-LOCKDOWN = "Lockdown can hide what outsiders wrote: GITHUB_MCP_LOCKDOWN=0, on the host, shows it."
+HIDDEN = "Lockdown can hide what outsiders wrote: GITHUB_MCP_LOCKDOWN=0, on the host, shows it."
 # Of github-mcp-server, what may be so by it: it says nothing of what it leaves out of a list.
-LOCKED = re.compile(r'by lockdown mode|^\[\]$|"comments":\[\]|"parent":null')
+LOCKED = ("restricted by lockdown mode", '"comments":[]', '"parent":null')
 
 
 def checked_answer(bounds: Bounds, forward: Forward, message: Object) -> Object:
@@ -1786,9 +1785,10 @@ def checked_answer(bounds: Bounds, forward: Forward, message: Object) -> Object:
     shown, method = result, forward.message["method"]
     if method == "tools/call":
         shown = checked_result(bounds.scope, forward.check, result)
-        text = str(as_object((result.get("content") or [{}])[0]).get("text"))[:100_000]
-        if bounds.policy.lockdown and forward.tool.endswith("_read") and LOCKED.search(text):
-            shown = {**shown, "content": [*shown["content"], {"type": "text", "text": LOCKDOWN}]}
+        if bounds.policy.lockdown and forward.tool.endswith("_read"):
+            text = str(as_object((result.get("content") or [{}])[0]).get("text"))
+            if text == "[]" or any(shape in text for shape in LOCKED):
+                shown = {**shown, "content": [*shown["content"], {"type": "text", "text": HIDDEN}]}
     elif method == "tools/list":
         shown = listed_tools(bounds.policy, result)
     elif method in ("initialize", "server/discover"):
@@ -1842,7 +1842,7 @@ def instructions(bounds: Bounds) -> str:
         and "default-branch" not in policy.allow,
         f"Branches that can be written: {branches}.": writes and branches != "**",
         f"Paths that cannot be written: {paths}.": writes,
-        LOCKDOWN: policy.lockdown,
+        HIDDEN: policy.lockdown,
         "Pull requests cannot be merged here.": writes and "merge" not in policy.allow,
         "Search takes words, phrases in quotes and qualifiers, also with -; or is refused.": True,
     }
@@ -2378,7 +2378,7 @@ class Upstream:
                 await exchange.begin()
                 stale = exchange.status == 401 and self.token.command and not (renewed or upload)
                 if not stale:
-                    check_status(exchange.status, exchange.head.headers.get("location", ""))
+                    check_status(exchange.status, exchange)
                     return exchange
             except BaseException as error:
                 exchange.abort()
@@ -2467,11 +2467,11 @@ class Upstream:
         repository.defaults = frozenset(names) or repository.defaults
 
 
-def check_status(status: int, location: str) -> None:
+def check_status(status: int, exchange: Exchange) -> None:
     """UpstreamError for the answers that are between the proxy and the upstream."""
     if 300 <= status < 400:
-        renamed = MOVED_TO(location)
-        if renamed:
+        renamed = MOVED_TO(exchange.head.headers.get("location", ""))
+        if renamed and exchange.upstream.is_git:
             raise Refusal(RENAMED.format(renamed[1]))
         raise UpstreamError("it redirects elsewhere, which is not followed")
     if status in (401, 403):

@@ -916,7 +916,7 @@ class AnswerTest(unittest.TestCase):
                 ]
                 with self.subTest(text, lockdown=lockdown):
                     notes = [block["text"] for block in answer["content"][1:]]
-                    self.assertEqual(notes, [proxy.LOCKDOWN] if says and lockdown else [])
+                    self.assertEqual(notes, [proxy.HIDDEN] if says and lockdown else [])
                     self.assertEqual(answer.get("isError"), more.get("isError"))
                 told = proxy.instructions(bounds)
                 self.assertEqual("GITHUB_MCP_LOCKDOWN=0" in told, lockdown)

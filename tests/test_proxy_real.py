@@ -318,7 +318,7 @@ class RealServerTest(unittest.TestCase):
             asked = request("tools/call", name="issue_read", arguments=arguments)
             texts = [block["text"] for block in client.ask(asked)["result"]["content"]]
             self.assertIn(said, texts[0])
-            self.assertEqual(texts[1:], [proxy.LOCKDOWN])
+            self.assertEqual(texts[1:], [proxy.HIDDEN])
 
     def test_queries_reach_the_api_as_they_were_judged(self) -> None:
         for query, expected in (
