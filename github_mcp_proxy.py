@@ -544,7 +544,7 @@ def query_tokens(scope: Scope, query: str) -> list[str]:
         insist(not found, f"searches here go without {found and found[0]} outside of a phrase")
         starts = {word[0] for word in text.split()} or {":"}
         insist(not starts & set("/,:;&+-"), "no word here begins with / , : ; & + or -")
-        insist(not WIDENING.search(text), "searches here go without the word or")
+        insist(not WIDENING.search(text), "searches here go without the word or, but for a phrase")
         scoped = SCOPE_IN_TEXT.search(f"{given.casefold()} {text}")
         insist(not scoped, "searches here name no scope with a colon")
         bare = QUOTED.sub("", value)
@@ -1113,8 +1113,8 @@ def judge_push(bounds: Bounds, commands: Sequence[Command]) -> dict[str, str]:
         kind, _, branch = command.ref.partition("refs/heads/")
         try:
             insist(not kind and branch, "only branches are pushed here: --no-follow-tags")
-            made_here = command.ref in bounds.made
-            insist(made_here or not NO_OBJECT(command.new), "it was not created here: not deleted")
+            deletes = NO_OBJECT(command.new) and command.ref not in bounds.made
+            insist(not deletes, "branches are not deleted here, but for what was created here")
             check_branch(branch, bounds, NO_BRANCH)
         except Refusal as refusal:
             refused[command.ref] = str(refusal)

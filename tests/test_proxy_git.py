@@ -358,7 +358,7 @@ class GitTest(unittest.TestCase):
                 ("origin", "HEAD:main"),
                 "(refused: main is the default branch: write to a branch other than the default one",
             ),
-            (("origin", ":old"), "not created here: not deleted"),
+            (("origin", ":old"), "branches are not deleted"),
             (("origin", "HEAD:refs/heads/v1"), "v1 is a tag"),
             (("origin", "HEAD:refs/tags/v2"), "only branches"),
             (("origin", "HEAD:one", "HEAD:main"), "another ref of this push"),

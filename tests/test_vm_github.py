@@ -556,7 +556,7 @@ class GitOverTheProxyTest(GitHubWorld):
             subprocess.run(["git", "init", "-q", "--bare", "-b", "main", bare], check=True)
         self.git("checkout", "-q", "-b", "main")
         self.git("commit", "-q", "--allow-empty", "-m", "first")
-        self.git("push", "-q", str(self.bare), "main")
+        self.git("push", "-q", str(self.bare), "main", "main:old")
 
     def test_fetch_push_and_refusals(self) -> None:
         self.remote("git@github.com:octo/widget.git")
@@ -568,7 +568,7 @@ class GitOverTheProxyTest(GitHubWorld):
         g push origin HEAD:fix && echo pushed
         g push origin HEAD:main
         g ls-remote http://host.lima.internal:$port/git/evil/secret.git
-        g push origin :fix
+        g push origin :old
         true"""
         result = self.box.run("run", "--github", "--", script)
         self.assertEqual(result.status, 0, result.err)
@@ -578,7 +578,9 @@ class GitOverTheProxyTest(GitHubWorld):
             self.assertIn(words, said)
         refs = subprocess.run(["git", "-C", self.bare, "for-each-ref", "--format=%(subject) %(refname)"],
                               capture_output=True, text=True, check=True)  # fmt: skip
-        self.assertEqual(refs.stdout, "second refs/heads/fix\nfirst refs/heads/main\n")
+        self.assertEqual(
+            refs.stdout, "second refs/heads/fix\nfirst refs/heads/main\nfirst refs/heads/old\n"
+        )
         self.assertIn("done: git push ref=refs/heads/fix\n", result.err)
         self.assertIn("1 writes, 3 refused", result.err)
         self.assertIn("refs/heads/main", result.err)
