@@ -1747,8 +1747,8 @@ GitHub credential in this VM, and `gh` has none.
 - Issues, pull requests, files: the tools of the MCP server `github` (mcp__github__*); `owner` and
   `repo` may be left out. `git fetch`, `pull`, `clone` and `push` work with the usual addresses.
 - Write to a branch other than the default one, and open a pull request. Refused: pushes to the
-  default branch (unless the user's policy allows them), deletions, tags, LFS, the wiki; in a
-  read-only session everything.
+  default branch (unless the user's policy allows them), tags, LFS, the wiki, the deletion of what
+  was not made in this session; in a read-only session everything.
 - What outsiders wrote may be hidden: the user shows it by GITHUB_MCP_LOCKDOWN=0 agent-vm run.
 - A refusal says its reason. It is a decision, not a fault: tell the user, look for no way round.
 """
