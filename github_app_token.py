@@ -60,11 +60,10 @@ MIN_LIFE = 5 * 60  # seconds that a token must still live to be given out: time 
 MAX_LIFE = 70 * 60  # an installation token lives an hour
 MAX_TIME = 1e11  # seconds; NaN is not below it
 JWT_BEFORE, JWT_AFTER = 60, 300  # seconds around now: GitHub allows 600, clocks are off
-CHILD_SECONDS = 15
-COMMAND_SECONDS = 60  # of a key's command: somebody may have to unlock what it asks
+CHILD_SECONDS = 60  # somebody may have to unlock what a key's command asks
 SECRET = "/dev/fd/SECRET"
 REPLY_SECONDS = 60
-LOCK_SECONDS = 30
+LOCK_SECONDS = 75  # who holds it may wait for a key's command
 PAUSE = 0.5  # seconds before a request is tried again; twice as long before the third time
 # A signal ends this within a second: what GitHub is about to give has GRACE to arrive, and then
 # GRACE to be taken back. What a handler cannot end (a silent name server, a slow disk) is after
@@ -253,7 +252,7 @@ def usable(token: Token, config: Config, pinned: int, refused: str, now: float) 
 
 def parse_cached(data: Object) -> Token:
     """The token of a file; ValueError or TypeError for what is damaged."""
-    token = Token(**data)
+    token = Token(**{name: data[name] for name in data if name != "refresh_expires_at"})
     example = Token("", 0.0, 0.0, 0, "", {})
     if [type(value) for value in token] != [type(value) for value in example]:
         raise TypeError("a value of another kind")
@@ -363,6 +362,8 @@ class Signals:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and `&` have it
                 signal.signal(number, self.handle)
         signal.signal(signal.SIGALRM, self.expire)
+        for number in (signal.SIGTTIN, signal.SIGTTOU):  # asking from behind is an error
+            signal.signal(number, signal.SIG_IGN)
         sys.unraisablehook = lambda _: None  # what they leave half made would complain at its end
 
     def handle(self, number: int, _: object) -> None:
@@ -452,13 +453,13 @@ def run_child(
     One that has our environment is the user's own: it has our terminal too, to ask and complain.
     """
     import subprocess
+    import termios
 
     name = os.path.basename(argv[0])
     if name not in STARTS:
         raise ValueError("a program that the docstring does not name")
-    seconds, stderr = CHILD_SECONDS, subprocess.DEVNULL
-    if env is None:
-        seconds, stderr = COMMAND_SECONDS, sys.stderr.fileno()
+    stderr = subprocess.DEVNULL if env else sys.stderr.fileno()
+    modes = termios.tcgetattr(2) if os.isatty(2) and os.tcgetpgrp(2) == os.getpgrp() else None
     read_end, write_end = os.pipe()
     os.write(write_end, secret)
     os.close(write_end)
@@ -470,13 +471,15 @@ def run_child(
                 argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
                 pass_fds=[read_end], env=env,
             )  # fmt: skip
-        output, _ = child.communicate(data, timeout=seconds)
+        output, _ = child.communicate(data, timeout=CHILD_SECONDS)
     except BaseException as error:
         if child:
             child.kill()
             child.wait()
+        if modes:  # it may have switched the echo off
+            termios.tcsetattr(2, termios.TCSANOW, modes)
         if isinstance(error, subprocess.TimeoutExpired):
-            raise Failure(MEND, f"{name} did not end in {seconds} s") from None
+            raise Failure(MEND, f"{name} did not end in {CHILD_SECONDS} s") from None
         raise
     finally:
         os.close(read_end)
@@ -770,7 +773,7 @@ class GitHub:
         if rate_limited(reply):
             reset = reply.headers.get("x-ratelimit-reset", "")
             spent = reply.headers.get("x-ratelimit-remaining") == "0" and reset.isdecimal()
-            wait = f"{int(reset) - self.now():.0f}" if spent else "60"  # GitHub's clock counts
+            wait = f"{max(0, int(reset) - self.now()):.0f}" if spent else "60"  # by its clock
             hint = f"try again in {reply.headers.get('retry-after', wait)} s, or later"
             raise Failure(LATER, f"GitHub's rate limit is reached: {reply.said()}", hint)
         return reply
@@ -800,16 +803,14 @@ class GitHub:
                 status, hint = MEND, "--ca-file with the company's CA, if the network opens TLS"
             elif "failed: 407" in reason:  # http.client's words for CONNECT
                 status, hint = MEND, "HTTPS_PROXY must hold the proxy's user and password"
-            said = f"{host_of(url)} cannot be reached: {reason[:200]}"
-            raise Failure(status, said, hint) from None
+            raise Failure(status, f"cannot reach {host_of(url)}: {reason[:200]}", hint) from None
         if len(body) > MAX_REPLY:
             raise Failure(FAILED, f"{host_of(url)} sent more than {MAX_REPLY} bytes")
         headers = {name.lower(): value for name, value in response.headers.items()}
-        with contextlib.suppress(KeyError, TypeError, ValueError):
+        with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
             self.offset = parsedate_to_datetime(headers["date"]).timestamp() - time.time()
         if response.status >= 500:
-            said = f"GitHub answered HTTP {response.status}"
-            raise Failure(LATER, said, "see githubstatus.com")
+            raise Failure(LATER, f"GitHub answered HTTP {response.status}", "see githubstatus.com")
         try:
             data = json.loads(body or b"{}")
         except (ValueError, RecursionError):
@@ -899,7 +900,7 @@ def pinned_id(config: Config, cache: Cache) -> int:
     return number
 
 
-def mint(config: Config, cache: Cache, pinned: int, _: Token | None) -> Token:
+def mint(config: Config, cache: Cache, pinned: int, earlier: Token | None) -> Token:
     """A new installation token for exactly the repository and the permissions asked for."""
     if not config.permissions:
         hint = "--permissions read, dev, or a list like contents:write,issues:read"
@@ -907,6 +908,8 @@ def mint(config: Config, cache: Cache, pinned: int, _: Token | None) -> Token:
     github = GitHub(config)
     app = App(config, github)
     installation = installation_of(app, config)
+    if earlier and earlier.withheld and not revoked_installation(github, earlier.token):
+        warn("an earlier token could not be taken back: it lives on, for an hour at the most")
 
     # By number as soon as that is known: GitHub then gives no token for another of this name.
     name = config.repo.partition("/")[2]
@@ -924,8 +927,8 @@ def mint(config: Config, cache: Cache, pinned: int, _: Token | None) -> Token:
             token = token._replace(clock_offset=github.offset, login=slug)
             try:
                 if not config.repo_id:
-                    pin = {"id": token.repo_id, "full_name": token.repo}
-                    cache.write(cache.id_path(config), pin)
+                    known = {"id": token.repo_id, "full_name": token.repo}
+                    cache.write(cache.id_path(config), known)
                 cache.write(cache.token_path(config), token._asdict())
             except Failure as failure:  # that costs time, not the token
                 warn(f"{failure}: not cached, so nobody has it but who gets it now")

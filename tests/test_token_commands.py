@@ -17,6 +17,7 @@ from pathlib import Path
 import github_app_token as g
 from tests.fakes.github import error
 from tests.support import ROOT
+from tests.token_case import NO_PAUSE
 from tests.token_case import NO_SLEEP
 from tests.token_case import SCRIPT
 from tests.token_case import TIMEOUT
@@ -47,6 +48,14 @@ class CommandTest(Case):
         self.assertEqual(done.status, 0, "an expired token is none")
         self.assertIn("not valid any more", done.err)
         self.assertIn("nothing is cached", self.run_it(*argv).err)
+
+    def test_a_token_that_revoke_could_not_reach_is_taken_back_by_the_next_mint(self) -> None:
+        self.passes(self.token())
+        self.github.on("/api/v3/installation/token", error(502, ""))
+        self.fails(self.run_it(*self.argv("revoke"), setup=NO_PAUSE), g.LATER, "HTTP 502")
+        self.github.replies.clear()
+        token = self.passes(self.token())
+        self.assertEqual(list(self.github.tokens), [token])
 
     def test_status(self) -> None:
         self.github.clock = 100

@@ -7,6 +7,7 @@ import contextlib
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import github_app_token as g
 from tests.quick import BARE
+from tests.support import Terminal
+from tests.support import wait_for
 from tests.token_case import SCRIPT
 from tests.token_case import Case
 from tests.token_case import key
@@ -115,9 +118,21 @@ class KeyTest(Case):
         for word in (b"pass", b"{0}\r\n", b"expires in"):
             self.assertIn(word, done.stdout)
 
+    def test_the_terminal_is_as_before_when_a_command_is_cut_off(self) -> None:
+        """It had switched the echo off, to ask; whoever types next must see what they type."""
+        self.profile(key="command:stty -echo < /dev/tty; exec sleep 50", permissions="dev")
+        argv = [sys.executable, "-I", str(SCRIPT), "token"]
+        terminal = Terminal(argv, self.env, self.home, None)
+        self.addCleanup(terminal.close)
+        before = terminal.mode()
+        wait_for(lambda: terminal.mode() != before, "the echo is off")
+        os.kill(terminal.process.pid, signal.SIGINT)
+        self.assertEqual(terminal.process.wait(20), 130)
+        self.assertEqual(terminal.mode(), before)
+
     def test_a_command_that_does_not_end(self) -> None:
-        self.assertEqual(g.COMMAND_SECONDS, 60)
-        done = self.token(key="command:exec sleep 50", setup="g.COMMAND_SECONDS = 0.2\n")
+        self.assertEqual(g.CHILD_SECONDS, 60)
+        done = self.token(key="command:exec sleep 50", setup="g.CHILD_SECONDS = 0.2\n")
         self.fails(done, g.MEND, "sh did not end in 0.2 s")
 
 

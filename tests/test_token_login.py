@@ -350,6 +350,12 @@ class LogoutTest(LoginCase):
         self.assertTrue(self.logged_out())
         self.assertEqual(self.run_it("logout").status, 0)
 
+    def test_a_login_of_an_earlier_version_can_be_ended(self) -> None:
+        self.login()
+        self.store(refresh_expires_at=1.0)
+        self.passes(self.run_it("logout"))
+        self.assertEqual((self.github.tokens, self.github.refresh_tokens), ({}, set()))
+
     def test_files_that_others_can_read_or_that_are_damaged(self) -> None:
         self.login()
         self.file().chmod(0o644)

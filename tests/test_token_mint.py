@@ -313,7 +313,7 @@ class NetworkTest(Case):
             self.assertNotIn("pr0xy-secret", done.err)
             for mistyped in ("http:/u:pr0xy-secret@p:3128", "http://u:pr0xy-secret/x@127.0.0.1:9"):
                 done = self.token(setup=NO_PAUSE, HTTPS_PROXY=mistyped)
-                self.fails(done, g.LATER, "cannot be reached")
+                self.fails(done, g.LATER, "cannot reach")
                 self.assertNotIn("pr0xy", done.err)
 
     def test_a_companys_ca_that_python_is_too_strict_for(self) -> None:
