@@ -580,7 +580,7 @@ class UpstreamTest(LiveTest):
             self.addCleanup(running.stop)
             client = Client(running.port)
             self.addCleanup(client.close)
-            client.ask(call())
+            self.assertEqual(text_of(client.ask(call())), "ok get_file_contents")
             sent = self.upstream.calls("get_file_contents")[-1]
             self.assertEqual(sent.headers["x-mcp-toolsets"], asked)
 
