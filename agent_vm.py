@@ -53,8 +53,10 @@ STARTS = frozenset(("limactl", "ssh", "git", "python3", "npm", "sudo", "tar", "p
 SSH_FAILED = 255  # ssh's own status; a guest's command may have it, too
 # Not through Lima's control master, which a boot or a sleep of the host may end; and one that asks
 # whether the guest is still there, and gives up after a minute.
-OWN_CONNECTION = ("-oControlMaster=no", "-oControlPath=none", "-oServerAliveInterval=15",
-                  "-oServerAliveCountMax=4", "-oConnectTimeout=5")  # fmt: skip
+OWN_CONNECTION = (
+    "-oControlMaster=no -oControlPath=none -oServerAliveInterval=15 -oServerAliveCountMax=4 "
+    "-oConnectTimeout=60 -oEscapeChar=none"
+).split()
 
 # A base instance has a name of its own each time it is built; a file says which one is meant.
 is_base = re.compile(r"agent-vm-base(-[a-z0-9-]+)?\.[0-9a-f]{6}").fullmatch
@@ -372,8 +374,8 @@ def limactl_reason(stderr: str) -> str:
 
 
 def lease_from(written: str) -> Lease:
-    lease = Lease(**json.loads(written))
-    lease = lease._replace(created=float(lease.created))
+    fields = {key: value for key, value in json.loads(written).items() if key in Lease._fields}
+    lease = Lease(**{**fields, "created": float(fields["created"])})
     if not is_clone(lease.name) and not is_base(lease.name):
         raise ValueError(f"not a name of ours: {lease.name!r}")
     return lease
@@ -511,7 +513,7 @@ def receipt_lines(receipt: Sequence[Mapping[str, Any]]) -> list[str]:
 
 # Runs what it is given in the project, with the environment of the host's terminal. Not `exec`:
 # a shell turns death by a signal into a status, and syncs so that the VM can be cut off after it.
-# Ctrl-Z would stop the agent where no shell can resume it: it goes on at once.
+# At a terminal the agent is a job: Ctrl-Z stops it alone, and as nobody can resume it, it goes on.
 LAUNCH = r"""#!/bin/bash -l
 . ~/.agent-vm/env
 . ~/.agent-vm/credential
@@ -519,13 +521,15 @@ infocmp > /dev/null 2>&1 || export TERM=xterm-256color
 locale 2>&1 | grep -q 'Cannot set' && export LC_ALL=C.UTF-8
 cd -- "$1" || exit 125
 shift
-[ ! -t 0 ] || set -m
+trap : HUP TERM  # of an agent's `kill 0`
+[ -t 0 ] && set -m || trap : INT
 "$@"
 status=$?
-while [ -n "$(jobs -s)" ]; do fg > /dev/null; status=$?; done
-[ -t 0 ] || { trap '' TERM; kill 0; }  # what is left would hold ssh's pipes open
+go_on() { [ -z "$(jobs -s)" ] || { fg > /dev/null; status=$?; go_on; }; }  # a loop would be stopped
+go_on
 sync
 echo "$status" > ~/.agent-vm/status
+[ -t 0 ] || { (sleep 3; kill "$PPID") < /dev/null > /dev/null 2>&1 & }  # pipes held by what is left
 exit "$status"
 """
 
@@ -695,12 +699,9 @@ class Finished(NamedTuple):
 
 
 def captured(
-    argv: Sequence[str],
-    contents: str = "",
-    timeout: float = 20,
-    meanwhile: Callable[[], None] | None = None,
-    **options: Any,
-) -> Finished:
+    argv: Sequence[str], contents: str = "", timeout: float = 20,
+    meanwhile: Callable[[], None] | None = None, **options: Any,
+) -> Finished:  # fmt: skip
     """Run a program without a terminal; `meanwhile` is called every two seconds.
 
     With files, not pipes: a host agent that limactl leaves behind would hold a pipe open.
@@ -818,7 +819,7 @@ def remove_file(path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(path)
 
 
 def make_private_folder(path: Path) -> None:
@@ -966,8 +967,8 @@ class Guest:
 
     def attach(self, argv: Sequence[str], tty: bool, stdin: int | None = None) -> int:
         """Run argv with our terminal or pipes; its status. ssh joins its arguments: quote them."""
-        options = (*OWN_CONNECTION, "-t" if tty else "-T", self.instance.hostname)
-        command = [*self.ssh, *options, shlex.join(argv)]
+        self.ssh += OWN_CONNECTION  # from now on: the other one may be lost with it
+        command = [*self.ssh, "-t" if tty else "-T", self.instance.hostname, shlex.join(argv)]
         with kept_terminal(tty), child(command, stdin=stdin) as process:
             return process.wait()
 
@@ -990,7 +991,7 @@ def kept_terminal(tty: bool) -> Iterator[None]:
 
 
 class Leases:
-    """Files that say which process owns which instance; another Lima home's are seen to there."""
+    """Files that say which process owns which instance; the orphans of another home stay its."""
 
     def __init__(self, folders: Folders) -> None:
         self.folders = folders
@@ -1014,9 +1015,7 @@ class Leases:
         leases = []
         for path in sorted(self.dir.glob("*.json")):
             try:
-                lease = lease_from(path.read_text())
-                if lease.lima_home in ("", str(self.folders.lima_home)):
-                    leases.append(lease)
+                leases.append(lease_from(path.read_text()))
             except FileNotFoundError:
                 continue  # its run has just ended
             except (OSError, *MALFORMED):
@@ -1026,7 +1025,8 @@ class Leases:
         return leases
 
     def orphans(self) -> list[Lease]:
-        return [lease for lease in self.all() if self.is_orphan(lease)]
+        here = ("", str(self.folders.lima_home))
+        return [one for one in self.all() if one.lima_home in here and self.is_orphan(one)]
 
     def is_orphan(self, lease: Lease) -> bool:
         if lease.keep:
@@ -1163,6 +1163,8 @@ def disposable(host: Host, plan: Plan) -> Iterator[str]:
         keep = plan.keep
     except ConnectionBroke:
         keep = True
+        with contextlib.suppress(AgentVMError):  # its disk is kept; an agent does not work on
+            host.lima.stop(name)
         raise
     finally:
         signals.closing = True
@@ -1193,7 +1195,7 @@ def boot_failure(host: Host, name: str, error: AgentVMError) -> AgentVMError:
     problem, log_file = str(error), host.folders.lima_home / name / "ha.stderr.log"
     if log_file.name in problem:
         cause = limactl_reason(last_bytes(log_file, 50_000).decode(errors="replace"))
-        problem = f"limactl start failed: {cause}"
+        problem = f"limactl start failed: {cause or problem}"
     return AgentVMError(problem, error.hint, f"{error.details}\n{failure_logs(host, name)}".strip())
 
 
@@ -1297,9 +1299,8 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
             if entry["location"] != mount.source.path:
                 links.mkdir(mode=0o700, exist_ok=True)
                 os.symlink(mount.source.path, entry["location"])
-        lima.clone(
-            base.name, name, clone_expression(planned, mount_type, plan.forward), *plan.sizes
-        )
+        expression = clone_expression(planned, mount_type, plan.forward)
+        lima.clone(base.name, name, expression, *plan.sizes)
         clone = lima.find(name)
         faults = isolation_faults(clone, planned) if clone else ["is not listed by limactl"]
         if clone is None or faults:
@@ -1338,10 +1339,10 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
         if 0 <= status != SSH_FAILED:
             return status
         # ssh failed, or died, or an agent has ended with ssh's status: the guest knows.
-        said = guest.run("cat ~/.agent-vm/status", timeout=20)
+        said = guest.run("cat ~/.agent-vm/status", timeout=60)
         if said.status == SSH_FAILED:
             raise AgentVMError("the VM was lost while it ran", details=failure_logs(host, name))
-        if not said.out.strip().isdigit():
+        if not re.fullmatch(r"[0-9]{1,3}\n", said.out):
             raise ConnectionBroke("the connection to the VM broke", "agent-vm run -- --continue")
         return int(said.out)
 
@@ -1354,7 +1355,7 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
 EXIT_OURS = 125
 BASE = "agent-vm-base"
 AGENT = ("claude", "--dangerously-skip-permissions")
-CREDENTIALS = ("CLAUDE_CODE_OAUTH_TOKEN", "ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
+CREDENTIALS = ("ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN", "ANTHROPIC_API_KEY")
 GITHUB_TOKEN = "GITHUB_MCP_TOKEN"  # for the proxy alone
 # Taken out of the environment, so that no child inherits them; the last four are gh's.
 SECRETS = (*CREDENTIALS, GITHUB_TOKEN, "GH_TOKEN", "GITHUB_TOKEN", "GH_ENTERPRISE_TOKEN",
@@ -1593,8 +1594,7 @@ def confirm(question: str, yes: bool = False) -> bool:
 
 
 def base_name(settings: Settings) -> str:
-    suffix = settings.get("name")
-    return f"{BASE}-{suffix}" if suffix else BASE
+    return "-".join(filter(None, (BASE, settings.get("name"))))
 
 
 def read_base(folders: Folders, name: str) -> tuple[str, str]:
@@ -1710,9 +1710,9 @@ def guest_variables(host: Host, settings: Settings) -> dict[str, str]:
     # No key is in the VM to sign with; the environment goes before a repository's configuration.
     unsigned = {"KEY_0": "commit.gpgSign", "VALUE_0": "false", "COUNT": "1"}
     variables.update({f"GIT_CONFIG_{name}": value for name, value in unsigned.items()})
-    for name in ("no_proxy", "NO_PROXY"):  # Lima copies the host's, and their proxies
-        direct = [os.environ.get(name), "localhost,127.0.0.1,host.lima.internal"]
-        variables[name] = ",".join(filter(None, direct))
+    given_direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")  # Lima copies proxies
+    direct = ",".join(filter(None, (given_direct, "localhost,127.0.0.1,host.lima.internal")))
+    variables.update(no_proxy=direct, NO_PROXY=direct)
     for item in settings.get("env"):
         name, equals, value = item.partition("=")
         if not equals and name not in given:
@@ -1994,7 +1994,7 @@ class ProvisionLog:
         new = f"tail -n +{len(self.lines) + 1} {PROVISION_LOG}"
         finished = captured([*self.ssh, new], timeout=20)
         now = time.monotonic()
-        if finished.status != SSH_FAILED:
+        if finished.status not in (None, SSH_FAILED):
             self.reached = now
         elif now - self.reached > SILENCE:
             problem = f"the VM has not answered ssh for {SILENCE} s"
@@ -2166,9 +2166,10 @@ def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int
     if agent and os.isatty(0) and os.isatty(2):
         # Claude Code has just said another command, which would run it on the host.
         transcripts = (host.folders.state / "sessions" / session_key(project)).glob("*/*.jsonl")
-        newest = max(transcripts, key=changed, default=Path("none.jsonl")).stem
-        if re.fullmatch(r"[0-9a-f-]{36}", newest):
-            log.info(f"resume this session: claude-vm --resume {newest}")
+        with contextlib.suppress(OSError):  # an agent may have put anything there
+            newest = max(transcripts, key=changed, default=Path("none.jsonl")).stem
+            if re.fullmatch(r"[0-9a-f-]{36}", newest):
+                log.info(f"resume this session: claude-vm --resume {newest}")
     return status
 
 
@@ -2209,8 +2210,8 @@ def cmd_list(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps(row))
         age, size = f"{row['age_seconds'] / 86400:.1f}d", f"{row['disk_bytes'] / GIB:.1f} GiB"
-        project = printable(row["project"])
-        table.append((row["name"], row["status"], row["role"], age, size, project))
+        cells = (row["name"], row["status"], row["role"], age, size, printable(row["project"]))
+        table.append(cells)
     if not args.json:
         print_table(table)
     return 0
@@ -2225,18 +2226,17 @@ def instance_named(host: Host, name: str) -> Instance:
     return instance
 
 
-def refuse_in_use(host: Host, name: str, verb: str) -> None:
+def refuse_in_use(host: Host, name: str, verb: str, force: bool) -> None:
     for lease in host.leases.all():
-        if lease.name == name and not lease.keep and not host.leases.is_orphan(lease):
+        if lease.name == name and not (force or lease.keep or host.leases.is_orphan(lease)):
             problem = f"{name} is in use by process {lease.pid}"
-            raise AgentVMError(problem, hint=f"end that run, or {verb} --force")
+            raise AgentVMError(problem, hint=f"end that run, or: agent-vm {verb} --force {name}")
 
 
 def cmd_stop(args: argparse.Namespace) -> int:
     host, _ = open_host(args)
     instance = instance_named(host, args.instance)
-    if not args.force:
-        refuse_in_use(host, instance.name, "stop")
+    refuse_in_use(host, instance.name, "stop", args.force)
     if instance.status != "Stopped":
         host.lima.stop(instance.name)
     return 0
@@ -2246,9 +2246,10 @@ def cmd_rm(args: argparse.Namespace) -> int:
     host, _ = open_host(args)
     instance = instance_named(host, args.instance)
     if is_base(instance.name) and not args.force:
-        raise AgentVMError(f"{instance.name} is a base instance", hint="rm --force removes it")
-    if not args.force:
-        refuse_in_use(host, instance.name, "rm")
+        raise AgentVMError(
+            f"{instance.name} is a base instance", f"agent-vm rm --force {args.instance}"
+        )
+    refuse_in_use(host, instance.name, "rm", args.force)
     with file_lock(host.folders.state / "bases.lock"):
         name = instance.name.partition(".")[0]
         names = read_base(host.folders, name)
@@ -2285,9 +2286,13 @@ def cmd_log(args: argparse.Namespace) -> int:
 def cmd_forget(args: argparse.Namespace) -> int:
     """Remove what is kept of the project: its transcripts, Claude's memory, its repository."""
     host, _ = open_host(args, need_lima=False, collect=True)
-    key = session_key(os.getcwd())
-    remove_folder(host.folders.state / "sessions" / key)
-    remove_file(host.folders.state / "github" / key)
+    project = os.getcwd()
+    if not (host.folders.state / "sessions" / session_key(project)).is_dir():
+        raise AgentVMError("nothing is kept of this directory", "cd to where the agent was run")
+    if any(lease.project == project for lease in host.leases.all() if not lease.keep):
+        raise AgentVMError("an agent works on this project", "end that run first")
+    remove_folder(host.folders.state / "sessions" / session_key(project))
+    remove_file(host.folders.state / "github" / session_key(project))
     return 0
 
 
@@ -2340,7 +2345,7 @@ def recognised_credential(words: str) -> tuple[str, str]:
         problem = "stdin holds neither an OAuth token (sk-ant-oat…) nor an API key (sk-ant-api…)"
         raise AgentVMError(problem, hint)
     prefix, rest = found.pop()
-    return CREDENTIALS[0] if prefix == "sk-ant-oat" else CREDENTIALS[1], prefix + rest
+    return CREDENTIALS[1] if prefix == "sk-ant-oat" else CREDENTIALS[2], prefix + rest
 
 
 def cmd_doctor(args: argparse.Namespace) -> int:
@@ -2447,8 +2452,7 @@ examples:
   agent_vm.py shell-init >> ~/.bashrc       defines claude-vm, claude-vm-shell, claude-vm-setup
 
 environment:
-  CLAUDE_CODE_OAUTH_TOKEN, ANTHROPIC_API_KEY,
-  ANTHROPIC_AUTH_TOKEN                        the agent's credential; it enters the guest
+  CLAUDE_CODE_OAUTH_TOKEN, ANTHROPIC_API_KEY, ANTHROPIC_AUTH_TOKEN  the agent's; it enters the guest
   GITHUB_MCP_TOKEN                            the GitHub proxy's; it stays on the host
   ANTHROPIC_BASE_URL, ANTHROPIC_MODEL, LANG, COLORTERM …  passed to the agent
   AGENT_VM_<SETTING>                          a setting, e.g. AGENT_VM_MEMORY=16
@@ -2475,13 +2479,11 @@ def add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    import platform
-
     parser = argparse.ArgumentParser(
         prog="agent-vm", description=__doc__, epilog=EPILOG, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    version = f"agent-vm {__version__}, Python {platform.python_version()}"
+    version = f"agent-vm {__version__}, Python {sys.version.split()[0]}"
     parser.add_argument("--version", action="version", version=version)
     verbs = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -2491,8 +2493,7 @@ def build_parser() -> argparse.ArgumentParser:
     def verb(func: Callable[..., int], summary: str, failure: int = 1) -> argparse.ArgumentParser:
         name = func.__name__.replace("cmd_", "").replace("_", "-")
         sub = verbs.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-        summary = "show commands and their output"
-        sub.add_argument("-v", "--verbose", action="store_true", help=summary)
+        sub.add_argument("-v", "--verbose", action="store_true", help="show commands and output")
         sub.add_argument("-q", "--quiet", action="store_true", help="no progress messages")
         sub.set_defaults(func=func, failure=failure)
         return sub
@@ -2541,8 +2542,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     args, unknown = parser.parse_known_args(argv[:at])
     rest = list(argv[at:])
     if unknown:
-        note = "; the agent's own go after --" if hasattr(args, "command") else ""
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{note}")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}; the agent's own go after --")
     if hasattr(args, "command"):
         args.command = [*args.command, *(rest if args.command else rest[1:])]
     elif rest:

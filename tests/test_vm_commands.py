@@ -258,8 +258,11 @@ class ForgetTest(WorldTest):
             self.assertEqual(self.box.run("run", "--", write, cwd=folder).status, 0)
             key = agent_vm.session_key(str(folder))
             self.box.write(self.box.state / "github" / key, "octo/widget\n")
-        for _ in range(2):  # twice is as good as once
-            self.assertEqual(self.box.run("forget").status, 0)
+        self.box.make_lease("agent-vm-p-0a1b2c", **live())
+        self.assert_refused(self.box.run("forget"), "an agent works on this project", status=1)
+        (self.box.state / "leases/agent-vm-p-0a1b2c.json").unlink()
+        self.assertEqual(self.box.run("forget").status, 0)
+        self.assert_refused(self.box.run("forget"), "nothing is kept", status=1)
         kept = [path.name for path in self.box.state.glob("[sg]*/*") if path.is_dir()]
         self.assertEqual(kept, [agent_vm.session_key(str(other))])
         self.assertEqual(len(list((self.box.state / "github").iterdir())), 1)

@@ -156,7 +156,9 @@ class TerminalTest(WorldTest):
         script = "sh:touch up; read -r line; echo got $line; exit 4"
         terminal = self.box.terminal("run", "--", script)
         self.box.wait_for_file("up")
-        terminal.type("\x1a")
+        for _ in range(3):
+            terminal.type("\x1a")
+            time.sleep(0.3)
         terminal.type("words\n")
         terminal.expect("got words")
         self.assertEqual(terminal.wait(), 4)
@@ -237,6 +239,12 @@ class OrphanTest(WorldTest):
         self.box.make_lease(name, lima_home=str(self.box.lima))
         self.assertEqual(self.box.run("gc").out, f"{name}\n")
         self.assert_nothing_left()
+
+    def test_a_lease_of_a_later_version_is_one(self) -> None:
+        """What is not known in it must not make a running VM an orphan."""
+        name = self.orphan(**self.live_lease(), new_field=1)
+        self.assertEqual(self.box.run("gc").out, "")
+        self.assertEqual(self.box.clones(), [name])
 
     def test_after_kill_9_the_next_command_cleans_up_and_says_so(self) -> None:
         for verb in ("start", "clone"):

@@ -166,13 +166,19 @@ class StatusTest(WorldTest):
         self.assertEqual(self.box.run("shell", "--", "bash", "-c", "kill -TERM $$").status, 143)
         self.assert_nothing_left()
 
-    def test_what_the_agent_leaves_is_ended(self) -> None:
-        """It would hold ssh's pipes, and the run with them."""
-        leave = "sleep 60 & echo $! > left; exit 6"
-        result = self.box.run("shell", "--keep", "--", "bash", "-c", leave)
-        self.assertEqual(result.status, 6)
-        left = int((self.box.project / "left").read_text())
-        wait_for(lambda: not agent_vm.process_start(left), "it is ended")
+    def test_signals_to_a_whole_group_are_the_agents_own(self) -> None:
+        """As `trap 'kill 0' EXIT` in a script does; the shell around it lives on."""
+        for signal_name in ("INT", "HUP", "TERM"):
+            script = f"trap 'exit 6' {signal_name}; kill -{signal_name} 0; sleep 5"
+            self.assertEqual(self.box.run("shell", "--", "bash", "-c", script).status, 6)
+
+    def test_what_is_no_status_is_a_broken_connection(self) -> None:
+        (self.box.bin / "ssh").rename(self.box.bin / "real-ssh")
+        script = f'case "$*" in *launch*) exit 255;; esac\nexec {self.box.bin}/real-ssh "$@"'
+        executable(self.box.bin / "ssh", script)
+        write = "mkdir -p ~/.agent-vm; echo ² > ~/.agent-vm/status\n"
+        self.box.write(self.box.config / "runtime.sh", write)
+        self.assertIn("the connection to the VM broke", self.box.run("run").err)
 
     def test_255_is_a_status_like_any_other(self) -> None:
         result = self.box.run("shell", "--", "bash", "-c", "exit 255")
@@ -194,7 +200,7 @@ class StatusTest(WorldTest):
     def assert_connection_broke(self, result: Result) -> None:
         (clone,) = self.box.clones()
         self.assert_refused(result, "the connection to the VM broke", f"kept {clone}", "--continue")
-        self.assertTrue((self.box.lima / clone / "ha.pid").exists())
+        self.assertFalse((self.box.lima / clone / "ha.pid").exists(), "its agent does not work on")
         self.assertEqual((self.box.run("gc").out, self.box.clones()), ("", [clone]))
         self.assertEqual(self.box.run("rm", clone).status, 0)
         self.assert_nothing_left()
@@ -639,6 +645,11 @@ class CredentialTest(WorldTest):
         self.assertEqual(env["ANTHROPIC_API_KEY"], "sk-ant-api03-other")
         self.assertNotIn("CLAUDE_CODE_OAUTH_TOKEN", env)
 
+    def test_a_gateways_token_goes_before_the_keys_of_others(self) -> None:
+        env = self.agent_env(ANTHROPIC_AUTH_TOKEN="gateway-key", ANTHROPIC_API_KEY="sk-ant-x")
+        self.assertEqual(env["ANTHROPIC_AUTH_TOKEN"], "gateway-key")
+        self.assertNotIn("ANTHROPIC_API_KEY", env)
+
     def test_a_gateway_has_its_token_and_is_reached_on_the_hosts_loopback(self) -> None:
         for given, there in (
             ("http://localhost:4000/v1", "http://host.lima.internal:4000/v1"),
@@ -666,7 +677,7 @@ class CredentialTest(WorldTest):
         env = self.agent_env(no_proxy="intra.example", https_proxy="http://proxy.example:8080")
         direct = "localhost,127.0.0.1,host.lima.internal"
         self.assertEqual(env["no_proxy"], f"intra.example,{direct}")
-        self.assertEqual(env["NO_PROXY"], direct)
+        self.assertEqual(env["NO_PROXY"], env["no_proxy"])
 
     def test_a_credential_that_others_can_read_is_refused(self) -> None:
         self.store(f"CLAUDE_CODE_OAUTH_TOKEN={TOKEN}\n", 0o644)

@@ -307,7 +307,7 @@ class VMTest(unittest.TestCase):
         self.assertIn(f"kept {name}", err)
         self.assertEqual((process.returncode, self.agent_vm("gc").stdout), (125, ""))
         there = self.agent_vm("list", "--json").stdout.splitlines()
-        self.assertIn((name, "Running", "kept"), [
+        self.assertIn((name, "Stopped", "kept"), [
             (row["name"], row["status"], row["role"]) for row in map(json.loads, there)
         ])  # fmt: skip
         self.assertEqual(self.agent_vm("rm", name).returncode, 0)
@@ -324,8 +324,9 @@ class VMTest(unittest.TestCase):
         argv = [sys.executable, str(SCRIPT), "shell", "--", "bash", "-c", script]
         terminal = Terminal(argv, {**self.env, "TERM": "xterm"}, project, None)
         wait_for((project / "up").exists, 900, "the agent runs")
-        terminal.type("\x1a")
-        time.sleep(2)
+        for _ in range(3):
+            terminal.type("\x1a")
+            time.sleep(1)
         terminal.type("words\n")
         terminal.expect("got words")
         self.assertEqual(terminal.wait(), 4)
