@@ -180,6 +180,14 @@ def main(argv: list[str]) -> int:
     for outcome in outcomes_here(classes) if here else outcomes_of_workers(classes):
         report(outcome)
         outcomes.append(outcome)
+    # Four at once on two processors are a busy machine: what failed is run again, alone, and has
+    # failed if it does so then. The first failure has been shown.
+    names = {outcome.name for outcome in outcomes if outcome.failed and not here}
+    outcomes = [outcome for outcome in outcomes if outcome.name not in names]
+    for outcome in outcomes_here(one for one in classes if one.name in names):
+        print("again, alone: ", end="")
+        report(outcome)
+        outcomes.append(outcome)
     if options.v:
         report_slowest(outcomes, classes)
     for outcome in outcomes:

@@ -147,6 +147,7 @@ class TerminalTest(WorldTest):
             "run", "--", "sh:trap 'echo interrupted; exit 5' INT; touch up; read -r line"
         )
         self.box.wait_for_file("up")
+        time.sleep(0.2)  # the terminals between are set up a moment later
         terminal.type("\x03")
         self.assertEqual(terminal.wait(), 5)
         self.assertIn("interrupted", terminal.seen)
