@@ -2286,13 +2286,13 @@ def cmd_log(args: argparse.Namespace) -> int:
 def cmd_forget(args: argparse.Namespace) -> int:
     """Remove what is kept of the project: its transcripts, Claude's memory, its repository."""
     host, _ = open_host(args, need_lima=False, collect=True)
-    project = os.getcwd()
-    if not (host.folders.state / "sessions" / session_key(project)).is_dir():
+    project, key = os.getcwd(), session_key(os.getcwd())
+    if not (host.folders.state / "sessions" / key).is_dir():
         raise AgentVMError("nothing is kept of this directory", "cd to where the agent was run")
     if any(lease.project == project for lease in host.leases.all() if not lease.keep):
         raise AgentVMError("an agent works on this project", "end that run first")
-    remove_folder(host.folders.state / "sessions" / session_key(project))
-    remove_file(host.folders.state / "github" / session_key(project))
+    remove_folder(host.folders.state / "sessions" / key)
+    remove_file(host.folders.state / "github" / key)
     return 0
 
 

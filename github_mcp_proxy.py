@@ -1282,7 +1282,7 @@ class Repository:
         self.writes: list[float] = []  # when, in the last hour
         self.defaults: frozenset[str] = frozenset()  # the default branch
         self.tags: frozenset[str] = frozenset()
-        self.made: set[str] = set()
+        self.made: frozenset[str] = frozenset()
         self.id = 0
         self.moved = ""
         self.asked_at = float("-inf")
@@ -1292,7 +1292,7 @@ class Repository:
     def bounds(self) -> Bounds:
         self.writes = [when for when in self.writes if when > time.monotonic() - 3600]
         known = Bounds(self.scope, self.policy, len(self.writes), self.defaults, self.tags)
-        return known._replace(made=frozenset(self.made), moved=self.moved)
+        return known._replace(made=self.made, moved=self.moved)
 
     async def know(self, *, wait: bool) -> None:
         """Learn the repository's id and default branch, anew each minute that it is used."""
@@ -1348,8 +1348,8 @@ async def serve_mcp(repository: Repository, client: Client) -> None:
     if isinstance(verdict, Forward) and is_write and policy.approve:
         asked = {"tool": verdict.tool, "target": deed.target, "arguments": arguments}
         reason = await repository.ask_user(asked)
-        judged = decide(repository.bounds(), message)
-        verdict = Refuse(reason, tool=verdict.tool) if reason else judged
+        refused = Refuse(reason, tool=verdict.tool) if reason else None
+        verdict = refused or decide(repository.bounds(), message)
     if isinstance(verdict, Forward) and not audit.record(deed, "forward"):
         verdict = Refuse(UNRECORDED, UPSTREAM_FAILED, verdict.tool)
     if isinstance(verdict, Refuse):
@@ -1407,7 +1407,7 @@ async def relay_mcp(
                     became = outcome(message)
                     audit.record(deed, *became)
                     if forward.tool == "create_branch" and became[0] == "done":
-                        repository.made.add(f"refs/heads/{deed.target['branch']}")
+                        repository.made |= {f"refs/heads/{deed.target['branch']}"}
                 try:
                     shown = client.shown(repository.bounds(), forward, message)
                     client.answer(200, hide(data if shown is message else dumps(shown)), *headers)
@@ -2378,7 +2378,7 @@ class Upstream:
                 await exchange.begin()
                 stale = exchange.status == 401 and self.token.command and not (renewed or upload)
                 if not stale:
-                    check_status(exchange.status, exchange)
+                    check_status(exchange)
                     return exchange
             except BaseException as error:
                 exchange.abort()
@@ -2467,19 +2467,19 @@ class Upstream:
         repository.defaults = frozenset(names) or repository.defaults
 
 
-def check_status(status: int, exchange: Exchange) -> None:
+def check_status(exchange: Exchange) -> None:
     """UpstreamError for the answers that are between the proxy and the upstream."""
-    if 300 <= status < 400:
+    if 300 <= exchange.status < 400:
         renamed = MOVED_TO(exchange.head.headers.get("location", ""))
         if renamed and exchange.upstream.is_git:
             raise Refusal(RENAMED.format(renamed[1]))
         raise UpstreamError("it redirects elsewhere, which is not followed")
-    if status in (401, 403):
-        raise UpstreamError(f"it does not accept the host's token (HTTP {status})")
-    if status == 429:
+    if exchange.status in (401, 403):
+        raise UpstreamError(f"it does not accept the host's token (HTTP {exchange.status})")
+    if exchange.status == 429:
         raise UpstreamError("its rate limit is reached (HTTP 429): try again in some minutes")
-    if not 200 <= status < 500:
-        raise AnswerLost(f"it answered HTTP {status}")
+    if not 200 <= exchange.status < 500:
+        raise AnswerLost(f"it answered HTTP {exchange.status}")
 
 
 # --- plumbing: what is asked of the upstream ---

@@ -122,6 +122,15 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
 
+    def stop_then_answer(self, pause: float) -> int:
+        """Three times Ctrl-Z, then the line an agent waits for and repeats: its exit status."""
+        for _ in range(3):
+            self.type("\x1a")
+            time.sleep(pause)
+        self.type("words\n")
+        self.expect("got words")
+        return self.wait()
+
     def close(self) -> None:
         if self.master >= 0:
             os.close(self.master)

@@ -157,12 +157,7 @@ class TerminalTest(WorldTest):
         script = "sh:touch up; read -r line; echo got $line; exit 4"
         terminal = self.box.terminal("run", "--", script)
         self.box.wait_for_file("up")
-        for _ in range(3):
-            terminal.type("\x1a")
-            time.sleep(0.3)
-        terminal.type("words\n")
-        terminal.expect("got words")
-        self.assertEqual(terminal.wait(), 4)
+        self.assertEqual(terminal.stop_then_answer(pause=0.3), 4)
         self.assert_nothing_left()
 
     def test_the_last_line_says_how_to_resume_in_a_vm(self) -> None:

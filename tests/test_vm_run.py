@@ -173,9 +173,7 @@ class StatusTest(WorldTest):
             self.assertEqual(self.box.run("shell", "--", "bash", "-c", script).status, 6)
 
     def test_what_is_no_status_is_a_broken_connection(self) -> None:
-        (self.box.bin / "ssh").rename(self.box.bin / "real-ssh")
-        script = f'case "$*" in *launch*) exit 255;; esac\nexec {self.box.bin}/real-ssh "$@"'
-        executable(self.box.bin / "ssh", script)
+        self.break_the_agents_ssh("exit 255")
         write = "mkdir -p ~/.agent-vm; echo ² > ~/.agent-vm/status\n"
         self.box.write(self.box.config / "runtime.sh", write)
         self.assertIn("the connection to the VM broke", self.box.run("run").err)
@@ -185,17 +183,19 @@ class StatusTest(WorldTest):
         self.assertEqual((result.status, result.err), (255, ""))
 
     def test_an_ssh_that_is_killed_is_a_failure_of_ours(self) -> None:
-        (self.box.bin / "ssh").rename(self.box.bin / "real-ssh")
-        script = f'case "$*" in *launch*) kill -9 $$;; esac\nexec {self.box.bin}/real-ssh "$@"'
-        executable(self.box.bin / "ssh", script)
+        self.break_the_agents_ssh("kill -9 $$")
         self.assert_connection_broke(self.box.run("run"))
 
     def test_a_connection_that_breaks_keeps_the_vm(self) -> None:
         """ssh answers 255, as an agent may; only the guest knows whether its agent has ended."""
-        (self.box.bin / "ssh").rename(self.box.bin / "real-ssh")
-        script = f'case "$*" in *launch*) exit 255;; esac\nexec {self.box.bin}/real-ssh "$@"'
-        executable(self.box.bin / "ssh", script)
+        self.break_the_agents_ssh("exit 255")
         self.assert_connection_broke(self.box.run("run"))
+
+    def break_the_agents_ssh(self, how: str) -> None:
+        """The ssh that launches the agent ends so at once; every other works."""
+        (self.box.bin / "ssh").rename(self.box.bin / "real-ssh")
+        script = f'case "$*" in *launch*) {how};; esac\nexec {self.box.bin}/real-ssh "$@"'
+        executable(self.box.bin / "ssh", script)
 
     def assert_connection_broke(self, result: Result) -> None:
         (clone,) = self.box.clones()

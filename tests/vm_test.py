@@ -324,12 +324,7 @@ class VMTest(unittest.TestCase):
         argv = [sys.executable, str(SCRIPT), "shell", "--", "bash", "-c", script]
         terminal = Terminal(argv, {**self.env, "TERM": "xterm"}, project, None)
         wait_for((project / "up").exists, 900, "the agent runs")
-        for _ in range(3):
-            terminal.type("\x1a")
-            time.sleep(1)
-        terminal.type("words\n")
-        terminal.expect("got words")
-        self.assertEqual(terminal.wait(), 4)
+        self.assertEqual(terminal.stop_then_answer(pause=1), 4)
         terminal.close()
         self.assert_nothing_left()
 
