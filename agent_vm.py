@@ -18,7 +18,8 @@ Reads:    ~/.config/agent-vm (config.ini, credential, and setup.sh and runtime.s
 Writes:   ~/.local/state/agent-vm, ~/.config/agent-vm, ~/.local/share/agent-vm (Lima, where setup
           gets it), Lima's home ~/.lima, TMPDIR, __pycache__ of the proxy beside this file; never
           the project
-Reaches:  the guest, by ssh to a port of 127.0.0.1; Lima's release, when setup gets it
+Reaches:  the guest, by ssh to a port of 127.0.0.1; QEMU's QMP socket in Lima's home; Lima's
+          release, when setup gets it
 """
 
 from __future__ import annotations
@@ -57,6 +58,9 @@ OWN_CONNECTION = (
     "-oControlMaster=no -oControlPath=none -oServerAliveInterval=15 -oServerAliveCountMax=4 "
     "-oConnectTimeout=60 -oEscapeChar=none"
 ).split()
+
+GIB = 1 << 30
+LOOK_SECONDS = 5  # between two looks at a VM while its agent works
 
 # A base instance has a name of its own each time it is built; a file says which one is meant.
 is_base = re.compile(r"agent-vm-base(-[a-z0-9-]+)?\.[0-9a-f]{6}").fullmatch
@@ -243,22 +247,20 @@ def unusable_path(path: str) -> str:
     return ""
 
 
-def lima_mounts(mounts: Sequence[Mount], mount_type: str, links: Path) -> list[dict[str, Any]]:
+def lima_mounts(mounts: Sequence[Mount], links: Path) -> list[dict[str, Any]]:
     """The `mounts:` of the clone's YAML; awkward paths go through `links/N` and /mnt/agent-vm/N."""
-    result = []
-    for index, mount in enumerate(mounts):
-        plain = PLAIN_PATH.fullmatch(mount.source.path)
-        entry = {
-            "location": mount.source.path if plain else str(links / str(index)),
+    return [
+        {
+            "location": source if PLAIN_PATH.fullmatch(source) else str(links / str(index)),
             "mountPoint": guest_mount_point(mount, index),
             "writable": mount.writable,
-        }
-        if mount_type == "9p":
             # Lima's default for read-only mounts, fscache, shows old contents for minutes after
             # the host has written a file anew.
-            entry["9p"] = {"cache": "mmap"}
-        result.append(entry)
-    return result
+            "9p": {"cache": "mmap"},
+        }
+        for index, mount in enumerate(mounts)
+        for source in [mount.source.path]
+    ]
 
 
 def guest_mount_point(mount: Mount, index: int) -> str:
@@ -408,7 +410,7 @@ def pipe(command: str, contents: str) -> str:
     return f"base64 -d <<'END' | {command}\n{base64.b64encode(data).decode()}\nEND"
 
 
-def claude_config(plan: Plan, github: GitHub | None = None) -> dict[str, Any]:
+def claude_config(plan: Plan) -> dict[str, Any]:
     """What ~/.claude.json must say so that no wizard or dialog appears (Claude Code 2.1).
 
     Trust in "/" covers what else is mounted, but not a directory with an entry of its own.
@@ -426,9 +428,9 @@ def claude_config(plan: Plan, github: GitHub | None = None) -> dict[str, Any]:
     }
     if credential and credential.name == "ANTHROPIC_API_KEY":
         config["customApiKeyResponses"] = {"approved": [credential.value[-20:]], "rejected": []}
-    if github:
-        headers = {"Authorization": f"Bearer {github.secret}"}
-        server = {"type": "http", "url": f"{github.url}/mcp", "headers": headers}
+    if plan.github:
+        headers = {"Authorization": f"Bearer {plan.github.secret}"}
+        server = {"type": "http", "url": f"{plan.github.url}/mcp", "headers": headers}
         config["mcpServers"] = {"github": server}
     return config
 
@@ -488,11 +490,8 @@ def github_probe(github: GitHub) -> str:
     What carries the probe's secret is judged like the agent's own, but neither passed on nor
     counted. It comes from a file: it must not be in an argv.
     """
-    facts = {
-        "repo": github.repo,
-        "url": github.url,
-        "is_readonly": "yes" if github.readonly else "",
-    }
+    facts = {"repo": github.repo, "url": github.url}
+    facts["is_readonly"] = "yes" if github.readonly else ""
     header = pipe("cat > ~/.agent-vm/probe-header", f"Authorization: Bearer {github.probe_secret}")
     return f"umask 077\n{exports(facts)}{header}\n{PROBE}"
 
@@ -544,18 +543,19 @@ merge() {
 """
 
 
-def prepare_script(plan: Plan, mounts: Sequence[Mount], github: GitHub | None = None) -> str:
+def prepare_script(plan: Plan, mounts: Sequence[Mount]) -> str:
     """The script that makes a booted clone a place to work; it travels on stdin, never in argv."""
-    credential = plan.credential
+    secret = {plan.credential.name: plan.credential.value} if plan.credential else {}
     zone_file = shlex.quote(f"/usr/share/zoneinfo/{plan.zone}")
-    config = claude_config(plan, github)
-    parts = ["set -eu -o pipefail\nmkdir -p ~/.agent-vm ~/.claude/projects"]
-    parts += [mount_line(mount, index) for index, mount in enumerate(mounts)]
-    parts.append("umask 077")  # from here on: not for the folders on the way to a mount
-    parts += [
-        f"git config --global {key} {shlex.quote(value)}"
-        for key, value in plan.git_settings.items()
+    config, settings = claude_config(plan), plan.git_settings.items()
+    binds = "\n".join(mount_line(mount, index) for index, mount in enumerate(mounts))
+    parts = [
+        "set -eu -o pipefail\nmkdir -p ~/.agent-vm ~/.claude/projects",
+        f"cat > ~/.agent-vm/mounts <<'END'\nset -eu\n{binds}\nEND",  # for `start`, too
+        "bash ~/.agent-vm/mounts",
+        "umask 077",  # not for the folders on the way to a mount
     ]
+    parts += [f"git config --global {key} {shlex.quote(value)}" for key, value in settings]
     if plan.zone:
         parts.append(f"[ ! -e {zone_file} ] || sudo ln -sf {zone_file} /etc/localtime")
     parts += [
@@ -563,17 +563,14 @@ def prepare_script(plan: Plan, mounts: Sequence[Mount], github: GitHub | None = 
         pipe("merge ~/.claude.json", json.dumps(config)),
         pipe("merge ~/.claude/settings.json", '{"skipDangerousModePermissionPrompt": true}'),
         pipe("cat > ~/.agent-vm/env", exports(plan.variables)),
-        pipe(
-            "cat > ~/.agent-vm/credential",
-            exports({credential.name: credential.value} if credential else {}),
-        ),
+        pipe("cat > ~/.agent-vm/credential", exports(secret)),
         pipe("cat > ~/.agent-vm/launch", LAUNCH),
         "chmod 700 ~/.agent-vm/launch",
     ]
-    if github:
+    if plan.github:
         parts += [
             "chmod 600 ~/.claude.json",
-            pipe("cat > ~/.agent-vm/gitconfig", guest_git_config(github)),
+            pipe("cat > ~/.agent-vm/gitconfig", guest_git_config(plan.github)),
             "git config --global --add include.path '~/.agent-vm/gitconfig'",
         ]
     if plan.briefing:
@@ -678,10 +675,7 @@ def end_process(process: subprocess.Popen[bytes], group: bool) -> None:
     """Ask a child of ours to end, insist after five seconds."""
     for signum in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            if group:
-                os.killpg(process.pid, signum)
-            else:
-                process.send_signal(signum)
+            os.kill(-process.pid if group else process.pid, signum)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=5)
             return
@@ -754,8 +748,8 @@ def process_start(pid: int) -> str:
         if os.path.exists("/proc/self/stat"):
             return ""
     # macOS; ps would write the time in the caller's zone and language.
-    fixed = {"TZ": "UTC0", "LC_ALL": "C"}
-    return first_line_of("/bin/ps", "-o", "lstart=", "-p", str(pid), env=fixed)
+    zone = {"TZ": "UTC0", "LC_ALL": "C"}
+    return first_line_of("/bin/ps", "-o", "lstart=", "-p", str(pid), env=zone)
 
 
 # --- doors: files ---
@@ -814,12 +808,8 @@ def write_file(path: Path, contents: str) -> None:
         part.replace(path)
 
 
-def remove_file(path: Path) -> None:
-    path.unlink(missing_ok=True)
-
-
-def remove_folder(path: Path) -> None:
-    shutil.rmtree(path)
+def remove_path(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def make_private_folder(path: Path) -> None:
@@ -941,11 +931,8 @@ class Lima:
     def delete(self, name: str) -> None:
         self._run("delete", "-f", name)
 
-    def protect(self, name: str) -> None:
-        self._run("protect", name)
-
-    def unprotect(self, name: str) -> None:
-        self._run("unprotect", name)
+    def protect(self, name: str, verb: str = "protect") -> None:
+        self._run(verb, name)
 
 
 class Guest:
@@ -969,8 +956,34 @@ class Guest:
         """Run argv with our terminal or pipes; its status. ssh joins its arguments: quote them."""
         self.ssh += OWN_CONNECTION  # from now on: the other one may be lost with it
         command = [*self.ssh, "-t" if tty else "-T", self.instance.hostname, shlex.join(argv)]
+        folder, state = self.instance.dir, "running"
         with kept_terminal(tty), child(command, stdin=stdin) as process:
-            return process.wait()
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return process.wait(LOOK_SECONDS)
+                before, state = state, qemu_state(folder)
+                if state not in ("running", before):  # of which ssh knows nothing
+                    end = f"agent-vm rm --force {self.instance.name}, in another terminal"
+                    log.info(f"the VM stands still ({state}); it is ended by: {end}")
+
+
+def qemu_state(folder: Path) -> str:
+    """What a VM does, in QEMU's words; one that stopped as its disk was full goes on with room."""
+    import socket
+
+    path, free = f"{folder}/qmp.sock", shutil.disk_usage(folder).free
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as qmp:
+        qmp.settimeout(2)
+        qmp.connect(path)
+        qmp.sendall(b'{"execute": "qmp_capabilities"}{"execute": "query-status"}')
+        for line in qmp.makefile():
+            said = re.search('"status": "([a-z-]+)"', line)
+            if said and said[1] == "io-error" and free > GIB:
+                qmp.sendall(b'{"execute": "cont"}')
+                qmp.recv(4096)
+            if said:
+                return said[1]
+    return "no answer" if os.path.exists(path) else "running"
 
 
 @contextlib.contextmanager
@@ -1058,23 +1071,17 @@ class Host(NamedTuple):
         return {name: real_place(path) for name, path in places.items()}
 
 
-def remove_instance(host: Host, name: str) -> None:
-    """Delete an instance and what belongs to it; its lease goes last, so a failure is retried."""
-    instance_dir = host.folders.lima_home / name
-    if (instance_dir / "lima.yaml").exists():
-        if is_base(name):
-            host.lima.unprotect(name)
-        host.lima.delete(name)
-    shutil.rmtree(instance_dir, ignore_errors=True)  # a clone that was cut off half-way, say
-    if instance_dir.exists():
-        raise AgentVMError(f"{instance_dir} could not be removed")
-    host.leases.drop(name)
-
-
-def try_remove(host: Host, name: str) -> bool:
-    """A failure must not replace what the command is for; the lease makes the next one retry."""
+def remove_instance(host: Host, name: str) -> bool:
+    """Delete an instance; its lease goes last, so that a failure, which is said, is retried."""
+    folder = host.folders.lima_home / name
     try:
-        remove_instance(host, name)
+        if (folder / "lima.yaml").exists():
+            if is_base(name):
+                host.lima.protect(name, "unprotect")
+            host.lima.delete(name)
+        if folder.is_dir():  # a clone that was cut off half-way, say
+            shutil.rmtree(folder)
+        host.leases.drop(name)
     except (AgentVMError, OSError) as error:
         log.info(f"warning: {name} could not be deleted ({error}); the next command tries again")
         return False
@@ -1173,7 +1180,7 @@ def disposable(host: Host, plan: Plan) -> Iterator[str]:
             reach = f"limactl shell {name}; remove it: agent-vm rm {name}"
             log.info(f"kept {name}; reach it: {reach}")
         else:
-            try_remove(host, name)
+            remove_instance(host, name)
 
 
 def failure_logs(host: Host, name: str) -> str:
@@ -1283,43 +1290,44 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
     # The project's transcripts on the host, where the agent looks for them in the guest.
     sessions = folders.state / "sessions" / session_key(plan.project)
     sessions.mkdir(mode=0o700, exist_ok=True)
-    transcripts = Mount(place_of(sessions), f"{base.home}/.claude/projects", writable=True)
-    mounts = [*plan.mounts, transcripts]
 
     with contextlib.ExitStack() as stack:
         name = stack.enter_context(disposable(host, plan))
-        github = None
+        links = folders.state / "links" / name
+        links.mkdir(mode=0o700)
+        if not plan.mounts[0].writable:  # --readonly: nothing that it writes outlives it
+            with contextlib.suppress(shutil.Error):  # of pipes and the like, left by an agent
+                shutil.copytree(sessions, links / "sessions", symlinks=True)
+            sessions = links / "sessions"
+        mounts = [*plan.mounts, Mount(place_of(sessions), f"{base.home}/.claude/projects", True)]
         if plan.github:
             github = stack.enter_context(github_proxy(host, plan.github, name))
+            plan = plan._replace(github=github)
 
         log.progress(f"starting {name}")
-        links = folders.state / "links" / name
-        planned = lima_mounts(mounts, mount_type, links)
+        planned = lima_mounts(mounts, links)
         for mount, entry in zip(mounts, planned):
             if entry["location"] != mount.source.path:
-                links.mkdir(mode=0o700, exist_ok=True)
                 os.symlink(mount.source.path, entry["location"])
         expression = clone_expression(planned, mount_type, plan.forward)
         lima.clone(base.name, name, expression, *plan.sizes)
         clone = lima.find(name)
         faults = isolation_faults(clone, planned) if clone else ["is not listed by limactl"]
         if clone is None or faults:
-            raise AgentVMError(
-                f"the clone would not be confined: it {'; it '.join(faults)}",
-                hint=f"look into {folders.lima_home}/_config/default.yaml and override.yaml",
-            )
+            problem = f"the clone would not be confined: it {'; it '.join(faults)}"
+            raise AgentVMError(problem, f"look into {folders.lima_home}/_config/default.yaml")
         try:
             lima.start(name)
         except AgentVMError as error:
             raise boot_failure(host, name, error) from error
 
         guest = Guest(clone)
-        prepared = guest.run("bash -s", prepare_script(plan, mounts, github))
+        prepared = guest.run("bash -s", prepare_script(plan, mounts))
         if prepared.status:
             logs = "" if prepared.out else failure_logs(host, name)
             raise AgentVMError("the VM could not be prepared", details=prepared.out + logs)
-        if github:
-            probe = guest.run("bash -s", github_probe(github))
+        if plan.github:
+            probe = guest.run("bash -s", github_probe(plan.github))
             if probe.status:
                 reason = probe.out.strip()
                 raise AgentVMError("the GitHub proxy does not protect this VM", details=reason)
@@ -1364,7 +1372,6 @@ SECRETS = (*CREDENTIALS, GITHUB_TOKEN, "GH_TOKEN", "GITHUB_TOKEN", "GH_ENTERPRIS
 # GitHub takes no repository that is called so: "." and "..", or x.git and x.wiki.
 OWNER_REPO = r"([A-Za-z0-9][A-Za-z0-9_-]*/(?!\.{1,2}/?$)[A-Za-z0-9._-]+?(?<!\.git)(?<!\.wiki))"
 
-GIB = 1 << 30
 LIMA_RELEASE = "2.2.0"
 LIMA_URL = f"https://github.com/lima-vm/lima/releases/download/v{LIMA_RELEASE}"
 
@@ -1408,12 +1415,8 @@ def image_location(word: str) -> str:
 
 
 def yes_or_no(word: str) -> bool:
-    import configparser
-
-    values = configparser.ConfigParser.BOOLEAN_STATES
-    if word.lower() not in values:
-        raise argparse.ArgumentTypeError(f"{word!r} is not yes or no")
-    return values[word.lower()]
+    known = words_like("(?i:yes|true|on|1|no|false|off|0)", "yes or no")
+    return known(word).lower() in ("yes", "true", "on", "1")
 
 
 def yes_no_or_auto(word: str) -> bool | str:
@@ -1518,9 +1521,8 @@ def config_values(path: Path) -> dict[str, str]:
         return {}
     except (OSError, ValueError, KeyError, configparser.Error) as error:
         first_line = str(error).splitlines()[0]
-        raise AgentVMError(
-            f"{path}: {first_line}", "one section [agent-vm], each key once"
-        ) from error
+        hint = "one section [agent-vm], each key once"
+        raise AgentVMError(f"{path}: {first_line}", hint) from error
     unknown = sorted(set(values) - set(SETTINGS))
     if unknown:
         raise AgentVMError(f"{path}: unknown key {unknown[0]!r}", "keys: " + " ".join(SETTINGS))
@@ -1549,11 +1551,13 @@ def folders_of(environ: Mapping[str, str]) -> Folders:
 
 
 def open_host(
-    args: argparse.Namespace, need_lima: bool = True, collect: bool = False
+    args: argparse.Namespace, need_lima: bool = True, collect: bool = False, given: bool = True
 ) -> tuple[Host, Settings]:
+    """`given`: the settings of the environment and of config.ini count."""
     folders = folders_of(os.environ)
-    settings = Settings(vars(args), os.environ, config_values(folders.config / "config.ini"))
-    for name in os.environ:
+    config = config_values(folders.config / "config.ini") if given else {}
+    settings = Settings(vars(args), os.environ if given else {}, config)
+    for name in settings.environ:
         if name.startswith("AGENT_VM_") and name[9:].lower().replace("_", "-") not in SETTINGS:
             raise AgentVMError(f"{name} is not a setting", "settings: " + " ".join(SETTINGS))
     os.environ["PATH"] = safe_search_path(os.environ.get("PATH", os.defpath), folders.state)
@@ -1640,7 +1644,7 @@ def collect_garbage(host: Host, wait: bool = False) -> list[str]:
     with file_lock(host.folders.state / "gc.lock", wait) as free:
         for path in host.folders.state.glob("*/.*"):
             if changed(path) < time.time() - 86400:  # a file that a kill -9 left half written
-                remove_file(path)
+                remove_path(path)
         roles = base_roles(host.folders)
         for lease in host.leases.orphans() if free else ():
             if lease.name in roles:  # its setup died right after it had become a base instance
@@ -1651,13 +1655,13 @@ def collect_garbage(host: Host, wait: bool = False) -> list[str]:
                 log.info(f"{lease.name}: its limactl may be about to make it; again later")
                 continue
             with signals.held():
-                gone = try_remove(host, lease.name)
+                gone = remove_instance(host, lease.name)
             if gone and existed:
                 log.info(f"removed {lease.name}: its run ended without cleaning up")
                 removed.append(lease.name)
     for folder in ("logs", "audit"):  # of the newest hundred some may be in use
         for path in sorted((host.folders.state / folder).glob("agent-vm-*"), key=changed)[:-100]:
-            remove_file(path)
+            remove_path(path)
     return removed
 
 
@@ -2085,7 +2089,7 @@ def build_base(host: Host, settings: Settings, args: argparse.Namespace) -> None
     finally:
         with signals.held():
             for unused in {instance, oldest} - {"", *base_roles(host.folders)}:
-                try_remove(host, unused)
+                remove_instance(host, unused)
     log.step(f"{name} is ready" + ("; setup --rollback goes back" if current else ""))
     if not find_credential(host):
         log.info("no credential yet: `claude setup-token` makes one, `agent-vm auth set` stores it")
@@ -2163,7 +2167,7 @@ def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int
         briefing=GITHUB_BRIEFING.format(repo=github.repo) if github else "",
     )
     status = run(host, base, plan)
-    if agent and os.isatty(0) and os.isatty(2):
+    if agent and not readonly and os.isatty(0) and os.isatty(2):
         # Claude Code has just said another command, which would run it on the host.
         transcripts = (host.folders.state / "sessions" / session_key(project)).glob("*/*.jsonl")
         with contextlib.suppress(OSError):  # an agent may have put anything there
@@ -2233,6 +2237,27 @@ def refuse_in_use(host: Host, name: str, verb: str, force: bool) -> None:
             raise AgentVMError(problem, hint=f"end that run, or: agent-vm {verb} --force {name}")
 
 
+def cmd_start(args: argparse.Namespace) -> int:
+    """Start a kept VM again, with the folders that it had."""
+    host, _ = open_host(args)
+    instance = instance_named(host, args.instance)
+    if is_base(instance.name):
+        raise AgentVMError(f"{instance.name} is a base instance: it is cloned", "agent-vm shell")
+    refuse_in_use(host, instance.name, "stop", False)
+    state = f"{host.folders.state}/"  # no agent can write there
+    for location, _ in instance.mounts:
+        is_ours = location.startswith(state)
+        source = os.readlink(location) if is_ours and os.path.islink(location) else location
+        if os.path.realpath(source) != source and not source.startswith(state):
+            raise AgentVMError(f"{source} leads elsewhere now", f"agent-vm rm {instance.name}")
+    host.lima.start(instance.name)
+    bound = Guest(instance).run("bash ~/.agent-vm/mounts")
+    if bound.status:
+        raise AgentVMError("its folders could not be mounted", details=bound.out)
+    log.info(f"reach it: limactl shell {instance.name}")
+    return 0
+
+
 def cmd_stop(args: argparse.Namespace) -> int:
     host, _ = open_host(args)
     instance = instance_named(host, args.instance)
@@ -2246,27 +2271,28 @@ def cmd_rm(args: argparse.Namespace) -> int:
     host, _ = open_host(args)
     instance = instance_named(host, args.instance)
     if is_base(instance.name) and not args.force:
-        raise AgentVMError(
-            f"{instance.name} is a base instance", f"agent-vm rm --force {args.instance}"
-        )
+        problem = f"{instance.name} is a base instance"
+        raise AgentVMError(problem, f"agent-vm rm --force {args.instance}")
     refuse_in_use(host, instance.name, "rm", args.force)
+    # First: whatever becomes of the deletion, the next command goes on with it.
+    host.leases.take(instance.name)
     with file_lock(host.folders.state / "bases.lock"):
         name = instance.name.partition(".")[0]
         names = read_base(host.folders, name)
         if instance.name in names:
-            # First: the name must not mean what is no more, whatever becomes of the deletion.
-            host.leases.take(instance.name)
             current, previous = ("" if one == instance.name else one for one in names)
             write_base(host.folders, name, current, previous)
-    remove_instance(host, instance.name)
-    return 0
+    return 0 if remove_instance(host, instance.name) else 1
 
 
 def cmd_gc(args: argparse.Namespace) -> int:
     host, _ = open_host(args)
     orphans = [lease.name for lease in host.leases.orphans()]
-    for name in orphans if args.dry_run else collect_garbage(host, wait=True):
+    found = orphans if args.dry_run else collect_garbage(host, wait=True)
+    for name in found:
         print(name)
+    if not found:
+        log.info("there is nothing to remove")
     return 1 if host.leases.orphans() and not args.dry_run else 0
 
 
@@ -2291,8 +2317,8 @@ def cmd_forget(args: argparse.Namespace) -> int:
         raise AgentVMError("nothing is kept of this directory", "cd to where the agent was run")
     if any(lease.project == project for lease in host.leases.all() if not lease.keep):
         raise AgentVMError("an agent works on this project", "end that run first")
-    remove_folder(host.folders.state / "sessions" / key)
-    remove_file(host.folders.state / "github" / key)
+    remove_path(host.folders.state / "sessions" / key)
+    remove_path(host.folders.state / "github" / key)
     return 0
 
 
@@ -2307,7 +2333,7 @@ def cmd_auth(args: argparse.Namespace) -> int:
         log.info(f"stored as {name} in {path}")
         return 0
     if args.action == "clear":
-        remove_file(path)
+        remove_path(path)
         return 0
     credential = find_credential(host)
     known = f"{credential.name} from {credential.origin}; it enters the guest" if credential else ""
@@ -2349,13 +2375,19 @@ def recognised_credential(words: str) -> tuple[str, str]:
 
 
 def cmd_doctor(args: argparse.Namespace) -> int:
-    host, settings = open_host(args, need_lima=False)
+    broken: AgentVMError | None = None
+    try:
+        host, settings = open_host(args, need_lima=False)
+        list(map(settings.find, SETTINGS))
+    except AgentVMError as error:
+        host, settings = open_host(args, need_lima=False, given=False)
+        broken = error
     failed = False
-    for name, look in looks(host, settings).items():
+    for name, look in looks(host, settings, broken).items():
         try:
             level, message, fix = "ok", look(), ""
         except AgentVMError as error:
-            needed = name in ("host", "lima", "base instance")
+            needed = name != "leftovers"
             level, message, fix = "fail" if needed else "warn", str(error), error.hint
         failed = failed or level == "fail"
         if args.json:
@@ -2373,8 +2405,15 @@ def cmd_doctor(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def looks(host: Host, settings: Settings) -> dict[str, Callable[[], str]]:
+def looks(
+    host: Host, settings: Settings, broken: AgentVMError | None
+) -> dict[str, Callable[[], str]]:
     """What doctor looks at: each says what is well, or raises what is not and what mends it."""
+
+    def all_settings() -> str:
+        if broken:
+            raise broken
+        return " ".join(filter(settings.chosen, SETTINGS)) or "none"
 
     def ready_host() -> str:
         for problem, fix in setup_problems(host, settings):
@@ -2388,9 +2427,6 @@ def looks(host: Host, settings: Settings) -> dict[str, Callable[[], str]]:
         printed = first_line_of(host.lima.binary, "--version") or "no version"
         return f"{printable(printed[:80])} ({host.lima.binary})"
 
-    def base_instance() -> str:
-        return usable_base(host, base_name(settings)).name
-
     def leftovers() -> str:
         leases = {lease.name for lease in host.leases.all()}
         for path in sorted(host.folders.lima_home.glob("agent-vm-*")):
@@ -2401,9 +2437,10 @@ def looks(host: Host, settings: Settings) -> dict[str, Callable[[], str]]:
         return "none"
 
     return {
+        "settings": all_settings,
         "host": ready_host,
         "lima": lima,
-        "base instance": base_instance,
+        "base instance": lambda: usable_base(host, base_name(settings)).name,
         "leftovers": leftovers,
     }
 
@@ -2512,10 +2549,10 @@ def build_parser() -> argparse.ArgumentParser:
         flag(sub, "--keep", "keep the VM afterwards")
         flag(sub, "--force-mount", "mount a directory that is refused otherwise")
         flag(sub, "--yes", "set up without asking when there is no base instance")
-        sub.add_argument(
-            "command", nargs=argparse.REMAINDER, metavar="[--] ARG", help="passed on untouched"
-        )
+        words = sub.add_argument("command", nargs=argparse.REMAINDER, help="passed on untouched")
+        words.metavar = "[--] ARG"
     flag(verb(cmd_list, "list base instances and clones"), "--json", "one JSON object a line")
+    verb(cmd_start, "start a kept VM again").add_argument("instance")
     for sub in (verb(cmd_stop, "stop an instance"), verb(cmd_rm, "delete an instance")):
         sub.add_argument("instance")
         flag(sub, "--force", "also one in use, or a base instance")

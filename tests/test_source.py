@@ -30,7 +30,7 @@ PARAGRAPHS = ("Starts", "Reads", "Writes", "Reaches")
 
 # Lines: of the whole file, without the copy of lima/, and of what stands above the banner.
 BUDGETS = {
-    "agent_vm.py": (2600, 1350),
+    "agent_vm.py": (2640, 1360),
     "github_mcp_proxy.py": (2800, 1600),
     "github_app_token.py": (1550, 1000),
 }
@@ -865,8 +865,8 @@ class RuleTest(unittest.TestCase):
 
     def test_budgets(self) -> None:
         long = "\n" * 1400 + BANNER + "\n" * 1300
-        self.assert_finds(total_lines, BANNER, long, "at most 2600")
-        self.assert_finds(must_read_lines, BANNER, long, "at most 1350")
+        self.assert_finds(total_lines, BANNER, long, "at most 2640")
+        self.assert_finds(must_read_lines, BANNER, long, "at most 1360")
         copy = f"{GENERATED} by make\n" + "X = 1\n" * 3000
         self.assertEqual(self.found(total_lines, "if __name__", f"{copy}\nif __name__"), "")
 

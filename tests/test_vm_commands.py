@@ -128,6 +128,12 @@ class InstanceTest(WorldTest):
         self.assertEqual(self.box.run("setup", "--rollback").status, 0)
         self.assertEqual(self.box.run("run").status, 0)
 
+    def test_gc_says_that_there_is_nothing(self) -> None:
+        for words in (["gc"], ["gc", "--dry-run"]):
+            result = self.box.run(*words)
+            self.assertEqual((result.status, result.out), (0, ""))
+            self.assertIn("nothing to remove", result.err)
+
     def test_stop_of_what_cannot_be_stopped_fails(self) -> None:
         (self.box.lima / CLONE).mkdir()
         self.assert_refused(self.box.run("stop", CLONE), "limactl stop failed", status=1)
@@ -297,6 +303,19 @@ class DoctorTest(WorldTest):
         shutil.rmtree(self.box.lima / BASE)
         self.assert_found("base instance", "fail", "agent-vm setup")
         self.assertEqual(self.box.run("doctor").status, 1)
+
+    def test_broken_settings_do_not_end_it(self) -> None:
+        for text, env, word in (
+            ("[agent-vm]\nmemory = 1\nmemory = 2\n", {}, "each key once"),
+            ("[agent-vm]\nmemory = much\n", {}, "memory"),
+            ("[agent-vm]\ntimeout = long\n", {}, "timeout"),
+            ("", {"AGENT_VM_READ_ONLY": "1"}, "AGENT_VM_READ_ONLY is not a setting"),
+        ):
+            with self.subTest(text=text, env=env):
+                self.box.write(self.box.config / "config.ini", text or "[agent-vm]\n")
+                self.assert_found("settings", "fail", word, **env)
+                self.assertEqual(self.checks(**env)["base instance"]["level"], "ok")
+                self.assertEqual(self.box.run("doctor", "-v", **env).status, 1)
 
     def test_a_base_instance_that_runs(self) -> None:
         (self.box.lima / BASE / "ha.pid").touch()

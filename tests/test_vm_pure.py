@@ -332,20 +332,16 @@ class MountTest(TableTest):
         ]
         for planned, location, point in rows:
             with self.subTest(mount=planned):
-                (entry,) = agent_vm.lima_mounts([planned], "9p", links)
+                (entry,) = agent_vm.lima_mounts([planned], links)
                 expected = {
                     "location": location, "mountPoint": point, "writable": planned.writable,
                     "9p": {"cache": "mmap"},
                 }  # fmt: skip
                 self.assertEqual(entry, expected)
 
-    def test_9ps_cache_is_told_to_9p_alone(self) -> None:
-        (entry,) = agent_vm.lima_mounts([mount("/p", "/p")], "virtiofs", Path("/l"))
-        self.assertNotIn("9p", entry)
-
     def test_each_awkward_mount_has_a_link_of_its_own(self) -> None:
         mounts = [mount("/a b", "/a b"), mount("/c d", "/c d")]
-        plans = agent_vm.lima_mounts(mounts, "9p", Path("/l"))
+        plans = agent_vm.lima_mounts(mounts, Path("/l"))
         self.assertEqual([plan["location"] for plan in plans], ["/l/0", "/l/1"])
 
 

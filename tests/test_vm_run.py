@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import unittest
 from pathlib import Path
@@ -291,6 +293,16 @@ class OptionTest(WorldTest):
         assert isinstance(mounts, list)
         self.assertEqual([mount["writable"] for mount in mounts], [False, True])
 
+    def test_a_read_only_run_works_on_a_copy_of_the_transcripts(self) -> None:
+        kept = self.box.state / "sessions" / agent_vm.session_key(str(self.box.project))
+        note = self.box.write(kept / "x/memory.md", "as it was\n")
+        os.mkfifo(kept / "x/pipe")  # an agent may have left one
+        plant = "sh:cat ~/.claude/projects/x/memory.md; echo mine > ~/.claude/projects/x/memory.md"
+        result = self.box.run("run", "--readonly", "--", plant)
+        self.assertEqual((result.status, result.out), (0, "as it was\n"), result.err)
+        self.assertEqual(note.read_text(), "as it was\n")
+        self.assert_nothing_left()
+
     def test_a_read_only_mount_shows_what_the_host_writes(self) -> None:
         # Lima's default for these, 9p's fscache, goes on showing the old contents for minutes.
         more = self.box.root / "more"
@@ -331,6 +343,67 @@ class OptionTest(WorldTest):
         self.assertEqual(self.box.clones(), [clone])
         self.assertEqual(self.box.run("rm", clone).status, 0)
         self.assert_nothing_left()
+
+    def test_a_kept_vm_is_started_again_with_its_folders_and_its_age(self) -> None:
+        odd = self.box.home / "a b"
+        odd.mkdir()
+        self.box.run("run", "--keep", "--", "sh:true", cwd=odd)
+        (clone,) = self.box.clones()
+        lease = self.box.state / f"leases/{clone}.json"
+        before = lease.read_text()
+        self.assertEqual(self.box.run("stop", clone).status, 0)
+        (self.box.root / "tool-calls").unlink()
+        result = self.box.run("start", clone)
+        self.assertEqual(result.status, 0, result.err)
+        self.assertIn(f"limactl shell {clone}", result.err)
+        self.assertTrue((self.box.lima / clone / "ha.pid").exists())
+        self.assertIn(f"mount --bind {self.box.lima / clone}/mnt/0 {odd}", self.bound())
+        self.assertEqual(lease.read_text(), before)
+
+    def bound(self) -> str:
+        return "\n".join(self.box.tool_calls()).replace("'", "")
+
+    def test_a_kept_vm_whose_folder_is_a_link_now_is_not_started(self) -> None:
+        project = self.box.home / "p"
+        project.mkdir()
+        self.box.run("run", "--keep", "--", "sh:true", cwd=project)
+        (clone,) = self.box.clones()
+        self.box.run("stop", clone)
+        project.rmdir()
+        project.symlink_to(self.box.home)
+        self.assert_refused(self.box.run("start", clone), f"{project} leads elsewhere", status=1)
+        self.assertFalse((self.box.lima / clone / "ha.pid").exists())
+
+    def test_base_instances_and_vms_in_use_are_not_started(self) -> None:
+        self.assert_refused(self.box.run("start", BASE), "is a base instance", status=1)
+        self.box.make_instance("agent-vm-a-aaaaaa")
+        start = agent_vm.process_start(os.getpid())
+        self.box.make_lease(
+            "agent-vm-a-aaaaaa", pid=os.getpid(), start=start, boot_id=agent_vm.boot_id()
+        )
+        refused = self.box.run("start", "agent-vm-a-aaaaaa")
+        self.assert_refused(refused, "in use by process", status=1)
+
+    def test_a_vm_that_stands_still_is_said_with_the_way_out(self) -> None:
+        agent = "sh:echo x > began; while [ ! -e end ]; do sleep 0.1; done"
+        run = self.box.start("run", "--", agent)
+        self.box.wait_for_file("began")
+        (clone,) = self.box.clones()
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as server:
+            server.bind(str(self.box.lima / clone / "qmp.sock"))
+            server.listen()
+            server.settimeout(quick.PATIENCE)
+            peer, _ = server.accept()
+            with peer, peer.makefile("rw") as qmp:
+                qmp.write('{"QMP": {}}\n{"return": {}}\n{"event": "STOP"}\n')
+                qmp.write('{"return": {"running": false, "status": "paused"}}\n')
+                qmp.flush()
+                self.assertIn('"query-status"', peer.recv(4096).decode())
+        self.box.write(self.box.project / "end", "")
+        result = self.box.finish(run)
+        self.assertEqual(result.status, 0)
+        self.assertIn("stands still (paused)", result.err)
+        self.assertIn(f"agent-vm rm --force {clone}, in another terminal", result.err)
 
     def test_keep_of_a_vm_that_did_not_start_keeps_nothing(self) -> None:
         self.assert_refused(self.box.run("run", "--keep", FAKE_LIMA_FAIL="start"), "start failed")
