@@ -45,6 +45,7 @@ from typing import NamedTuple
 from typing import NoReturn
 from typing import Union
 from urllib.parse import SplitResult
+from urllib.parse import unquote
 from urllib.parse import urlsplit
 
 __version__ = "0.1.0"
@@ -156,6 +157,7 @@ class Bounds(NamedTuple):
     policy: Policy
     writes: int = 0  # in the last hour
     defaults: frozenset[str] = frozenset()  # the default branch, as the upstream tells it
+    is_asked: bool = True  # whether it could tell
     tags: frozenset[str] = frozenset()  # where git tells them
     made: frozenset[str] = frozenset()  # refs that were created here
     moved: str = ""  # why nothing passes: the repository has another name now, or its name another
@@ -254,7 +256,7 @@ JOINERS = "\u200c\u200d"  # of Persian, and of emoji
 MARKS = JOINERS + "\u061c\u200b\u200e\u200f\u2060\ufeff"  # and of others; no override
 # What GitHub's tokens look like.
 TOKEN_LIKE = re.compile(r"g(?:h[pousr]_|hs-|ithub_pat_)[A-Za-z0-9._-]{30,}")
-DIGITS = re.compile("[0-9]{1,16}", re.ASCII).fullmatch
+DIGITS = re.compile(r"([0-9]{1,16})(\.0+)?", re.ASCII).fullmatch
 # What git check-ref-format forbids, and what shells and workflows would run.
 NO_BRANCH = re.compile(
     r'[\x00-\x20\x7f~^:?*\[\\"`;$<>|{}]|\.\.|@\{|\.lock(/|$)|\.(/|$)|(^|/)([./-]|$)|^@$'
@@ -295,13 +297,15 @@ def insist(condition: object, sentence: str) -> None:
 
 def as_integer(value: Json) -> Json:
     """Models send 5.0, and "5"; what is sent on is the integer."""
-    is_text = isinstance(value, str) and DIGITS(value)
-    return int(value) if is_text or (type(value) is float and value.is_integer()) else value
+    match = DIGITS(value) if isinstance(value, str) else None
+    is_whole = type(value) is float and value.is_integer()
+    return int(match[1]) if match else int(value) if is_whole else value
 
 
 def as_flag(value: Json) -> Json:
     """Models send flags as text, too."""
-    return value == "true" if value in ("true", "false") else value
+    word = value.lower() if isinstance(value, str) else ""
+    return word == "true" if word in ("true", "false") else value
 
 
 def simple(
@@ -328,11 +332,8 @@ def free_text(limit: int) -> Rule:
 
 
 def integer(low: int, high: int) -> Rule:
-    return simple(
-        f"an integer from {low} to {high}",
-        lambda value: type(value) is int and low <= value <= high,
-        as_integer,
-    )
+    what = f"an integer from {low} to {high}"
+    return simple(what, lambda value: type(value) is int and low <= value <= high, as_integer)
 
 
 def only(constant: bool) -> Rule:
@@ -381,11 +382,11 @@ def record(required: str = "", **rules: Rule) -> Rule:
 
 
 def is_left_out(rule: Rule, value: Json, bounds: Bounds) -> bool:
-    """Whether nothing is meant by the value of an optional parameter: models send null, "" and [].
+    """Whether nothing is meant by the value of an optional parameter: null, "", [] or 0.
 
     Where that is a value of its own (labels: [] takes all labels off) the rule takes it.
     """
-    if value not in (None, "", []):
+    if as_integer(value) not in (None, "", [], 0):
         return False
     try:
         rule.check(value, bounds)
@@ -406,6 +407,12 @@ def check_ref(value: Json, _bounds: Bounds, forbidden: re.Pattern[str] = REF_FOR
     return value
 
 
+def check_head(value: Json, bounds: Bounds) -> Json:
+    """A branch, also as OWNER:BRANCH with the one owner."""
+    ours = re.escape(bounds.scope.owner) + ":"
+    return check_ref(re.sub(f"^(?i:{ours})", "", value) if isinstance(value, str) else "", bounds)
+
+
 def fold(name: str) -> str:
     """As file systems see it that know no case, and no joiners."""
     return re.sub(f"[{JOINERS}]", "", unicodedata.normalize("NFC", name)).casefold()
@@ -422,7 +429,7 @@ def check_branch(value: Json, bounds: Bounds, forbidden: re.Pattern[str] = REF_F
     if "default-branch" not in policy.allow:
         # What the policy names is protected besides: it may be wrong, or of another day.
         defaults = bounds.defaults | {policy.default_branch} - {""}
-        insist(defaults, UNTOLD)
+        insist(bounds.is_asked and defaults, UNTOLD)
         is_default = name in {fold(default) for default in defaults}
         insist(not is_default, f"{value} is the default branch: {OTHER_BRANCH}")
     matches = any(glob_match(glob, name) for glob in policy.branches)
@@ -435,6 +442,8 @@ def check_file(value: Json, _bounds: Bounds) -> Json:
     """A path; slashes around it are taken off, so "/" is the root."""
     path: str = value.strip("/") if is_plain(value, 4096, JOINERS) else ".."
     insist(not path or not FILE_FORBIDDEN.search(path), f"it has to be {FILE}")
+    marks = "" if path.isascii() else "".join("-m"[unicodedata.combining(c) > 0] for c in path)
+    insist("m" * 31 not in marks, f"it has to be {FILE}")  # to sort so many takes long
     return path
 
 
@@ -477,29 +486,27 @@ QUALIFIERS = frozenset(
     """
     is type state reason label author assignee mentions commenter involves in linked milestone
     created updated closed merged comments interactions reactions draft review reviewed-by
-    review-requested head base status no sort archived sha
-    language path filename extension size symbol content
+    review-requested user-review-requested head base status no sort archived sha language path
+    filename extension size symbol content
     committer author-name author-email committer-name committer-email author-date committer-date
     merge hash parent tree
     """.split()
 )
 SCOPES = "repo|repository|org|organization|user|owner|enterprise|saved|team|project"
 SCOPE_IN_TEXT = re.compile(rf"(?:{SCOPES})\s*:")
-QUERY_FORBIDDEN = re.compile(r"[()\\|;{}\[\]`^]")
-QUERY_TOKEN = re.compile(
-    r" *(-(?!-))?(?:([A-Za-z][A-Za-z-]*):(?!:))?"
-    r'((?:[^\s",]+,)*"[^"]*"(?:,(?:"[^"]*"|[^\s",]+))*|[^\s"]+)(?= |$)'
-)
-QUERY_DATE = re.compile(r"[<>=.*\d:TZ+-]+")
+FOREIGN_NAME = re.compile(rf"{SCOPES}|forks?|topics?|stars|followers|visibility|license").fullmatch
+# -name:value, -"a phrase", a word; or a quotation mark that has no other.
+QUERY_TOKEN = re.compile(r'(-?)(?:([A-Za-z][A-Za-z-]*):((?:"[^"]*"|[^\s"])+)|"([^"]*)")|[^\s"]+|"')
+# What a search of text takes for a blank, and its grammar may not.
+SIGNS = re.compile(r"[()\[\]{}\\|;:,`^&]")
+VALUE_FORBIDDEN = re.compile(r"[()\\|;{}`^]|\[(?!bot\])|(?<!\[bot)\]")
+VALUE_LIST = re.compile(r'(?:[^\s",]+|"[^"]*")(?:,(?:[^\s",]+|"[^"]*"))*').fullmatch
+QUERY_DATE = re.compile(r"[<>=.*\d:TZ+-]+").fullmatch
 QUOTED = re.compile('"[^"]*"')
-# What a search of text takes for a blank, and its grammar may not: in foo(), feat(ui):, a::b, --all
-# and of a phrase all of it.
-WORD_SIGNS = re.compile(r"(?<=\w)\(([\w.,*]*)\)(?!\w)|::|:$|^-+|^[&+/]$")
-PHRASE_SIGNS = re.compile(r'[()\\|;{}\[\]`^]|(?<![^\s"])[/,:;&+-]+')
 # AND and NOT take away from what repo: has found, OR alone adds to it. In a phrase, of which
 # github.com takes the quotes off, it makes two that must both be there.
-WIDENING = re.compile(r"(?<!\w)(?<!\w-)or(?!\w|-\w)")  # but not this-or-that
-OR_IN_PHRASE = re.compile(r'(?<=[^" ]) or (?=[^" ])', re.IGNORECASE)
+WIDENING = re.compile(r"(?<!\w)(?<!\w-)or(?!\w|-\w)", re.IGNORECASE)  # but not this-or-that
+OR_IN_PHRASE = re.compile(r"(?<=[^ ]) or (?=[^ ])", re.IGNORECASE)
 IS_VALUES = frozenset("open closed issue pr merged unmerged draft queued locked unlocked".split())
 SEARCHED = "it has to be a search text of up to 256 visible characters"
 
@@ -511,48 +518,61 @@ def narrow_query(query: Json, bounds: Bounds) -> str:
     it parses, so quoted text is held to the same rules. The hits are checked as well: this layer
     stops queries from being oracles, that one holds if the grammar changes.
     """
+    # As it looks: full-width signs are signs, and line ends are blanks.
+    words = query.split() if isinstance(query, str) else ["\0"]
+    query = unicodedata.normalize("NFKC", " ".join(words))
     insist(is_plain(query, 256, JOINERS), SEARCHED)
     narrowed = " ".join(query_tokens(bounds.scope, query))
-    # How two readers could see two queries: by what is not seen, or only looks like a letter.
-    normal = unicodedata.normalize("NFKC", "".join(c for c in narrowed if c not in JOINERS))
-    insist(" ".join(query_tokens(bounds.scope, normal)) == normal, SEARCHED)
+    # How two readers could see two queries: by what is not seen.
+    seen = "".join(c for c in narrowed if c not in JOINERS)
+    insist(" ".join(query_tokens(bounds.scope, seen)) == seen, SEARCHED)
     return f"repo:{bounds.scope} {narrowed}".rstrip()
 
 
-def query_tokens(scope: Scope, query: str) -> list[str]:
-    kept, position, query = [], 0, query.rstrip(" ")
-    while position < len(query):
-        match = QUERY_TOKEN.match(query, position)
-        if not match:
-            raise Refusal('put quotes around a whole word or phrase only, or after "name:"')
-        position = match.end()
-        minus, name, given = match[1] or "", (match[2] or "").lower(), match[3]
-        value = given
-        if name == "repo" and not minus:
-            insist(scope.is_named(value), f"only repo:{scope} is searched, and that is added here")
-            continue
-        insist(not name or name in QUALIFIERS, f"without the qualifier {name}:, or in quotes")
-        if not name and '"' in value:
-            words = PHRASE_SIGNS.sub(" ", value.replace('"', " ")).split()
-            value = OR_IN_PHRASE.sub(" or " if minus else '" "', f'"{" ".join(words)}"')
-        elif not name and not minus:
-            value = WORD_SIGNS.sub(r" \1", value).strip()
-            if not value:
-                continue
-        text = re.sub(r'"?,"|",|"', " ", value).casefold()
-        found = QUERY_FORBIDDEN.search(value)
-        insist(not found, f"searches here go without {found and found[0]} outside of a phrase")
-        starts = {word[0] for word in text.split()} or {":"}
-        insist(not starts & set("/,:;&+-"), "no word here begins with / , : ; & + or -")
-        insist(not WIDENING.search(text), "searches here go without the word or, but for a phrase")
-        scoped = SCOPE_IN_TEXT.search(f"{given.casefold()} {text}")
-        insist(not scoped, "searches here name no scope with a colon")
-        bare = QUOTED.sub("", value)
-        dated = name and QUERY_DATE.fullmatch(bare)
-        insist(":" not in bare or dated, f"put {quoted(bare)} in quotes, or leave the colon out")
-        insist(name != "is" or value.lower() in IS_VALUES, "is: goes with a state only")
-        kept.append(f"{minus}{match[2]}:{value}" if name else minus + value)
-    return kept
+def query_tokens(scope: Scope, query: str) -> Iterator[str]:
+    for match in QUERY_TOKEN.finditer(query):
+        minus, name, value, phrase = match.groups()
+        known = (name or "").lower()
+        ours = known == "repo" and not minus and scope.is_named(value.replace('"', ""))
+        insist(
+            ours or not FOREIGN_NAME(known), f"only repo:{scope} is searched; leave {known}: out"
+        )
+        if known in QUALIFIERS:
+            yield f"{minus}{name}:{qualifier_value(known, value)}"
+        elif not ours:
+            yield from text_tokens(match[0], phrase)
+
+
+def qualifier_value(name: str, value: str) -> str:
+    if not VALUE_LIST(value) or (":" in QUOTED.sub("", value) and not QUERY_DATE(value)):
+        value = '"' + value.replace('"', "") + '"'
+    text = re.sub(r'"?,"|",|"', " ", value)
+    found = VALUE_FORBIDDEN.search(value)
+    insist(not found, f"{name}: goes without {found and found[0]}")
+    starts = {word[0] for word in text.split()} or {":"}
+    insist(not starts & set("/,:;&+-"), f"no word of {name}: begins with / , : ; & + or -")
+    check_words(text)
+    insist(name != "is" or value.lower() in IS_VALUES, "is: goes with a state only")
+    return value
+
+
+def text_tokens(text: str, phrase: str | None) -> Iterator[str]:
+    """The words, or the phrases, of what is searched for; signs are blanks."""
+    words = [word.lstrip("-+/") for word in SIGNS.sub(" ", text.replace('"', " ")).split()]
+    minus = "-" if re.match(r'-["\w]', text) else ""
+    cleaned = " ".join(filter(None, words))
+    if phrase and cleaned:
+        parts = [cleaned] if minus else OR_IN_PHRASE.split(cleaned)
+        cleaned = '"' + '" "'.join(parts) + '"'
+    check_words(cleaned, given=text)
+    if cleaned:
+        yield minus + cleaned
+
+
+def check_words(text: str, given: str = "") -> None:
+    insist(not WIDENING.search(text), "searches here go without the word or, but for a phrase")
+    scoped = SCOPE_IN_TEXT.search(f"{given} {text}".casefold())
+    insist(not scoped, "searches here name no scope with a colon")
 
 
 # --- pure: the tables of what passes ---
@@ -574,6 +594,7 @@ FIELD = record("field_name", field_name=LINE, field_option_name=LINE, value=ANY_
 # The rules by the names that the tables below use.
 RULES: dict[str, Rule] = {
     "always": only(True),
+    "author": pattern("a user name or an e-mail address, or a name", r"[\w.+@\[\]' -]{1,100}"),
     "body": free_text(65_536),  # GitHub's limit
     "branch": Rule("a branch that may be written", check_branch),
     "color": pattern("six hex digits", r"#?[0-9a-fA-F]{6}"),
@@ -585,6 +606,7 @@ RULES: dict[str, Rule] = {
     "files": list_of(record("path content", path=WRITTEN, content=CONTENT)),
     "filters": list_of(record("field_name value", field_name=LINE, value=LINE)),
     "flag": FLAG,
+    "head": Rule(REF, check_head),
     "head_filter": pattern("branch or user:branch", HEAD_FILTER),
     "id": integer(1, 2**53),
     "issue_fields": list_of(FIELD),
@@ -593,6 +615,7 @@ RULES: dict[str, Rule] = {
     "labels": list_of(LINE),
     "line": LINE,
     "never": only(False),
+    "nothing": Rule("an object", lambda _value, _bounds: {}, constant=({},)),
     "number": integer(1, 2**31 - 1),
     "page": integer(1, 100_000),
     "path": Rule(FILE, check_file),
@@ -604,6 +627,7 @@ RULES: dict[str, Rule] = {
     "runs_filter": record(actor=WHO, branch=COMMITISH, event=SEGMENT, status=SEGMENT),
     "segment": SEGMENT,
     "sha": pattern("a commit or object id, 7 to 64 hex digits", r"[0-9a-fA-F]{7,64}"),
+    "title": simple(LINE.what, lambda it: it and is_plain(it, 256, MARKS)),
     "type": simple("a line or null", lambda value: value is None or is_plain(value, 256)),
     "who": WHO,
     "written": WRITTEN,
@@ -646,7 +670,7 @@ GROUPS = {
 # these; a line that begins with blanks goes on.
 TABLE = """
 get_file_contents          read     -  path:path ref:ref sha:sha fields:fields
-list_commits               read     -  author:who path:path sha:ref since:date until:date
+list_commits               read     -  author:author path:path sha:ref since:date until:date
     fields:fields @pages
 get_commit                 read     -  sha!:ref detail=none|stats|full_patch @pages
 list_branches              read     -  @pages
@@ -675,7 +699,7 @@ list_issues                read     -  state=OPEN|CLOSED labels:labels since:dat
 search_issues              hits     -  @found
 list_issue_types           read     -
 list_issue_fields          read     -
-issue_write                write    -  method!=create|update issue_number:number title:line
+issue_write                write    -  method!=create|update issue_number:number title:title
     body:body labels:labels assignees:people milestone:number type:type state=open|closed
     state_reason=completed|not_planned|duplicate duplicate_of:number issue_fields:issue_fields
 add_issue_comment          write    -  body:body comment_id:id reaction:reaction @issue
@@ -688,9 +712,9 @@ pull_request_read          comments -  @pull_methods after:cursor @pull @pages
 list_pull_requests         read     -  state=open|closed|all head:head_filter base:ref
     sort=created|updated|popularity|long-running direction=asc|desc fields:fields @pages
 search_pull_requests       hits     -  @found
-create_pull_request        write    -  head!:ref base!:ref title:line body:body draft:flag
+create_pull_request        write    -  head!:head base!:ref title:title body:body draft:flag
     maintainer_can_modify:flag reviewers:people
-update_pull_request        write    -  base:ref title:line body:body draft:flag state=open|closed
+update_pull_request        write    -  base:ref title:title body:body draft:flag state=open|closed
     maintainer_can_modify:flag reviewers:people @pull
 merge_pull_request         write    merge commit_message:body commit_title:line
     merge_method=merge|squash|rebase @pull
@@ -731,7 +755,7 @@ list_discussion_categories read     discussions
 # (names other repositories), prompts and resources (any owner and repo), tasks, subscriptions and
 # whatever comes next are not here.
 PROTOCOL = """
-initialize                protocolVersion!:protocol capabilities!:capabilities clientInfo:client
+initialize                protocolVersion!:protocol capabilities:nothing clientInfo:client
 ping
 server/discover
 logging/setLevel          level!:level
@@ -846,7 +870,7 @@ def tool_arguments(name: str, tool: Tool, arguments: Object, bounds: Bounds) -> 
     scope = bounds.scope
     known = ("owner", "repo", *tool.parameters)
     for key, given in arguments.items():
-        if key not in known:
+        if key not in known and given is not None:
             takes = f"{name} takes {', '.join(known)}"
             raise Refusal(f"{name}: the parameter {quoted(key)} is not passed; {takes}")
         served = getattr(scope, key).lower() if key in ("owner", "repo") else ""
@@ -887,7 +911,7 @@ def checked_params(message: Object, bounds: Bounds) -> Object:
     meta = {} if meta is None else meta
     insist(isinstance(meta, dict), f"{method}: _meta must be an object")
     for key in given.keys() - METHODS[method].keys():
-        if method != "initialize":  # clients put all sorts there, too
+        if method != "initialize" and given[key] is not None:  # clients put all sorts there
             raise Refusal(f"{method}: the parameter {quoted(key)} is not passed")
     params = checked_values(method, METHODS[method], given, bounds)
     kept = checked_values(method, META_PARAMETERS, meta, bounds)
@@ -909,6 +933,7 @@ NOT_OWNERS = frozenset(
     "apps avatars enterprises features login marketplace notifications orgs search settings "
     "sponsors teams topics u user-attachments users".split()
 )
+RENAMED_MAYBE = "(does GitHub call it so? If not, the host's user has to give its new name: --repo)"
 FOREIGN = object()  # in place of what is left out
 PLAIN_URL = re.compile(r"https?://[!-~]{1,200}").fullmatch
 
@@ -995,11 +1020,11 @@ def checked_result(scope: Scope, check: str, result: Object) -> Object:
         except (KeyError, TypeError, ValueError):
             raise Refusal("the answer could not be checked") from None
         ours = own_hits(data, scope) if check == "hits" else without_foreign(data, scope)
-        insist(ours is not FOREIGN, f"the item is not of {scope}, or does not say where it is")
+        insist(ours is not FOREIGN, f"the item is not known to be of {scope} {RENAMED_MAYBE}")
         content.append({"type": "text", "text": json.dumps(ours)})
         had, left = (one.get("items") if isinstance(one, dict) else one for one in (data, ours))
         if had and not left:
-            said = f"Left out: all of it, as not known to be of {scope} (does GitHub call it so?)"
+            said = f"Left out: all of it, as not known to be of {scope} {RENAMED_MAYBE}"
             content.append({"type": "text", "text": said})
     kept: Object = {key: result[key] for key in ("resultType",) if key in result}
     return {**kept, "content": content}
@@ -1029,9 +1054,10 @@ GIT_SERVICE = re.compile(
     r"/git/([^/?]+)/([^/?]+?)(?:\.git)?/"
     r"(?:info/refs\?service=(git-upload-pack|git-receive-pack)|(git-upload-pack|git-receive-pack))"
 )
-MOVED_TO = re.compile(r"https?://[^/]+/([\w.-]+/[\w.-]+?)(?:\.git)?/(?:info/refs|git-)").match
+MOVED_TO = re.compile(r"(?:https?://[^/]+)?/([\w.-]+/[\w.-]+?)(?:\.git)?/(?:info/refs|git-)").match
 RENAMED = "GitHub calls this repository {0} now: the host's user has to give --repo {0}"
 ANOTHER = "the repository's name has come to mean another one: nothing passes"
+WHOLE = "not pushed, because another ref of this push is refused"
 NO_OBJECT = re.compile("0+").fullmatch
 OBJECT = re.compile("[0-9a-f]{40}|[0-9a-f]{64}").fullmatch
 PKT_SIZE = re.compile(b"[0-9a-f]{4}").fullmatch
@@ -1052,6 +1078,9 @@ class Push(NamedTuple):
     begun: bytes = b""
     commands: tuple[Command, ...] = ()
     capabilities: str = ""
+    shallow: bytes = b""  # the lines before the commands
+    pack: bytes = b""  # what has come of what follows them
+    left_out: Mapping[str, str] = {}  # tags, and why they are not passed on
 
 
 def git_service(bounds: Bounds, method: str, target: str) -> str:
@@ -1072,6 +1101,10 @@ def git_service(bounds: Bounds, method: str, target: str) -> str:
     return service
 
 
+def pkt(data: bytes) -> bytes:
+    return b"%04x%b" % (len(data) + 4, data)
+
+
 def pkt_lines(data: Bytes, at: int = 0) -> Iterator[tuple[int, bytes]]:
     """(size, payload) of pkt-lines, as far as they are whole; at last size -1 for what is none."""
     size = 0
@@ -1088,15 +1121,17 @@ def pkt_lines(data: Bytes, at: int = 0) -> Iterator[tuple[int, bytes]]:
 def parse_push(data: bytes) -> Push:
     """The push that begins so; Refusal for what is none: a signed one too, which is wrapped."""
     commands: list[Command] = []
-    capabilities = ""
+    capabilities, shallow, at = "", b"", 0
     for size, payload in pkt_lines(data):
         insist(size == 0 or size > 4, NO_PUSH)
+        at += max(size, 4)
         if not size:
-            return Push(data, tuple(commands), capabilities)
+            return Push(data, tuple(commands), capabilities, shallow, pack=data[at:])
         line, nul, rest = payload.partition(b"\0")
         capabilities = rest.decode("ascii", "replace") if nul else capabilities
         words = line.decode("utf-8", "replace").rstrip("\n").split(" ", 2)
         if words[0] == "shallow":
+            shallow += pkt(payload)
             continue
         insist(len(words) == 3 and "\ufffd" not in words[2], NO_PUSH)
         insist(OBJECT(words[0]) and OBJECT(words[1]), NO_PUSH)
@@ -1119,6 +1154,18 @@ def judge_push(bounds: Bounds, commands: Sequence[Command]) -> dict[str, str]:
         except Refusal as refusal:
             refused[command.ref] = str(refusal)
     return refused
+
+
+def without_tags(push: Push, refused: Mapping[str, str]) -> Push:
+    """The push without its tags, where they alone are refused: push.followTags sends them along."""
+    kept = tuple(command for command in push.commands if command.ref not in refused)
+    are_tags = all(ref.startswith("refs/tags/") for ref in refused)
+    if not (kept and refused and are_tags) or "atomic" in push.capabilities.split():
+        return push
+    lines = [" ".join(command) for command in kept]  # old, new, ref
+    lines[0] += f"\0{push.capabilities}"
+    begun = b"".join([push.shallow, *(pkt(line.encode()) for line in lines), b"0000", push.pack])
+    return push._replace(begun=begun, commands=kept, left_out=refused)
 
 
 # --- doors: programs, sockets, the token, the audit's file ---
@@ -1151,16 +1198,32 @@ async def start(
 
 
 async def open_connection(
-    address: SplitResult, tls: ssl.SSLContext | None, made: Callable[[], Exchange]
-) -> Exchange:
-    """A connection to an upstream; `tls`: the context, None on loopback."""
-    port = address.port or (443 if tls else 80)
-    name = address.hostname if tls else None
-    opening = asyncio.get_running_loop().create_connection(
-        made, str(address.hostname), port, ssl=tls, server_hostname=name
-    )
+    host: str, port: int, tls: ssl.SSLContext | None, proxy: SplitResult | None,
+    made: Callable[[], Exchange],
+) -> Exchange:  # fmt: skip
+    """A connection to an upstream; `tls`: the context, None on loopback; `proxy`: the company's."""
+    loop = asyncio.get_running_loop()
+
+    async def connect() -> Exchange:
+        if not proxy or not tls:
+            name = host if tls else None
+            opening = loop.create_connection(made, host, port, ssl=tls, server_hostname=name)
+            return (await opening)[1]
+        transport, exchange = await loop.create_connection(
+            made, str(proxy.hostname), proxy.port or 80
+        )
+        try:
+            await exchange.tunnel(f"{host}:{port}", proxy)
+            secured = await loop.start_tls(transport, exchange, tls, server_hostname=host)
+        except BaseException:
+            exchange.abort()
+            raise
+        assert isinstance(secured, asyncio.Transport)
+        exchange.transport = secured
+        return exchange
+
     try:
-        return (await asyncio.wait_for(opening, CONNECT_SECONDS))[1]
+        return await asyncio.wait_for(connect(), CONNECT_SECONDS)
     except asyncio.TimeoutError:
         raise UpstreamError("it does not accept connections") from None
     except ssl.SSLError as error:
@@ -1279,25 +1342,24 @@ class Repository:
         self.upstream = upstream
         self.git = git
         self.audit = audit
+        self.known = Bounds(scope, policy, is_asked=False)
         self.writes: list[float] = []  # when, in the last hour
-        self.defaults: frozenset[str] = frozenset()  # the default branch
-        self.tags: frozenset[str] = frozenset()
-        self.made: frozenset[str] = frozenset()
         self.id = 0
-        self.moved = ""
         self.asked_at = float("-inf")
         self.learning: asyncio.Future[None] | None = None
         self.turn = asyncio.Lock()  # a person is asked: one question at a time
 
     def bounds(self) -> Bounds:
         self.writes = [when for when in self.writes if when > time.monotonic() - 3600]
-        known = Bounds(self.scope, self.policy, len(self.writes), self.defaults, self.tags)
-        return known._replace(made=self.made, moved=self.moved)
+        return self.known._replace(writes=len(self.writes))
+
+    def learnt(self, **facts: Json) -> None:
+        self.known = self.known._replace(**facts)
 
     async def know(self, *, wait: bool) -> None:
         """Learn the repository's id and default branch, anew each minute that it is used."""
         age = time.monotonic() - self.asked_at
-        if self.learning is None or age > (KNOWN_SECONDS if self.defaults else RETRY_SECONDS):
+        if self.learning is None or age > (KNOWN_SECONDS if self.known.defaults else RETRY_SECONDS):
             self.asked_at = time.monotonic()
             self.learning = asyncio.ensure_future(self.upstream.learn(self))
         if wait:
@@ -1407,7 +1469,8 @@ async def relay_mcp(
                     became = outcome(message)
                     audit.record(deed, *became)
                     if forward.tool == "create_branch" and became[0] == "done":
-                        repository.made |= {f"refs/heads/{deed.target['branch']}"}
+                        made = {f"refs/heads/{deed.target['branch']}"}
+                        repository.learnt(made=repository.known.made | made)
                 try:
                     shown = client.shown(repository.bounds(), forward, message)
                     client.answer(200, hide(data if shown is message else dumps(shown)), *headers)
@@ -1440,10 +1503,12 @@ async def serve_git(repository: Repository, client: Client) -> None:
         if method == "POST" and service == "git-receive-pack":
             push = await read_push(client)
             refused = await refused_refs(repository, client, push)
-            if refused:
+            push = without_tags(push, refused)
+            if refused and not push.left_out:
                 while await client.part():
                     pass  # git reads no answer before it has sent all
-                return client.refuse_push(push, refused)
+                whole = {command.ref: WHOLE for command in push.commands}
+                return client.report_push({**whole, **refused})
         insist(not client.is_probe, "a probe is not passed on")
         targets = [{"ref": command.ref} for command in push.commands]
         deeds = [audit.about("git", service, about, bool(targets)) for about in targets or [{}]]
@@ -1607,12 +1672,14 @@ def kind_of(message: Json, forward: Forward) -> str:
     """What a message is: "answer", "note", "" for what does not pass; AnswerLost for a question."""
     if not isinstance(message, dict):
         return ""
-    if "method" in message:
-        if "id" in message and message["method"] != "ping":
-            raise AnswerLost("it asks what nobody here answers")
-        return "note" if str(message["method"]) in NOTES else ""
-    if as_object(message.get("result")).get("resultType", "complete") != "complete":
-        raise AnswerLost("it asks what nobody here answers")  # since 2026-07-28 so
+    method = message.get("method")
+    asks = (
+        as_object(message.get("result")).get("resultType", "complete") != "complete"
+    )  # 2026-07-28
+    if asks or (method is not None and method != "ping" and "id" in message):
+        raise AnswerLost("it asks what nobody here answers")
+    if method is not None:
+        return "note" if str(method) in NOTES else ""
     whole = "id" in forward.message and ("result" in message or "error" in message)
     return "answer" if whole and message.get("id") == forward.message["id"] else ""
 
@@ -1683,9 +1750,14 @@ class Gate(NamedTuple):
         demand(is_git or target in PATHS, "the endpoint is /mcp", 404)
         # Bytes of any value: compare_digest takes no non-ASCII str.
         given = headers.get("authorization", "").encode("latin-1")
+        if is_git and given[:6].lower() == b"basic ":  # the secret as a password in git's address
+            with contextlib.suppress(ValueError):
+                given = b"Bearer " + base64.b64decode(given[6:]).partition(b":")[2]
         known = [b"Bearer " + secret for secret in (self.secret, self.probe) if secret]
         allowed = not self.secret or any(hmac.compare_digest(given, secret) for secret in known)
-        demand(allowed, "the proxy's secret is missing or wrong (Authorization)", 403)
+        # git sends a password only where it is asked for one, and MCP's clients begin a login then.
+        status = 401 if is_git and not given else 403
+        demand(allowed, "the proxy's secret is missing or wrong (Authorization)", status)
         methods = ("GET", "POST") if is_git else ("DELETE", "POST")
         demand(method in methods, f"here are served {' and '.join(methods)}", 405)
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -1729,15 +1801,16 @@ def mirrored_headers(message: Object) -> Object:
 
 # --- pure: secrets in text ---
 
-# What GitHub's tokens look like, and the parameters of URLs that carry their own permission, from
-# the first one on (6 ends \u0026). Strangers write what is searched here: each of the patterns
+# What GitHub's tokens look like, and the parameters of URLs that carry their own permission, with
+# all that follows them (6 ends \u0026). Strangers write what is searched here: each of the patterns
 # takes time in proportion to the text, so none looks back, and none ends in what may not follow.
 TOKENS = re.compile(TOKEN_LIKE.pattern.encode())
-URL = re.compile(rb"://(?:[^\s\"\\<>']|\\+u0026)+")
 SIGNED = re.compile(
-    rb"([?&6])(?:token|sig|signature|jwt|x-amz-[a-z-]{1,40})=[A-Za-z0-9%._~+/=-]{20}[^)]*",
+    rb"[?&6](?=[tsjx])(?:token|sig|signature|jwt|x-amz-[a-z-]{1,40})=[A-Za-z0-9%._~+/=-]{20}",
     re.IGNORECASE,
-)
+).finditer
+IN_URL = re.compile(rb"[^\s\"\\<>']*(?:\\+u0026[^\s\"\\<>']*)*").fullmatch
+TO_END = re.compile(rb"[^\s\"\\<>')]*(?:\\+u0026[^\s\"\\<>')]*)*").match
 # Files are read, changed and written back: what only looks like a secret has to stay as it is.
 IN_A_WORD = re.compile(rb"[A-Za-z0-9](?<!\\[nrtbf])(?<!\\u[0-9a-fA-F]{4})$")
 
@@ -1753,20 +1826,31 @@ def redact(data: Bytes, *tokens: bytes) -> Bytes:
         before = match.string[max(0, match.start() - 6) : match.start()]
         return match[0] if IN_A_WORD.search(before) else blank(len(match[0]))
 
-    def unsigned(match: re.Match[bytes]) -> bytes:
-        return match[1] + blank(len(match[0]) - 1)
-
-    def address(match: re.Match[bytes]) -> bytes:
-        return SIGNED.sub(unsigned, match[0]) if b"=" in match[0] else match[0]
-
     for token in tokens:
         if len(token) >= 16 and token in data:
             data = data.replace(token, blank(len(token)))
     if TOKENS.search(data):
         data = TOKENS.sub(token_like, data)
-    if b"=" in data:
-        data = URL.sub(address, data)
-    return data
+    return unsigned(data) if b"://" in data and b"=" in data else data
+
+
+def unsigned(data: Bytes) -> Bytes:
+    """`data` with the permissions in addresses blanked: what stands outside of one stays."""
+    spans, looked, in_url = [], 0, False  # looked: as far as it is known what the text is
+    for match in SIGNED(data):
+        at = match.start() + 1
+        if at >= looked:
+            begun = data.rfind(b"://", looked, at)
+            in_url = bool((in_url or begun >= 0) and IN_URL(data, max(begun, looked), at))
+            rest = TO_END(data, at) if in_url else None
+            looked = rest.end() if rest else at
+            spans += [(at, looked)] if rest else []
+    if not spans:
+        return data
+    made = bytearray(data)
+    for at, end in spans:
+        made[at:end] = blank(end - at)
+    return made
 
 
 # --- pure: the list of tools, and what the agent is told ---
@@ -1852,10 +1936,6 @@ def instructions(bounds: Bounds) -> str:
 # --- pure: git's answers to a push (gitprotocol-common, gitprotocol-pack) ---
 
 GIT_PROTOCOL = re.compile("version=[0-2]").fullmatch
-
-
-def pkt(data: bytes) -> bytes:
-    return b"%04x%b" % (len(data) + 4, data)
 
 
 def pushed_refs(report: Bytes, push: Push) -> dict[str, str]:
@@ -2200,6 +2280,7 @@ class Client(Wire):
         lines += [f"Content-Type: {kind}"] if kind else []
         lines += ["Connection: close"] if self.is_last else []
         lines += ["Allow: POST, DELETE"] if status == 405 else []
+        lines += ['WWW-Authenticate: Basic realm="agent-vm"'] if status == 401 else []
         self.write("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
 
     def answer(self, status: int, body: Bytes, *headers: str, kind: str = JSON_TYPE) -> None:
@@ -2235,13 +2316,12 @@ class Client(Wire):
             made["error"] = {"code": code, "message": text, **more}
         self.answer(status or usual, dumps(made))
 
-    def refuse_push(self, push: Push, refused: Mapping[str, str]) -> None:
-        """The answer to a push: git shows why, at each ref."""
-        whole = "not pushed, because another ref of this push is refused"
-        rows = [(command.ref, refused.get(command.ref, whole)) for command in push.commands]
+    def report_push(self, became: Mapping[str, str]) -> None:
+        """The answer to a push, in place of GitHub's: ref -> why it is not taken, "" if it is."""
         status = pkt(b"unpack ok\n")
-        for ref, why in rows:
-            status += pkt(f"ng {ref} refused: {why}\n".encode()[:65_000])
+        for ref, why in became.items():
+            line = f"ng {ref} refused: {why}" if why else f"ok {ref}"
+            status += pkt(f"{line}\n".encode()[:65_000])
         status += b"0000"
         parts = [pkt(b"\x01" + status[at : at + 60_000]) for at in range(0, len(status), 60_000)]
         self.answer(200, b"".join(parts) + b"0000", kind="application/x-git-receive-pack-result")
@@ -2263,6 +2343,20 @@ class Exchange(Wire):
         self.upstream = upstream
         self.status = 0
         self.is_half = False  # it answered before it had the whole request
+
+    async def tunnel(self, target: str, proxy: SplitResult) -> None:
+        """Have the company's proxy connect this to `target` (RFC 9110, 9.3.6)."""
+        user = f"{unquote(proxy.username or '')}:{unquote(proxy.password or '')}"
+        head = [f"CONNECT {target} HTTP/1.1", f"Host: {target}"]
+        if proxy.username:
+            credential = base64.b64encode(user.encode()).decode()
+            head.append(f"Proxy-Authorization: Basic {credential}")
+        self.write("\r\n".join([*head, "", ""]).encode())
+        said = await self.until(b"\r\n\r\n", MAX_HEAD, "a head that is too long")
+        status = said[9:12].decode("latin-1")
+        if status != "200":
+            needs = ": its address needs the right USER:PASSWORD@" if status == "407" else ""
+            raise UpstreamError(f"HTTPS_PROXY ({proxy.hostname}) answers {status!a}{needs}")
 
     async def begin(self) -> None:
         """Wait for the answer's head."""
@@ -2335,7 +2429,9 @@ class Upstream:
         self.address = address
         self.token = token
         self.headers = headers
-        self.opened = (address, tls if address.scheme == "https" else None, lambda: Exchange(self))
+        secured = tls if address.scheme == "https" else None
+        port = address.port or (443 if secured else 80)
+        self.route = (str(address.hostname), port, secured, company_proxy(address))
         self.timeout = timeout  # seconds that it may be silent
         self.is_git = is_git
         self.wires: set[Exchange] = set()
@@ -2369,7 +2465,11 @@ class Upstream:
             credential = f"Basic {as_user}" if self.is_git else f"Bearer {token}"
             self.pool = [wire for wire in self.pool if not (wire.buffer or wire.ended)]
             used = bool(self.pool) and not upload
-            exchange = self.pool.pop() if used else await open_connection(*self.opened)
+            exchange = (
+                self.pool.pop()
+                if used
+                else await open_connection(*self.route, lambda: Exchange(self))
+            )
             exchange.allow(0)
             try:
                 exchange.write(request_head(method, self.address, path, sent, credential) + body)
@@ -2397,13 +2497,13 @@ class Upstream:
         """Pass a request of git on, and its answer; of neither more than a little is held."""
         method, given = client.head.first[0], client.head.headers
         is_post, protocol = method == "POST", given.get("git-protocol", "")
-        is_chunked = client.head.length == CHUNKED
+        is_chunked = client.head.length == CHUNKED or bool(push.left_out)
         headers = {
             "Accept": "*/*",
             "Git-Protocol": protocol if GIT_PROTOCOL(protocol) else "",
             "Content-Type": f"application/x-{service}-request" if is_post else "",
             "Content-Encoding": "gzip" if given.get("content-encoding") == "gzip" else "",
-            "Content-Length": given.get("content-length", "") if is_post else "",
+            "Content-Length": given.get("content-length", "") if is_post and not is_chunked else "",
             "Transfer-Encoding": "chunked" if is_post and is_chunked else "",
         }
         path = f"/{repository.scope}.git/"
@@ -2428,43 +2528,53 @@ class Upstream:
             kind = exchange.head.headers.get("content-type", "").partition(";")[0]
             if not kind.startswith(f"application/x-{service}-"):
                 raise AnswerLost("its answer is not git's")
-            client.stream(kind)
+            if not push.left_out:
+                client.stream(kind)
             exchange.limit = MAX_PACK
             report = bytearray()  # the beginning of what became of a push
             while data := await exchange.part():
                 if push.commands and len(report) < MAX_REPORT:
                     report += data
-                client.write(chunk_of(data))
-                await client.drain()
+                if not push.left_out:
+                    client.write(chunk_of(data))
+                    await client.drain()
             became = pushed_refs(report, push)
             new = {command.ref for command in push.commands if NO_OBJECT(command.old)}
-            repository.made |= {ref for ref in new if became.get(ref) == ""}
+            made = {ref for ref in new if became.get(ref) == ""}
+            repository.learnt(made=repository.known.made | made)
             for deed in deeds:
                 why = became.get(deed.target.get("ref", ""))
                 if why is not None:
                     repository.audit.record(deed, "failed" if why else "done", why)
-            client.write(LAST_CHUNK)
+            if push.left_out:
+                client.report_push({**became, **push.left_out})
+            else:
+                client.write(LAST_CHUNK)
 
     async def learn(self, repository: Repository) -> None:
         """Ask GitHub's search, which does not find every repository and may be behind, and git.
 
         The default branch is what either says.
         """
-        names = set()
+        names: set[str] = set()
         for ask in (ask_search, ask_git) if repository.git else (ask_search,):
             try:
                 found, default_branch = await asyncio.wait_for(ask(repository), CONNECT_SECONDS)
             except Exception as error:  # whatever came: then it is not known
-                repository.moved = str(error) if isinstance(error, Refusal) else repository.moved
+                if isinstance(error, Refusal):
+                    repository.learnt(moved=str(error))
+                is_down = isinstance(error, (UpstreamError, asyncio.TimeoutError))
+                repository.learnt(is_asked=repository.known.is_asked or not is_down)
                 said = str(error) if isinstance(error, (UpstreamError, Refusal)) else "no answer"
                 log(f"{self.address.netloc}: {said}")
                 continue
+            repository.learnt(is_asked=True)
             if found:
-                repository.moved = ANOTHER if repository.id not in (0, found) else ""
+                repository.learnt(moved=ANOTHER if repository.id not in (0, found) else "")
                 repository.id = repository.id or found
-            if default_branch and is_plain(default_branch, 255):
-                names.add(default_branch)
-        repository.defaults = frozenset(names) or repository.defaults
+            if is_plain(default_branch, 255):
+                names |= {default_branch} - {""}
+        repository.learnt(defaults=frozenset(names) or repository.known.defaults)
 
 
 def check_status(exchange: Exchange) -> None:
@@ -2522,7 +2632,8 @@ async def ask_git(repository: Repository) -> tuple[int, str]:
     asked = await repository.git.send("POST", path, headers, body)
     with contextlib.closing(asked) as exchange:
         refs = bytes(await exchange.whole())
-    repository.tags = frozenset(tag.decode(errors="replace") for tag in TAG_REF.findall(refs))
+    tags = frozenset(tag.decode(errors="replace") for tag in TAG_REF.findall(refs))
+    repository.learnt(tags=tags)
     head = HEAD_REF.search(refs)
     return 0, head[1].decode() if head else ""
 
@@ -2530,7 +2641,7 @@ async def ask_git(repository: Repository) -> tuple[int, str]:
 # --- settings ---
 
 DEFAULT_UPSTREAM = "https://api.githubcopilot.com/mcp/"
-DEFAULT_TOOLSETS = "repos,issues,pull_requests,git,labels"
+TOOLSETS = "repos,issues,pull_requests,git,labels"
 FLAGS = {"1": True, "true": True, "yes": True, "on": True,
          "0": False, "false": False, "no": False, "off": False, "": False}  # fmt: skip
 HOST = r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+)"
@@ -2561,6 +2672,20 @@ def parse_address(url: str, option: str) -> SplitResult:
     if address.scheme == "http" and address.hostname not in ("127.0.0.1", "localhost", "::1"):
         raise ProxyError(f"{option} must be https: the token would go over the network in clear")
     return address
+
+
+def company_proxy(address: SplitResult) -> SplitResult | None:
+    """What HTTPS_PROXY and NO_PROXY say of an address; http is loopback's, and needs none."""
+    if address.scheme == "http" or not {"https_proxy", "HTTPS_PROXY"} & os.environ.keys():
+        return None
+    from urllib.request import getproxies
+    from urllib.request import proxy_bypass
+
+    bypassed = proxy_bypass(str(address.hostname))
+    proxy = urlsplit("" if bypassed else getproxies().get("https", ""))
+    if proxy.geturl() and (proxy.scheme != "http" or not proxy.hostname):
+        raise ProxyError("HTTPS_PROXY is not an address like http://[USER:PASSWORD@]HOST:PORT")
+    return proxy if proxy.hostname else None
 
 
 def read_policy(path: str) -> Policy:
@@ -2626,7 +2751,6 @@ environment:
   GITHUB_MCP_TOKEN      GitHub's token (or --token-command)
   GITHUB_MCP_SECRET     the secret that requests must carry as Authorization: Bearer
   GITHUB_MCP_PROBE_SECRET  another one: its requests are judged, and neither passed on nor recorded
-  GITHUB_MCP_TOOLSETS   offered by the upstream (default repos,issues,pull_requests,git,labels)
   GITHUB_MCP_READONLY   1: no writes (default 0)
   GITHUB_MCP_LOCKDOWN   1: ask the upstream to hide what outsiders wrote (default 1; best effort)
   GITHUB_MCP_UPSTREAM, GITHUB_MCP_GIT   as --upstream and --git
@@ -2673,8 +2797,7 @@ def build_repository(options: argparse.Namespace) -> Repository:
         lockdown=policy.lockdown and env_flag("GITHUB_MCP_LOCKDOWN", "1"),
     )
     # What GitHub's server is told to offer; a second line behind the table.
-    asked = variable("GITHUB_MCP_TOOLSETS", "a list of names", "[a-z0-9_,-]*", DEFAULT_TOOLSETS)
-    toolsets = [asked or "default", *filter(None, map(ALLOW.get, sorted(policy.allow)))]
+    toolsets = [TOOLSETS, *filter(None, map(ALLOW.get, sorted(policy.allow)))]
     headers = {
         "X-MCP-Toolsets": ",".join(toolsets),
         "X-MCP-Readonly": "true" if policy.readonly else "",

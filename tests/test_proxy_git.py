@@ -51,13 +51,37 @@ class PushTest(unittest.TestCase):
             proxy.Command(ONE, TWO, "refs/heads/b c"),
         )
         whole = data + b"PACK...."
-        self.assertEqual(proxy.parse_push(whole), proxy.Push(whole, commands, caps))
+        self.assertEqual(
+            proxy.parse_push(whole), proxy.Push(whole, commands, caps, pack=b"PACK....")
+        )
         for at in range(len(data)):
             with self.subTest(at), self.assertRaises(proxy.Refusal):
                 proxy.parse_push(data[:at])
         shallow = proxy.pkt(f"shallow {ONE}".encode()) + data
-        self.assertEqual(proxy.parse_push(shallow), proxy.Push(shallow, commands, caps))
+        line = proxy.pkt(f"shallow {ONE}".encode())
+        self.assertEqual(proxy.parse_push(shallow), proxy.Push(shallow, commands, caps, line))
         self.assertEqual(proxy.parse_push(b"0000"), proxy.Push(b"0000"))
+
+    def test_tags_alone_are_left_out(self) -> None:
+        tag, fix = f"{ZERO} {ONE} refs/tags/v1", f"{ONE} {TWO} refs/heads/fix"
+        line = proxy.pkt(f"shallow {ONE}".encode())
+        refused = {"refs/tags/v1": "only branches"}
+        for both in ((tag, fix), (fix, tag)):
+            push = proxy.parse_push(line + self.lines(*both) + b"PACK....")
+            left = proxy.without_tags(push, refused)
+            self.assertEqual(left.begun, line + self.lines(fix) + b"PACK....")
+            again = proxy.parse_push(left.begun)
+            self.assertEqual(left, again._replace(left_out=refused))
+        rows: list[tuple[tuple[str, ...], str, dict[str, str]]] = [
+            ((tag, fix), "atomic report-status", refused),
+            ((tag, fix), "report-status", {**refused, "refs/heads/fix": "no"}),
+            ((fix,), "report-status", {"refs/heads/fix": "no"}),
+            ((tag,), "report-status", refused),
+            ((fix,), "report-status", {}),
+        ]
+        for lines, caps, no in rows:
+            push = proxy.parse_push(self.lines(*lines, caps=caps))
+            self.assertEqual(proxy.without_tags(push, no), push)
 
     def test_what_is_no_push(self) -> None:
         for data in (b"PACKxxxx", proxy.pkt(f"{ZERO} {ONE} refs/heads/".encode() + b"\xff"), b"0001", b"0004", b"00zz", proxy.pkt(b"push-cert\0caps"), proxy.pkt(b"x y"),
@@ -345,6 +369,40 @@ class GitTest(unittest.TestCase):
                 self.assertEqual(self.push("origin", f"HEAD:b{len(self.branches())}").returncode, 0)
                 shutil.rmtree(work)
 
+    def test_a_tag_that_comes_along_is_refused_alone(self) -> None:
+        self.start()
+        work = self.clone()
+        self.commit(work, "new", "x" * 100_000)
+        self.git("-C", str(work), "tag", "-a", "-m", "one", "v9")
+        for argv in (["-c", "push.followTags=true"], ["-c", "http.postBuffer=65536"]):
+            branch = f"b{len(self.branches())}"
+            push = ["push", "--follow-tags", "origin", f"HEAD:{branch}"]
+            done = self.git("-C", str(work), *argv, *push, check=False)
+            self.assertEqual(done.returncode, 1, done.stderr)
+            self.assertIn(f"HEAD -> {branch}", done.stderr)
+            self.assertIn("v9 -> v9 (refused: only branches are pushed here", done.stderr)
+            self.assertIn(f"refs/heads/{branch}", self.branches())
+        self.assertNotIn("refs/tags/v9", self.branches())
+        told = [(verdict, ref) for verdict, ref, _ in self.told()]
+        self.assertIn(("done", "refs/heads/b1"), told)
+        self.assertIn("refuse", dict(told))
+        atomic = self.push("--atomic", "--follow-tags", "origin", "HEAD:whole")
+        self.assertIn("another ref of this push is refused", atomic.stderr)
+        self.assertNotIn("refs/heads/whole", self.branches())
+
+    def test_the_secret_is_a_password_too(self) -> None:
+        self.git(
+            "config",
+            "--global",
+            "--unset-all",
+            f"http.http://127.0.0.1:{self.running.port}/.extraHeader",
+        )
+        for secret, status in ((SECRET, 0), ("wrong" + SECRET, 128), ("", 128)):
+            url = self.url.replace("//", f"//any:{secret}@")
+            done = self.git("ls-remote", url, check=False)
+            self.assertEqual(done.returncode, status, done.stderr)
+        self.assertNotIn(SECRET, self.running.stderr() + (self.home / "audit").read_text())
+
     def test_refused_pushes(self) -> None:
         self.git("-C", str(self.bare), "branch", "old", "main")
         self.git("-C", str(self.bare), "tag", "v1", "main")
@@ -590,12 +648,8 @@ class GitTest(unittest.TestCase):
         self.assertIn("read-only", self.push(self.url, "HEAD:x").stderr)
         without = Client(self.running.port, "")
         self.addCleanup(without.close)
-        self.assertEqual(
-            without.raw(without.head("GET", "/git/good/r.git/info/refs?service=git-upload-pack"))[
-                0
-            ],
-            403,
-        )
+        head = without.head("GET", "/git/good/r.git/info/refs?service=git-upload-pack")
+        self.assertEqual(without.raw(head)[0], 401)  # so that git asks for a password
 
     def test_a_repository_that_is_not_there_and_a_dead_upstream(self) -> None:
         shutil.rmtree(self.bare)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import io
 import json
 import os
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -39,6 +41,52 @@ INITIALIZE = {
 TIMEOUT = 20.0
 # All that a child gets of this environment; the second is for a Python that lies elsewhere.
 BARE = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+
+
+class CompanyProxy:
+    """An HTTP proxy that wants a user, and connects to where CONNECT says."""
+
+    def __init__(self, user: bytes) -> None:
+        self.heads: list[str] = []
+        self.login = base64.b64encode(user).decode()
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def __enter__(self) -> CompanyProxy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def url(self, user: str) -> str:
+        return f"http://{user}127.0.0.1:{self.socket.getsockname()[1]}"
+
+    def serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(
+                    target=self.relay, args=self.socket.accept()[:1], daemon=True
+                ).start()
+
+    def relay(self, client: socket.socket) -> None:
+        with client, contextlib.suppress(OSError):
+            head = b""
+            while b"\r\n\r\n" not in head:
+                head += client.recv(65536)
+            self.heads.append(head.decode())
+            if f"Proxy-Authorization: Basic {self.login}\r\n" not in self.heads[-1]:
+                client.sendall(b"HTTP/1.1 407 Who?\r\nContent-Length: 0\r\n\r\n")
+                return
+            host, _, port = head.split()[1].decode().rpartition(":")
+            with socket.create_connection((host, int(port))) as server:
+                client.sendall(b"HTTP/1.1 200 Connected\r\nVia: x\r\n\r\n")
+                ends = {client: server, server: client}
+                while True:
+                    for end in select.select(list(ends), [], [])[0]:
+                        data = end.recv(65536)
+                        if not data:
+                            return
+                        ends[end].sendall(data)
 
 
 class Proxy:
@@ -572,17 +620,14 @@ class UpstreamTest(LiveTest):
         policy = Path(self.folder.name, "opted-in.ini")
         policy.write_text("[policy]\nallow = merge, alerts, actions\n")
         more = ",actions,code_security,code_quality,dependabot"
-        for given, asked in (
-            ("", "repos,issues,pull_requests,git,labels" + more),
-            ("repos", "repos" + more),
-        ):
-            running = Proxy(self.upstream.url, "--policy", str(policy), GITHUB_MCP_TOOLSETS=given)
-            self.addCleanup(running.stop)
-            client = Client(running.port)
-            self.addCleanup(client.close)
-            self.assertEqual(text_of(client.ask(call())), "ok get_file_contents")
-            sent = self.upstream.calls("get_file_contents")[-1]
-            self.assertEqual(sent.headers["x-mcp-toolsets"], asked)
+        running = Proxy(self.upstream.url, "--policy", str(policy))
+        self.addCleanup(running.stop)
+        client = Client(running.port)
+        self.addCleanup(client.close)
+        self.assertEqual(text_of(client.ask(call())), "ok get_file_contents")
+        sent = self.upstream.calls("get_file_contents")[-1]
+        asked = "repos,issues,pull_requests,git,labels" + more
+        self.assertEqual(sent.headers["x-mcp-toolsets"], asked)
 
     def test_the_list_of_tools_is_narrowed_and_kept(self) -> None:
         schema = {
@@ -607,6 +652,19 @@ class UpstreamTest(LiveTest):
             text_of(self.client.ask(call("", name="create_branch", branch="b"))), "ok create_branch"
         )
         self.assertEqual([x.arguments["branch"] for x in self.upstream.calls()], ["b"])
+
+    def test_nothing_is_written_while_the_default_branch_cannot_be_asked_for(self) -> None:
+        policy = Path(self.folder.name, "given.ini")
+        policy.write_text("[policy]\ndefault_branch = main\n")
+        self.upstream.on("own", fake.status(503))
+        running = Proxy(self.upstream.url, "--policy", str(policy))
+        self.addCleanup(running.stop)
+        client = Client(running.port)
+        self.addCleanup(client.close)
+        for branch in ("master", "b"):
+            said = text_of(client.ask(call("", name="create_branch", branch=branch)))
+            self.assertIn("did not tell the default branch", said)
+        self.assertEqual(self.upstream.calls("create_branch"), [])
 
     def test_a_default_branch_that_is_renamed_is_noticed(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -1467,7 +1525,8 @@ class CommandLineTest(unittest.TestCase):
             ("GITHUB_MCP_REPO is not set", (), {"GITHUB_MCP_REPO": ""}),
             ("not a repository's name", (), {"GITHUB_MCP_REPO": ".."}),
             ("GITHUB_MCP_READONLY is not 0 or 1", (), {"GITHUB_MCP_READONLY": "perhaps"}),
-            ("GITHUB_MCP_TOOLSETS is not a list", (), {"GITHUB_MCP_TOOLSETS": "repos\r\nX: y"}),
+            ("HTTPS_PROXY is not", ("--upstream", "https://a"), {"HTTPS_PROXY": "https://u:p@b"}),
+            ("HTTPS_PROXY is not", ("--upstream", "https://a"), {"https_proxy": "socks5://b"}),
             ("GITHUB_MCP_SECRET must have 16", (), {"GITHUB_MCP_SECRET": "short"}),
             ("GITHUB_MCP_PROBE_SECRET must have", (), {"GITHUB_MCP_PROBE_SECRET": "short"}),
             ("--upstream must be https", ("--upstream", "http://example.com/"), {}),
@@ -1595,6 +1654,39 @@ class CommandLineTest(unittest.TestCase):
             (done.returncode, done.stdout.splitlines()[-1]), (1, "+ get_tag: namespace")
         )
 
+    def through_a_companys_proxy(self, upstream: fake.Upstream, ca: str) -> None:
+        """By CONNECT, with the proxy's password for the proxy alone; not where NO_PROXY says so."""
+        with CompanyProxy(b"user:w@rd") as company:
+            rows: list[tuple[dict[str, Any], int, str]] = [
+                ({"HTTPS_PROXY": company.url("user:w%40rd@")}, 1, "ok get_file_contents"),
+                (
+                    {"https_proxy": company.url("user:w%40rd@"), "no_proxy": "localhost"},
+                    0,
+                    "ok get",
+                ),
+                ({"HTTPS_PROXY": company.url("user:wrong@")}, 1, "407': its address needs"),
+                ({"HTTPS_PROXY": company.url("")}, 1, "407': its address needs"),
+                ({"HTTPS_PROXY": "http://127.0.0.1:1"}, 0, "cannot be reached"),
+            ]
+            for env, seen, word in rows:
+                company.heads.clear()
+                running = Proxy(upstream.url, "--ca-file", ca, **env)
+                try:
+                    client = Client(running.port)
+                    answer = json.dumps([client.ask(call()), client.ask(call())])
+                    client.close()
+                finally:
+                    running.stop()
+                self.assertIn(word, answer, env)
+                self.assertGreaterEqual(len(company.heads), seen, env)
+                self.assertEqual(bool(company.heads), bool(seen), env)
+                for head in company.heads:
+                    port = urlsplit(upstream.url).port
+                    self.assertTrue(head.startswith(f"CONNECT localhost:{port} HTTP/1.1\r\n"), head)
+                    self.assertNotIn(TOKEN, head)
+                self.assertNotIn("w@rd", running.stderr())
+                self.assertNotIn("wrong", running.stderr())
+
     def test_tls(self) -> None:
         if not shutil.which("openssl"):
             self.skipTest("openssl is not on PATH")
@@ -1615,6 +1707,7 @@ class CommandLineTest(unittest.TestCase):
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(cert, key)
             with fake.Upstream(context) as upstream:
+                self.through_a_companys_proxy(upstream, ca)
                 for argv in ([], ["--ca-file", ca]):
                     running = Proxy(upstream.url, *argv)
                     try:

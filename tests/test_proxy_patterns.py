@@ -55,11 +55,25 @@ class PatternTest(unittest.TestCase):
             b"?x-amz-" + b"-" * 39,
             b"=",
             b"?sig=AAAAAAAAAAAAAAAAAAA",
+            b"://= ",
+            b"x://a=1 ",
+            b"://a=666666",
+            b"://?sig=AAAAAAAAAAAAAAAAAAAA ",
+            b"&t",
         ):
             whole = text * (MEGABYTE // len(text))
             with self.subTest(text[:40]):
                 long = self.in_proportion(text[:40], proxy.redact, whole[: len(whole) // 2], whole)
                 self.assertLess(long, 0.3)
+
+    def test_names_of_many_marks(self) -> None:
+        """To sort the marks on one letter takes time by their square."""
+        bounds = proxy.Bounds(proxy.Scope("o", "r"), proxy.Policy(default_branch="main"))
+        for name in ("a" + "\u0301" * 16 + "\u0327" * 16, "a" + "\u0301\u0327" * 2000):
+            with self.assertRaises(proxy.Refusal):
+                proxy.check_written_file(name, bounds)
+        few = "a" + "\u0301" * 30
+        self.assertEqual(proxy.check_file(few, bounds), few)
 
     def test_globs(self) -> None:
         for glob, name in (

@@ -79,7 +79,7 @@ def query_is_confined(query: str) -> bool:
     if query != start and not query.startswith(start + " "):
         return False
     rest = query[len(start) :]
-    rest = "".join(c for c in rest if c not in JOINERS)
+    rest = "".join(c for c in rest if c not in JOINERS).replace("[bot]", "")
     without = re.sub(r'"?,"|",', " ", rest).replace('"', "")  # of label:"a b","c d"
     for text in (rest, without, unicodedata.normalize("NFKC", rest)):
         folded = text.replace('"', " ").casefold()
