@@ -73,6 +73,8 @@ LAST = 0.9
 FREE, HOLDING, TAKING_BACK = "free", "holding", "taking back"  # no token is under way, or one is
 
 READABLE, WRITABLE = 0o077, 0o022  # mode bits: what others can read, or write at least
+PORTAL = "a captive portal, a proxy, or not the address of GitHub's API"
+WHICH_APP = "--app-id: the App's settings, General: App ID or Client ID"
 
 Object = dict[str, Any]
 
@@ -107,10 +109,10 @@ class Token(NamedTuple):
 
     token: str
     expires_at: float
-    clock_offset: float  # GitHub's clock minus ours
-    repo_id: int
-    repo: str
     permissions: dict[str, str]
+    clock_offset: float = 0.0  # GitHub's clock minus ours
+    repo_id: int = 0
+    repo: str = ""
     login: str = ""  # whose it is: the App's slug, or the user
     refresh_token: str = ""
     withheld: bool = False  # not given out: it may be dead, or nobody has looked what it reaches
@@ -224,10 +226,7 @@ def parse_installation_token(data: Object, config: Config, pinned: int, now: flo
         raise Failure(MEND, f"GitHub gave a token for {name}, number {number} and not {pinned}")
     check_name(name, config)
     check_permissions(config.permissions, granted)
-    return Token(
-        token=token, expires_at=expires, clock_offset=0.0, repo_id=number, repo=name,
-        permissions=granted,
-    )  # fmt: skip
+    return Token(token, expires, granted, repo_id=number, repo=name)
 
 
 def check_name(name: str, config: Config) -> None:
@@ -253,7 +252,7 @@ def usable(token: Token, config: Config, pinned: int, refused: str, now: float) 
 def parse_cached(data: Object) -> Token:
     """The token of a file; ValueError or TypeError for what is damaged."""
     token = Token(**{name: data[name] for name in data if name != "refresh_expires_at"})
-    example = Token("", 0.0, 0.0, 0, "", {})
+    example = Token("", 0.0, {})
     if [type(value) for value in token] != [type(value) for value in example]:
         raise TypeError("a value of another kind")
     check_token(token.token)
@@ -437,8 +436,9 @@ class Signals:
 SIGNALS = Signals()
 
 
-def warn(text: str) -> None:
-    print(f"github_app_token: warning: {redact(text)}", file=sys.stderr)
+def warn(text: str, hint: str = "") -> None:
+    shown = f"{text} ({hint})" if hint else text
+    print(f"github_app_token: warning: {redact(shown)}", file=sys.stderr)
 
 
 # --- doors: programs ---
@@ -491,15 +491,41 @@ def run_child(
 # --- doors: files ---
 
 
+def what_exists(path: str) -> tuple[str, int]:
+    """An absolute path, or the nearest folder above it that can be seen; and whose that is."""
+    if os.path.exists(path):
+        return path, os.stat(path).st_uid
+    return what_exists(os.path.dirname(path))
+
+
+def cannot(use: str, path: str, error: OSError) -> Failure:
+    """Why a path is of no use: after a run under sudo it is root's, or a folder above it is."""
+    place, owner = what_exists(os.path.abspath(path))
+    mine = os.geteuid()
+    if not isinstance(error, PermissionError) or owner == mine:
+        # A key that was given in the place of its file's name is not to be shown.
+        shown = path if len(path) < 200 else "the file that it names"
+        return Failure(MEND, f"cannot {use} {shown}: {error.strerror or 'not yours'}")
+    hint = "run this as that user"
+    if mine and place.startswith(os.path.expanduser("~/")):
+        hint = f"sudo chown -R {mine} {place}"
+    return Failure(MEND, f"{place} belongs to user {owner} (0 is root)", hint)
+
+
 def read_file(path: str, forbidden: int, flags: int = 0) -> bytes:
-    """A file's bytes; Failure for one that others could have a hand in: `forbidden` mode bits."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags)
-    with open(fd, "rb") as file:
-        info = os.fstat(fd)
+    """A file's bytes, or FileNotFoundError; `forbidden` mode bits give others a hand in it."""
+    try:
+        file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags), "rb")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise cannot("read", path, error) from None
+    with file:
+        info = os.fstat(file.fileno())
         if not stat.S_ISREG(info.st_mode):
             raise Failure(MEND, f"{path} is not a file")
         if info.st_uid not in (0, os.geteuid()):
-            raise Failure(MEND, f"{path} belongs to another user")
+            raise cannot("read", path, PermissionError())
         if info.st_mode & forbidden:
             raise Failure(MEND, f"{path} is open to others", f"chmod go-rwx {path}")
         return file.read(MAX_REPLY)
@@ -536,21 +562,18 @@ class Cache:
 
     def check_folder(self) -> None:
         """Make the folder, or say why it cannot be used."""
-        place = self.folder
         try:
+            # Root makes nothing in a user's home: it would lock the user's other programs out.
+            if what_exists(self.folder)[1] not in (0, os.geteuid()):
+                raise PermissionError
             os.makedirs(self.folder, 0o700, exist_ok=True)
-        except PermissionError as error:
-            place = os.path.dirname(error.filename)
+            info = os.lstat(self.folder)
+            if info.st_uid != os.geteuid():
+                raise PermissionError
         except OSError as error:
-            raise Failure(MEND, f"cannot use {self.folder}: {error.strerror}") from None
-        info, mine = os.lstat(place), os.geteuid()
-        if info.st_uid != mine:
-            hint = "run this as that user"
-            if mine and place.startswith(os.path.expanduser("~/.")):  # one run under sudo made it
-                hint = f"sudo chown -R {mine} {place}"
-            raise Failure(MEND, f"{place} belongs to user {info.st_uid} (0 is root)", hint)
+            raise cannot("use", self.folder, error) from None
         if not stat.S_ISDIR(info.st_mode) or info.st_mode & READABLE:
-            raise Failure(MEND, f"{place} is not yours alone", f"chmod 700 {place}")
+            raise Failure(MEND, f"{self.folder} is not yours alone", f"chmod 700 {self.folder}")
 
     def read_token(self, path: str, forbidden: int = READABLE) -> Token | None:
         """The token of a file, None when there is no file; Failure when it cannot be used."""
@@ -558,8 +581,6 @@ class Cache:
             return parse_cached(json.loads(read_file(path, forbidden, os.O_NOFOLLOW)))
         except FileNotFoundError:
             return None
-        except OSError as error:
-            raise Failure(MEND, f"cannot read {path}: {error.strerror}") from None
         except (TypeError, ValueError, RecursionError):
             raise Failure(MEND, f"{path} is damaged", f"rm {path}") from None
 
@@ -568,7 +589,7 @@ class Cache:
         try:
             return self.read_token(path)
         except Failure as failure:
-            warn(f"ignoring what is cached: {failure}")
+            warn(f"ignoring what is cached: {failure}", failure.hint)
         return None
 
     def withhold(self, path: str, token: Token) -> None:
@@ -580,10 +601,6 @@ class Cache:
         import tempfile
 
         self.check_folder()
-        with contextlib.suppress(OSError):  # of who was killed in here, an hour ago or earlier
-            for entry in list(os.scandir(self.folder)):
-                if entry.name.startswith(".new-") and entry.stat().st_mtime < time.time() - 3600:
-                    os.unlink(entry.path)
         try:
             fd, temporary = tempfile.mkstemp(prefix=".new-", dir=self.folder)  # 0600
             try:
@@ -592,11 +609,10 @@ class Cache:
                     file.flush()
                     os.fsync(fd)
                 os.replace(temporary, path)
-            except BaseException:
+            finally:
                 self.remove(temporary)
-                raise
         except OSError as error:
-            raise Failure(MEND, f"cannot write {path}: {error.strerror}") from None
+            raise cannot("write", path, error) from None
 
     def remove(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -615,7 +631,7 @@ class Cache:
             except TimeoutError:
                 raise Failure(LATER, f"another process holds {path}.lock") from None
             except OSError as error:
-                raise Failure(MEND, f"cannot lock {path}.lock: {error.strerror}") from None
+                raise cannot("lock", f"{path}.lock", error) from None
             yield
 
 
@@ -629,14 +645,12 @@ def read_key(source: str) -> bytes:
         return run_child(["/bin/sh", "-c", rest])[:MAX_KEY]
     if kind == "env":
         return os.environb.pop(os.fsencode(rest), b"")[:MAX_KEY]  # children do not inherit it
+    if source == "-":
+        return sys.stdin.buffer.read(MAX_KEY)
     try:
-        if source == "-":
-            return sys.stdin.buffer.read(MAX_KEY)
         return read_file(os.path.expanduser(source), READABLE)[:MAX_KEY]
-    except OSError as error:
-        # A key that was given in the place of its file's name is not to be shown.
-        shown = source if len(source) < 200 else "the file that it names"
-        raise Failure(MEND, f"the private key: cannot read {shown}: {error.strerror}") from None
+    except FileNotFoundError as error:
+        raise cannot("read", source, error) from None
 
 
 class OpensslKey:
@@ -721,6 +735,7 @@ class GitHub:
 
         self.root = config.api_url
         self.oauth = oauth_url_of(config.api_url)
+        self.installation = bool(config.key)  # its tokens are revoked in another way than a login's
         # No handler follows a redirect: urllib's would send the Authorization on to wherever the
         # answer points.
         self.opener = urllib.request.OpenerDirector()
@@ -731,8 +746,7 @@ class GitHub:
             try:
                 tls = ssl.create_default_context(cafile=config.ca_file or None)
             except OSError as error:
-                why = f"cannot use the CA file {config.ca_file}: {error.strerror or 'not one'}"
-                raise Failure(USAGE, why) from None
+                raise cannot("use", config.ca_file, error) from None
             if config.ca_file:  # Python 3.13 is strict about the form of CAs, companies are not
                 tls.verify_flags &= ~ssl.VERIFY_X509_STRICT
             self.opener.add_handler(urllib.request.ProxyHandler())
@@ -768,13 +782,14 @@ class GitHub:
                 with contextlib.suppress(Failure):  # everybody can have the name of a public one
                     name = str(self.send("GET", found[0], "", None).data.get("full_name", name))
                 raise Failure(MEND, f"GitHub calls this repository {name} now", f"--repo {name}")
-            hint = "a captive portal, a proxy, or not the address of GitHub's API"
-            raise Failure(LATER, f"{host_of(url)} redirects to {host_of(target)}", hint)
+            raise Failure(LATER, f"{host_of(url)} redirects to {host_of(target)}", PORTAL)
         if rate_limited(reply):
             reset = reply.headers.get("x-ratelimit-reset", "")
             spent = reply.headers.get("x-ratelimit-remaining") == "0" and reset.isdecimal()
             wait = f"{max(0, int(reset) - self.now()):.0f}" if spent else "60"  # by its clock
-            hint = f"try again in {reply.headers.get('retry-after', wait)} s, or later"
+            after = reply.headers.get("retry-after", wait)
+            when = f"in {after} s" if after.isdecimal() else f"at {after}"  # RFC 9110 has dates too
+            hint = f"try again {when}, or later"
             raise Failure(LATER, f"GitHub's rate limit is reached: {reply.said()}", hint)
         return reply
 
@@ -793,7 +808,7 @@ class GitHub:
             request.add_unredirected_header("Authorization", f"Bearer {token}")
         try:
             with SIGNALS.limit(REPLY_SECONDS), self.opener.open(request, timeout=30) as response:
-                body = response.read(MAX_REPLY + 1)
+                body = response.read(MAX_REPLY)  # what is cut off is no JSON
         except (OSError, http.client.HTTPException, ValueError) as error:
             cause = getattr(error, "reason", error)
             said = str(cause) if isinstance(cause, OSError) else ""  # else of HTTPS_PROXY, maybe
@@ -804,8 +819,6 @@ class GitHub:
             elif "failed: 407" in reason:  # http.client's words for CONNECT
                 status, hint = MEND, "HTTPS_PROXY must hold the proxy's user and password"
             raise Failure(status, f"cannot reach {host_of(url)}: {reason[:200]}", hint) from None
-        if len(body) > MAX_REPLY:
-            raise Failure(FAILED, f"{host_of(url)} sent more than {MAX_REPLY} bytes")
         headers = {name.lower(): value for name, value in response.headers.items()}
         with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
             self.offset = parsedate_to_datetime(headers["date"]).timestamp() - time.time()
@@ -816,8 +829,7 @@ class GitHub:
         except (ValueError, RecursionError):
             data = None
             if response.status < 300:
-                hint = "a captive portal or a proxy may answer in GitHub's place"
-                raise Failure(LATER, f"{host_of(url)} sent no JSON", hint) from None
+                raise Failure(LATER, f"{host_of(url)} sent no JSON", PORTAL) from None
         return Reply(response.status, headers, data if isinstance(data, dict) else {})
 
 
@@ -843,6 +855,8 @@ class App:
         """An answer other than 401; when only the clock is wrong, signed once more by GitHub's."""
         reply = self.github.api(method, path, self.jwt, body)
         said = reply.said()
+        if "Integration not found" in said:  # with a 404, as of a repository without the App
+            raise Failure(MEND, f"App {self.app_id} is not known to GitHub: {said}", WHICH_APP)
         if reply.status != 401:
             return reply
         if not re.search("'iat'|'exp'", said):
@@ -868,7 +882,7 @@ def token_for(config: Config, refused: str, renew: Callable[..., Token]) -> tupl
         except Failure as failure:
             if not config.key:
                 raise  # two that refresh a login at once lose it
-            warn(f"{failure}: going on without its lock")
+            warn(f"{failure}: going on without its lock", failure.hint)
         token = cache.find_token(path)  # who held the lock may have got one
         if token and abs(token.clock_offset) > JWT_BEFORE:  # the clock may have been set since
             github = GitHub(config)
@@ -886,18 +900,13 @@ def pinned_id(config: Config, cache: Cache) -> int:
     path = cache.id_path(config)
     try:
         number = json.loads(read_file(path, READABLE, os.O_NOFOLLOW))["id"]
+        if type(number) is int and 0 < number < 10**18:
+            return number
     except FileNotFoundError:
         return 0
-    except OSError as error:  # that says nothing about the repository
-        cache.check_folder()
-        raise Failure(MEND, f"cannot read {path}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, RecursionError):
-        number = None
-    # What is damaged is not as good as absent: the name may mean another repository by now.
-    if type(number) is not int or not 0 < number < 10**18:
-        why = f"{path} should say which repository {config.repo} is"
-        raise Failure(MEND, why, "--accept-new-repo")
-    return number
+        pass  # damaged is not as good as absent: the name may mean another repository by now
+    raise Failure(MEND, f"{path} does not say what {config.repo} is", "--accept-new-repo")
 
 
 def mint(config: Config, cache: Cache, pinned: int, earlier: Token | None) -> Token:
@@ -908,7 +917,7 @@ def mint(config: Config, cache: Cache, pinned: int, earlier: Token | None) -> To
     github = GitHub(config)
     app = App(config, github)
     installation = installation_of(app, config)
-    if earlier and earlier.withheld and not revoked_installation(github, earlier.token):
+    if earlier and earlier.withheld and not taken_back(github, earlier.token):
         warn("an earlier token could not be taken back: it lives on, for an hour at the most")
 
     # By number as soon as that is known: GitHub then gives no token for another of this name.
@@ -921,14 +930,13 @@ def mint(config: Config, cache: Cache, pinned: int, earlier: Token | None) -> To
             raise not_granted(config, installation, reply.said())
         grant = checked(reply, "the token").data
         # From here on a token lives that only this process knows.
-        with given_out_or(lambda: revoked_installation(github, grant.get("token"))):
+        with given_out_or(lambda: taken_back(github, grant.get("token"))):
             token = parse_installation_token(grant, config, pinned, github.now())
             slug = str(installation.get("app_slug", ""))
             token = token._replace(clock_offset=github.offset, login=slug)
             try:
                 if not config.repo_id:
-                    known = {"id": token.repo_id, "full_name": token.repo}
-                    cache.write(cache.id_path(config), known)
+                    cache.write(cache.id_path(config), {"id": token.repo_id})
                 cache.write(cache.token_path(config), token._asdict())
             except Failure as failure:  # that costs time, not the token
                 warn(f"{failure}: not cached, so nobody has it but who gets it now")
@@ -955,11 +963,15 @@ def given_out_or(take_back: Callable[[], bool | None]) -> Iterator[None]:
             raise
 
 
-def revoked_installation(github: GitHub, token: Any) -> bool | None:
-    if not isinstance(token, str):
+def taken_back(github: GitHub, *tokens: Any) -> bool | None:
+    """Whether GitHub took them back, None when there is none; a login's may come from anybody."""
+    known = [token for token in tokens if token and isinstance(token, str)]
+    if not known:
         return None
-    # 401: it was not valid any more, because an earlier try came through, maybe.
-    return github.api("DELETE", "/installation/token", token).status in (204, 401)
+    if github.installation:
+        # 401: it was not valid any more, because an earlier try came through, maybe.
+        return github.api("DELETE", "/installation/token", known[0]).status in (204, 401)
+    return github.api("POST", "/credentials/revoke", "", {"credentials": known}).status < 300
 
 
 def installation_of(app: App, config: Config) -> Object:
@@ -970,8 +982,7 @@ def installation_of(app: App, config: Config) -> Object:
         raise Failure(MEND, f"the App is not installed for {config.repo}", hint)
     found = checked(reply, "the App's installation").data
     if found.get("suspended_at"):
-        where = str(found.get("html_url", ""))
-        raise Failure(MEND, f"the App's installation on {config.repo} is suspended", where)
+        raise Failure(MEND, f"the App is suspended for {config.repo}", str(found.get("html_url")))
     return found
 
 
@@ -1011,10 +1022,7 @@ def parse_login_token(grant: Object, now: float) -> Token:
     if not life or not refresh:  # an OAuth App's are so, too; no repository limits those
         hint = "the App's settings, Optional features, opt in to expiration"
         raise Failure(MEND, "this token is refused: it would never expire", hint)
-    return Token(
-        token=token, expires_at=now + life, clock_offset=0.0, repo_id=0, repo="", permissions={},
-        refresh_token=refresh, withheld=True,
-    )  # fmt: skip
+    return Token(token, now + life, {}, refresh_token=refresh, withheld=True)
 
 
 def check_reach(reaches: Mapping[int, str], number: int, config: Config) -> str:
@@ -1038,9 +1046,7 @@ def device_step(data: Mapping[str, Any], interval: float) -> tuple[str, float]:
     if error == "authorization_pending":
         return "wait", interval
     if error == "slow_down":
-        given = data.get("interval")
-        longer = given if isinstance(given, (int, float)) and given > interval else interval + 5
-        return "wait", min(float(longer), 300.0)
+        return "wait", min(interval + 5, 300.0)
     if error in ("access_denied", "expired_token", "token_expired"):
         raise Failure(LOGIN, f"nobody has logged in: {error.replace('_', ' ')}", "login again")
     raise device_flow_failure(data)
@@ -1153,7 +1159,7 @@ def repository_id(config: Config, cache: Cache, github: GitHub) -> int:
         hint = f"--repo-id N; gh api repos/{config.repo} --jq .id shows it"
         raise Failure(USAGE, f"the id of {config.repo} is not known, and it is not public", hint)
     number = int(reply.data.get("id", 0))
-    cache.write(cache.id_path(config), {"id": number, "full_name": config.repo})
+    cache.write(cache.id_path(config), {"id": number})
     return number
 
 
@@ -1197,14 +1203,6 @@ def refreshed(config: Config, cache: Cache, pinned: int, token: Token | None) ->
 def login_needed(config: Config, why: str) -> Failure:
     hint = f"github_app_token.py login --repo {config.repo} --app-id {config.app_id}"
     return Failure(LOGIN, why, hint + "; or give the App's --key")
-
-
-def taken_back(github: GitHub, *tokens: Any) -> bool | None:
-    """Whether GitHub took them back: github.com does, without anyone's authority."""
-    known = [token for token in tokens if token and isinstance(token, str)]
-    if not known:
-        return None
-    return github.api("POST", "/credentials/revoke", "", {"credentials": known}).status < 300
 
 
 # --- commands ---
@@ -1260,10 +1258,7 @@ def cmd_revoke(config: Config, options: argparse.Namespace) -> int:
             cache.withhold(path, token)
         github = GitHub(config)
         # A GitHub that cannot be asked raises: then this is to be done again.
-        if config.key:
-            revoked = revoked_installation(github, token.token)
-        else:
-            revoked = taken_back(github, token.token, token.refresh_token)
+        revoked = taken_back(github, token.token, token.refresh_token)
         cache.remove(path)
         if not revoked:
             hint = f"{github.oauth}/settings/apps/authorizations does; an App's ends in an hour"
@@ -1321,9 +1316,6 @@ def look_at_settings(config: Config, cache: Cache) -> Iterator[str]:
     yield f"settings: {where}, {asked or 'no permissions'}"
     cache.check_folder()
     yield f"cache: {cache.folder}"
-    token = cache.read_token(cache.token_path(config))
-    if token:
-        yield f"cached: {described(token)}"
 
 
 def look_at_key(config: Config, cache: Cache) -> Iterator[str]:
@@ -1332,6 +1324,9 @@ def look_at_key(config: Config, cache: Cache) -> Iterator[str]:
     yield f"key: {fingerprint(app.key.spki)}"
     slug = checked(app.call("GET", "/app"), "the App").data.get("slug")
     yield f"App: {slug}, clock offset {round(github.offset)} s"
+    token = cache.read_token(cache.token_path(config))
+    if token:
+        yield f"cached: {described(token._replace(clock_offset=github.offset))}"
     installation = installation_of(app, config)
     which = installation.get("repository_selection")
     yield f"installation: {installation.get('id')}, {which} repositories"
@@ -1343,11 +1338,12 @@ def look_at_login(config: Config, cache: Cache) -> Iterator[str]:
     token = cache.read_token(cache.token_path(config))
     if token is None:
         raise login_needed(config, "no key is given, and nobody has logged in")
-    if token.left(time.time()) > 0:
-        reply = GitHub(config).api("GET", "/user", token.token)
-        if reply.status == 401:
-            raise login_needed(config, "GitHub does not accept the login's token any more")
-    yield f"login: {token.login}"
+    github = GitHub(config)
+    reply = github.api("GET", "/user", token.token)
+    token = token._replace(clock_offset=github.offset)
+    if reply.status == 401 and token.left(time.time()) > 0:
+        raise login_needed(config, "GitHub does not accept the login's token any more")
+    yield f"login: {described(token)}"
 
 
 # --- settings ---
@@ -1363,13 +1359,17 @@ def read_profile(name: str) -> dict[str, str]:
     try:
         parser.read_string(read_file(path, WRITABLE).decode("utf-8-sig"))
         section = dict(parser[name])
-    except OSError as error:
-        raise Failure(USAGE, f"cannot read {path}: {error.strerror}") from None
+    except FileNotFoundError:
+        raise Failure(USAGE, f"there is no {path}") from None
     except KeyError:
         raise Failure(USAGE, f"{path} has no section [{name}]") from None
-    except (configparser.Error, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise Failure(USAGE, f"{path} is not in UTF-8", "save it as UTF-8") from None
+    except configparser.Error as error:
         # Not its text, which quotes the line: that may be of a key that was pasted there.
-        raise Failure(USAGE, f"{path} is not an INI file: {type(error).__name__}") from None
+        option = getattr(error, "option", "")  # what is there twice
+        shown = f" {option}" if option in SETTINGS else ""
+        raise Failure(USAGE, f"{path} is not an INI file: {type(error).__name__}{shown}") from None
     for key in section.keys() - set(SETTINGS):
         shown = key if re.fullmatch("[a-z_-]{1,20}", key) else "a line"  # maybe of a pasted key
         raise Failure(USAGE, f"{path}: {shown} is not a setting", "known: " + ", ".join(SETTINGS))
@@ -1427,8 +1427,7 @@ def build_config(options: argparse.Namespace) -> Config:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,38}/(?!\.+$)[A-Za-z0-9._-]{1,100}", repo):
         raise Failure(USAGE, f"not a repository: {redact(repo)!r}", "--repo OWNER/NAME")
     if not re.fullmatch(r"[A-Za-z0-9._]{1,64}", app_id):
-        hint = "the App's settings, General: App ID or Client ID"
-        raise Failure(USAGE, "which App? --app-id ID", hint)
+        raise Failure(USAGE, "which App?", WHICH_APP)
     permissions = parse_permissions(values.get("permissions", ""))
     if permissions and (options.verb == "login" or not values.get("key")):
         hint = "without it, a login may do what the App and the user both may"
@@ -1443,7 +1442,7 @@ def build_config(options: argparse.Namespace) -> Config:
         repo_id=int(repo_id),
         permissions=permissions,
         key="" if options.verb in ("login", "logout") else values.get("key", ""),
-        ca_file=values.get("ca_file", ""),
+        ca_file=os.path.expanduser(values.get("ca_file", "")),
         accept_new_repo=options.accept_new_repo,
     )
 

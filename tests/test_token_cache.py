@@ -6,13 +6,34 @@ import fcntl
 import json
 import os
 import re
-import time
 import unittest
 from pathlib import Path
 
 import github_app_token as g
+from tests.quick import Result
 from tests.token_case import MINT
 from tests.token_case import Case
+from tests.token_case import key
+
+# `setup`: from the cache on this is another user, as the files' owner is to who ran it under sudo.
+STRANGER = (
+    "made = g.Cache.__init__\n"
+    "def begun(self): os.geteuid = lambda: 4242; made(self)\n"
+    "g.Cache.__init__ = begun\n"
+)
+
+
+def denied(part: str) -> str:
+    """`setup`: what has this in its path, $ is its end, cannot be opened or made."""
+    return (
+        "opened, made_dirs = os.open, os.makedirs\n"
+        "def looked(call):\n"
+        " def of(path, *a, **k):\n"
+        f"  if {part!r} in f'{{path}}$': raise PermissionError(13, 'Permission denied', path)\n"
+        "  return call(path, *a, **k)\n"
+        " return of\n"
+        "os.open, os.makedirs = looked(opened), looked(made_dirs)\n"
+    )
 
 
 class CacheTest(Case):
@@ -50,15 +71,6 @@ class CacheTest(Case):
         no_locks = "def no(*a): raise OSError(37, 'No locks available')\ng.fcntl.flock = no\n"
         self.passes(self.token(setup=no_locks))
 
-    def test_what_a_killed_process_left_is_removed(self) -> None:
-        self.cache.mkdir(parents=True, mode=0o700)
-        old, new = self.cache / ".new-old", self.cache / ".new-new"
-        for path in (old, new):
-            path.write_text("x")
-        os.utime(old, (time.time() - 7200,) * 2)
-        self.passes(self.token())
-        self.assertEqual((old.exists(), new.exists()), (False, True))
-
     def test_a_token_in_the_place_of_another_is_not_given_out(self) -> None:
         self.github.selected = {11, 12}
         self.passes(self.token())
@@ -71,28 +83,64 @@ class CacheTest(Case):
 
     def test_a_folder_that_is_another_users(self) -> None:
         """After a run under sudo it is root's, or what lies above it: nobody drops a pin for that."""
-        self.passes(self.token())
-        denied = (
-            "made = g.Cache.__init__\n"
-            "def begun(self): os.geteuid = lambda: 4242; made(self)\n"
-            "g.Cache.__init__ = begun\nreal = os.open\n"
-            "def no(path, *_, **__): raise PermissionError(13, 'Permission denied', path)\n"
-            "os.open = lambda path, *a, **k: (no if '/.local/' in path else real)(path, *a, **k)\n"
-        )
-        above = self.home / ".local"
-        cannot = "os.makedirs = lambda *_, **__: no({!r})\n"
-        for where, setup in (
-            (self.cache, denied),
-            (above, denied + cannot.format(str(above / "state"))),
-        ):
+        setup = STRANGER + denied("/.local/")
+        self.cache.mkdir(parents=True)
+        for where in (self.cache, self.cache.parent, self.home / ".local"):
             for argv in (("login", "--repo-id", "11"), ("revoke",), ("token",)):
                 done = self.run_it(*argv, setup=setup)
                 fix = f"sudo chown -R 4242 {where}\n"
                 self.fails(done, g.MEND, f"{where} belongs to user {os.getuid()}", fix)
                 self.assertNotIn("--accept-new-repo", done.err)
-        done = self.run_it("revoke", setup=denied + cannot.format(str(self.home / "x")))
+            where.rmdir()
+        done = self.run_it("revoke", setup=setup)
         self.fails(done, g.MEND, f"{self.home} belongs to user")
         self.assertNotIn("chown", done.err, "nothing else is to be given away")
+
+    def bare(self, *verb: str, setup: str) -> Result:
+        """Without a profile, which would be another user's as well; the key is on stdin."""
+        argv = [*verb, "--repo", "octo/widgets", "--app-id", "1", "--api-url", self.github.url]
+        return self.run_it(*argv, setup=setup, data=key(), GITHUB_APP_PROFILE="")
+
+    def test_under_sudo_nothing_is_made_in_the_users_home(self) -> None:
+        """Fault 35: ~/.local would be root's, 0700, and no program of the user's could enter it."""
+        if os.getuid() == 0:
+            os.chown(self.home, 4242, 4242)
+        user, root = self.home.stat().st_uid, "os.geteuid = lambda: 0\n"
+        done = self.bare("token", "--key", "-", "--permissions", "dev", setup=root)
+        self.passes(done)
+        self.assertIn(f"{self.home} belongs to user {user}", done.err)
+        self.assertIn("run this as that user", done.err)
+        self.fails(self.bare("login", setup=root), g.MEND, "run this as that user")
+        self.assertFalse((self.home / ".local").exists())
+
+    def test_a_folder_above_that_is_roots(self) -> None:
+        """Fault 35: what costs the cache only says what gives it back, too."""
+        above = self.home / ".local/state"
+        above.mkdir(parents=True)
+        setup = f"os.geteuid = lambda: 4242\n{denied('/.local/')}os.open = opened\n"
+        done = self.bare("token", "--key", "-", "--permissions", "dev", setup=setup)
+        self.passes(done)
+        self.assertIn(f"sudo chown -R 4242 {above})", done.err)
+
+    def test_files_that_are_another_users(self) -> None:
+        """Fault 35: each file that root made says whose it is, and what gives it back."""
+        self.passes(self.token())
+        (pin,) = self.cache.glob("repository-*.json")
+        fix = "run this as that user" if os.getuid() == 0 else f"sudo chown -R {os.getuid()}"
+        for verb, path in (("token", self.ini), ("token", pin), ("revoke", self.file()),
+                           ("token", self.key)):  # fmt: skip
+            owned = (
+                "seen = os.stat\n"
+                "def owned(path, *a, **k):\n"
+                f" info, its = seen(path, *a, **k), str(path).endswith({path.name!r})\n"
+                " return os.stat_result(info[:4] + (4242,) + info[5:]) if its else info\n"
+                "os.stat = owned\n"
+            )
+            argv = (verb, "--key", str(self.key), "--permissions", "dev")
+            self.expire()
+            done = self.run_it(*argv, setup=owned + denied(f"{path.name}$"))
+            with self.subTest(path):
+                self.fails(done, g.MEND, f"{path} belongs to user 4242 (0 is root)", fix)
 
     def test_no_home(self) -> None:
         here = self.home / "here"

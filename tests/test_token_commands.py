@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -84,6 +85,20 @@ class CommandTest(Case):
         self.assertEqual(done.status, g.MEND)
         self.assertIn("fix: chmod 700", done.out)
 
+    def test_status_after_the_clock_was_set_right(self) -> None:
+        """Fault 36: how long a token lives on is told by GitHub's clock of now."""
+        for ahead, left, word in ((7200, 3000, "expires in 50 min"), (-7200, -600, "expired")):
+            self.github.clock = ahead
+            self.passes(self.token())
+            self.github.clock = 0
+            (path,) = self.cache.glob("installation-*.json")
+            value = json.loads(path.read_text())
+            path.write_text(json.dumps({**value, "expires_at": time.time() + left}))
+            done = self.run_it(*self.argv("status"))
+            self.assertEqual(done.status, 0)
+            self.assertIn(word, done.out)
+            path.unlink()
+
     def test_git_asks_and_gets(self) -> None:
         host = f"localhost:{self.github.server_port}"
         ours = f"protocol=http\nhost={host}\npath=octo/widgets"
@@ -165,16 +180,20 @@ class CommandTest(Case):
             ("[w]\nmin_ttl = 5m\n", "min_ttl is not a setting"),
             ("[w]\nMIIEvQIBADANBgkqhkiG9w0BAQ = x\n", "a line is not a setting"),
             ("[w]\nkey = -----BEGIN\nMIIEowIBAAKC\n", "not an INI file"),
-            ("\xff", "not an INI file"),
+            ("\xff", "not in UTF-8"),
+            ("\xff\xfe[\0w\0]\0", "save it as UTF-8"),  # as editors on Windows do (fault 38)
+            ("[w]\nrepo = o/r\nrepo = o/s\n", "DuplicateOptionError repo"),
+            ("[w]\n[w]\n", "DuplicateSectionError"),
+            ("[w]\nMIIEvQIBADANBgkqhkiG9w0BAQ = x\nMIIEvQIBADANBgkqhkiG9w0BAQ = x\n", "DuplicateOptionError"),
         ):  # fmt: skip
             self.ini.write_text(text, encoding="latin-1")
             done = self.run_it("token")
             self.fails(done, g.USAGE, word)
-            self.assertNotIn("MIIE", done.err)
+            self.assertNotIn("miie", done.err.lower())
         self.ini.chmod(0o622)
         self.fails(self.run_it("token"), g.MEND, "chmod go-rwx")
         self.ini.unlink()
-        self.fails(self.run_it("token"), g.USAGE, "No such file")
+        self.fails(self.run_it("token"), g.USAGE, f"there is no {self.ini}")
         os.mkfifo(self.ini, 0o600)
         self.fails(self.run_it("token"), g.MEND, "is not a file")
 

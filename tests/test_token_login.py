@@ -36,9 +36,9 @@ class LoginTest(LoginCase):
     def test_slow_down(self) -> None:
         slow = {"error": "slow_down"}
         grant = self.github.login(POLL, {"grant_type": ""})
-        self.github.on(POLL, Reply(200, {**slow, "interval": 12}), Reply(200, slow), grant)
+        self.github.on(POLL, Reply(200, slow), Reply(200, slow), grant)
         said = self.login().err
-        for seconds in ("6.0", "14.4", "20.4"):
+        for seconds in ("6.0", "12.0", "18.0"):
             self.assertIn(f"sleep {seconds}\n", said)
 
     def test_answers_that_end_it(self) -> None:
@@ -226,6 +226,20 @@ class RefreshTest(LoginCase):
         self.store(expires_at=time.time() - 1)
         self.github.tokens.clear()
         self.assertNotEqual(self.passes(self.run_it("token")), first)
+
+    def test_status_after_the_clock_was_set_right(self) -> None:
+        """Fault 36: what is over can be refreshed; what is not, and yet refused, cannot."""
+        for ahead, left, status, word in (
+            (-7200, -600, 0, "hubot"), (7200, 3000, g.LOGIN, "does not accept"),
+        ):  # fmt: skip
+            self.github.clock = ahead
+            self.login()
+            self.github.clock = 0
+            self.store(expires_at=time.time() + left)
+            self.github.tokens.clear()
+            done = self.run_it("status")
+            self.assertEqual(done.status, status, done.out)
+            self.assertIn(word, done.out)
 
     def old_login(self, seconds: float = -1) -> None:
         """A login whose token lives for so many seconds."""

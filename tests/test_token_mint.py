@@ -108,6 +108,18 @@ class InstallationTest(Case):
                 self.fails(self.token(setup=NO_PAUSE), status, word)
         self.assertEqual(self.github.tokens, {})
 
+    def test_an_app_that_github_does_not_know(self) -> None:
+        """Fault 34: an id of none is not an App that has to be installed."""
+        self.github.on(".*", error(404, "Integration not found"))
+        words = ("Iv23liEXAMPLE is not known to GitHub", "--app-id")
+        done = self.token()
+        self.fails(done, g.MEND, *words)
+        self.assertNotIn("nstall", done.err)
+        done = self.run_it("status", "--key", str(self.key), "--permissions", "dev")
+        self.assertEqual(done.status, g.MEND)
+        for word in words:
+            self.assertIn(word, done.out)
+
     def test_not_installed_and_suspended(self) -> None:
         self.fails(self.token("--repo", "octo/other"), g.MEND, "not installed", "Install App")
         self.github.suspended = True
@@ -167,6 +179,9 @@ class InstallationTest(Case):
         done = self.token()
         self.fails(done, g.LATER)
         self.assertRegex(done.err, "try again in (1200|119[0-9]) s")
+        date = "Wed, 21 Oct 2026 07:28:00 GMT"  # as RFC 9110 allows it (fault 36)
+        self.github.on(FOUND, error(429, "slow", Retry_After=date))
+        self.fails(self.token(), g.LATER, f"try again at {date}, or later")
         self.github.on(FOUND, error(403, "secondary rate limit", X_RateLimit_Reset=reset))
         self.fails(self.token(), g.LATER, "try again in 60 s")
         self.assertLess(time.monotonic() - began, 5)
@@ -268,7 +283,7 @@ class NetworkTest(Case):
         self.fails(self.token("--api-url", "http://github.com"), g.USAGE, "https")
         self.fails(
             self.token("--api-url", "ghe.invalid", "--ca-file", "/nonexistent"),
-            g.USAGE, "/nonexistent",
+            g.MEND, "/nonexistent",
         )  # fmt: skip
 
     def test_no_redirect_takes_the_jwt_elsewhere(self) -> None:
@@ -283,7 +298,7 @@ class NetworkTest(Case):
         for status, word, reply in (
             (g.LATER, "too slow", Reply(200, {"id": 7}, (), "slow")),
             (g.LATER, "sent no JSON", Reply(200, {"id": 7}, (), "cut")),
-            (g.FAILED, "more than", Reply(200, {"id": "x" * 1_100_000})),
+            (g.LATER, "sent no JSON", Reply(200, {"id": "x" * 1_100_000})),
         ):  # fmt: skip
             with self.subTest(word):
                 self.github.on(FOUND, reply)
@@ -303,7 +318,7 @@ class NetworkTest(Case):
             self.fails(self.token(setup="g.PAUSE = 9\n"), g.MEND, "--ca-file", "signed certificate")
             self.assertLess(time.monotonic() - began, 9, "it is not tried again")
             self.assertEqual(secure.seen, [])
-            self.profile(api_url=secure.url, ca_file=str(certificate))
+            self.profile(api_url=secure.url, ca_file="~/cert.pem")  # as for `key` (fault 38)
             listed = {"NO_PROXY": "localhost", "SSLKEYLOGFILE": str(keys)}
             self.passes(self.token(HTTPS_PROXY=nowhere, **listed))
             self.assertFalse(keys.exists(), "who reads it reads the token")

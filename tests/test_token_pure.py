@@ -158,9 +158,8 @@ class GrantedTest(Table):
     def test_polls(self) -> None:
         self.assertEqual(g.device_step({"access_token": "x"}, 5), ("done", 0))
         self.assertEqual(g.device_step({"error": "authorization_pending"}, 5), ("wait", 5))
-        for given, wait in ((12, 12), (None, 10), (3, 10), ("x", 10), (1e9, 300)):
-            data = {"error": "slow_down", "interval": given}
-            self.assertEqual(g.device_step(data, 5), ("wait", wait))
+        for interval, wait in ((5, 10), (10, 15), (1e9, 300)):  # RFC 8628, 3.5: 5 s more
+            self.assertEqual(g.device_step({"error": "slow_down"}, interval), ("wait", wait))
         for status, word, name in (
             (g.LOGIN, "denied", "access_denied"),
             (g.LOGIN, "expired", "expired_token"),

@@ -106,7 +106,7 @@ class SignalTest(LoginCase):
     def test_a_token_that_is_too_wide_is_taken_back_all_the_same(self) -> None:
         wide = minted(self.github, repository_selection="all")
         self.github.on(MINT, Reply(201, wide))
-        done = self.mint(ctrl_c_in("revoked_installation")).wait()
+        done = self.mint(ctrl_c_in("taken_back")).wait()
         self.assertEqual((done.status, done.out), (130, ""), done.err)
         self.assertEqual(self.github.paths("DELETE"), [TAKE_BACK])
         self.assertNotIn(wide["token"], self.github.tokens)
@@ -122,7 +122,7 @@ class SignalTest(LoginCase):
                 done = self.while_it_hangs(self.mint())
             else:
                 began = time.monotonic()
-                done = self.mint(ctrl_c_in("revoked_installation")).wait()
+                done = self.mint(ctrl_c_in("taken_back")).wait()
                 self.assertLess(time.monotonic() - began, AT_ONCE)
                 self.assertEqual(self.github.paths("DELETE"), [TAKE_BACK], "no second try")
             self.assertEqual(done.status, 130, done.err)
@@ -215,11 +215,11 @@ class SignalTest(LoginCase):
     def test_a_name_server_that_is_silent_while_a_token_is_taken_back(self) -> None:
         self.github.on(MINT, Reply(201, minted(self.github, repository_selection="all")))
         setup = (
-            "import hashlib, socket\ng.LAST = 0.3\nreal = g.revoked_installation\ndef silent(*a, **k):\n"
+            "import hashlib, socket\ng.LAST = 0.3\nreal = g.taken_back\ndef silent(*a, **k):\n"
             f" open({str(self.home / 'asked')!r}, 'w').close()\n"
             " hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\n"
             "def taken(*a):\n socket.getaddrinfo = silent\n return real(*a)\n"
-            "g.revoked_installation = taken\n"
+            "g.taken_back = taken\n"
         )
         run = self.mint(setup)
         while not (self.home / "asked").exists():
