@@ -75,7 +75,9 @@ SOCKET_NAME = "/ssh.sock.1234567890123456"
 CONFINED_MOUNT_TYPE = {"qemu": "9p", "vz": "virtiofs", "krunkit": "virtiofs"}
 
 # Of these the guest has its own, and of some the host's would hold its processes.
-SYSTEM_DIRS = "/ /bin /dev /etc /home /lib /opt /proc /root /run /sbin /sys /tmp /usr /var".split()
+SYSTEM_DIRS = (
+    "/ /bin /boot /dev /etc /home /lib /mnt /opt /proc /root /run /sbin /sys /tmp /usr /var".split()
+)
 
 # What reading JSON of another form raises; RecursionError when it is nested very deep.
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
@@ -138,7 +140,8 @@ class Mount(NamedTuple):
     source: Place
     target: str
     writable: bool = False
-    as_typed: Sequence[Place] = ()  # the source as it was written, and where its links lead
+    as_typed: Sequence[Place] = ()  # the links on the way to the source, and where they lead
+    copied: bool = False  # in the guest: what is at `target` is not the mount
 
 
 class Lease(NamedTuple):
@@ -321,12 +324,12 @@ def lease_is_live(lease: Lease, this_boot: str, start: str) -> bool:
 # --- pure: names, and what Lima and git say ---
 
 
-def clone_name(directory: str, tag: str, lima_home: str) -> str:
+def clone_name(directory: str, tag: str, lima_home: str, whole: bool = False) -> str:
     """`agent-vm-SLUG-TAG`, the slug cut so that Lima's ssh socket path fits."""
     slug = re.sub(r"[^a-z0-9]+", "-", directory.lower()).strip("-") or "project"
     fixed = len(os.fsencode(lima_home)) + len("/agent-vm--") + len(tag) + len(SOCKET_NAME)
     room = SOCKET_PATH_MAX - 1 - fixed
-    if room < 1:
+    if room < (len(slug) if whole else 1):
         problem = f"the path of Lima's home is too long for its sockets: {lima_home}"
         raise AgentVMError(problem, hint="set LIMA_HOME to a shorter path")
     return f"agent-vm-{slug[: min(room, 30)].strip('-') or 'p'}-{tag}"
@@ -369,10 +372,12 @@ def instance_from(fields: Mapping[str, Any]) -> Instance:
 
 def limactl_reason(stderr: str) -> str:
     """limactl's own last words: its last error in either form of its logs, else its last line."""
-    wrong = r'level(?:=|":")(?:error|fatal)"?[ ,]"?msg"?[=:]"((?:[^"\\]|\\.)*)"'
-    messages = re.findall(wrong, stderr)
-    last = [line for line in stderr.split("\n") if line.strip()][-1:]
-    return "".join(messages[-1:] or last).replace('\\"', '"').replace("\\n", "; ")
+    quoted = r'"((?:[^"\\]|\\.)*)"'
+    wrong = rf'level(?:=|":")%s"?[ ,]"?msg"?[=:]{quoted}(?: error={quoted})?'
+    fatal, errors = (re.findall(wrong % level, stderr) for level in ("fatal", "error"))
+    said = [": ".join(filter(None, words)) for words in (fatal or errors)[-1:]]
+    plain = [line for line in stderr.split("\n") if line.strip() and "level=info" not in line]
+    return "".join(said or plain[-1:]).replace('\\"', '"').replace("\\n", "; ")
 
 
 def lease_from(written: str) -> Lease:
@@ -517,9 +522,9 @@ LAUNCH = r"""#!/bin/bash -l
 . ~/.agent-vm/env
 . ~/.agent-vm/credential
 infocmp > /dev/null 2>&1 || export TERM=xterm-256color
-locale 2>&1 | grep -q 'Cannot set' && export LC_ALL=C.UTF-8
 cd -- "$1" || exit 125
 shift
+command -v -- "$1" > /dev/null || set -- sh -c 'echo "$0: not found" >&2; exit 127' "$1"
 trap : HUP TERM  # of an agent's `kill 0`
 [ -t 0 ] && set -m || trap : INT
 "$@"
@@ -530,6 +535,14 @@ sync
 echo "$status" > ~/.agent-vm/status
 [ -t 0 ] || { (sleep 3; kill "$PPID") < /dev/null > /dev/null 2>&1 & }  # pipes held by what is left
 exit "$status"
+"""
+
+# Under a locale that the guest lacks every shell warns.
+LOCALE = r"""
+if (. ~/.agent-vm/env; locale) 2>&1 | grep -qi 'cannot \(set\|change\)'; then
+  sed -E -i '/^export (LANG|LC_[A-Z]+)=/d' ~/.agent-vm/env
+  echo 'export LC_ALL=C.UTF-8' >> ~/.agent-vm/env
+fi
 """
 
 # Deep-merges the JSON on stdin into a file that may not exist yet.
@@ -563,6 +576,7 @@ def prepare_script(plan: Plan, mounts: Sequence[Mount]) -> str:
         pipe("merge ~/.claude.json", json.dumps(config)),
         pipe("merge ~/.claude/settings.json", '{"skipDangerousModePermissionPrompt": true}'),
         pipe("cat > ~/.agent-vm/env", exports(plan.variables)),
+        LOCALE,
         pipe("cat > ~/.agent-vm/credential", exports(secret)),
         pipe("cat > ~/.agent-vm/launch", LAUNCH),
         "chmod 700 ~/.agent-vm/launch",
@@ -584,6 +598,8 @@ def mount_line(mount: Mount, index: int) -> str:
     check = f"mountpoint -q {point} || {{ echo 'not mounted: {point}' >&2; exit 1; }}"
     if point == mount.target:
         return check
+    if mount.copied:
+        return f"{check}\nmkdir -p {target}\ncp -Rn {point}/. {target} || true"
     return f"{check}\n[ -d {target} ] || sudo mkdir -p {target}\nsudo mount --bind {point} {target}"
 
 
@@ -778,12 +794,21 @@ def real_place(path: str | Path) -> Place:
 
 
 def spellings(path: str) -> list[Place]:
-    """A path as it is typed, where each link at its end leads, and where all of it leads."""
-    places = [place_of(path)]
-    while os.path.islink(path) and len(places) < 40:  # the kernel gives up then, too
-        path = os.path.join(os.path.dirname(path), os.readlink(path))
-        places.append(place_of(path))
-    return [*places, real_place(path)]
+    """Each link that is passed on the way to where a path leads, and its end."""
+    whole = path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
+    done, left = "/", whole.split("/")
+    places: list[Place] = []
+    while left and len(places) < 40:  # the kernel gives up then, too
+        part = left.pop(0)
+        if part == "..":
+            done = os.path.dirname(done)
+        elif part not in ("", "."):
+            done = os.path.join(done, part)
+        if os.path.islink(done):
+            places.append(place_of(done))
+            left = os.readlink(done).split("/") + left
+            done = "/" if not left[0] else os.path.dirname(done)
+    return [*places, place_of(done)]
 
 
 def agents_folders(state: Path, place: Place, mounted: Sequence[Place] = ()) -> list[str]:
@@ -809,7 +834,22 @@ def write_file(path: Path, contents: str) -> None:
 
 
 def remove_path(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    """A file, or a folder of an agent's: nested deeper than a path may be, closed to its owner."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    folders = [str(path)]
+    for folder in folders:  # it grows
+        os.chmod(folder, 0o700)
+        for entry in list(os.scandir(folder)):
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry)
+            else:
+                os.chmod(entry, 0o700)
+                folders.append(f"{path}/{os.urandom(8).hex()}")
+                os.rename(entry, folders[-1])
+    for folder in reversed(folders):
+        os.rmdir(folder)
 
 
 def make_private_folder(path: Path) -> None:
@@ -901,7 +941,8 @@ class Lima:
             late = f"no answer within {limit:.0f} s" if finished.status is None else ""
             reason = late or limactl_reason(finished.err) or f"status {finished.status}"
             last = [line for line in finished.err.split("\n") if line.strip()][-8:]
-            hint = "offline: setup --image FILE, or --template FILE" if args[0] == "create" else ""
+            offline = args[0] == "create" and re.search("download|dial|lookup|https?:", reason)
+            hint = "offline: setup --image FILE, or --template FILE" if offline else ""
             raise AgentVMError(f"limactl {args[0]} failed: {reason}", hint, "\n".join(last))
         return finished.out
 
@@ -971,16 +1012,17 @@ def qemu_state(folder: Path) -> str:
     """What a VM does, in QEMU's words; one that stopped as its disk was full goes on with room."""
     import socket
 
-    path, free = f"{folder}/qmp.sock", shutil.disk_usage(folder).free
+    path = f"{folder}/qmp.sock"
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as qmp:
         qmp.settimeout(2)
         qmp.connect(path)
         qmp.sendall(b'{"execute": "qmp_capabilities"}{"execute": "query-status"}')
         for line in qmp.makefile():
             said = re.search('"status": "([a-z-]+)"', line)
-            if said and said[1] == "io-error" and free > GIB:
+            if said and said[1] == "io-error" and shutil.disk_usage(folder).free > GIB:
                 qmp.sendall(b'{"execute": "cont"}')
                 qmp.recv(4096)
+                return "running"
             if said:
                 return said[1]
     return "no answer" if os.path.exists(path) else "running"
@@ -1016,7 +1058,7 @@ class Leases:
     def take(
         self, name: str, project: str = "", folders: Sequence[str] = (), keep: bool = False
     ) -> None:
-        pid, now, home = os.getpid(), time.time(), str(self.folders.lima_home)
+        pid, now, home = os.getpid(), time.time(), os.path.realpath(self.folders.lima_home)
         lease = Lease(name, pid, process_start(pid), boot_id(), project, now, keep, folders, home)
         write_file(self.path(name), json.dumps(lease._asdict()) + "\n")
 
@@ -1038,8 +1080,9 @@ class Leases:
         return leases
 
     def orphans(self) -> list[Lease]:
-        here = ("", str(self.folders.lima_home))
-        return [one for one in self.all() if one.lima_home in here and self.is_orphan(one)]
+        home = os.path.realpath(self.folders.lima_home)
+        ours = [one for one in self.all() if os.path.realpath(one.lima_home or home) == home]
+        return list(filter(self.is_orphan, ours))
 
     def is_orphan(self, lease: Lease) -> bool:
         if lease.keep:
@@ -1119,7 +1162,8 @@ def plan_mounts(
 ) -> list[Mount]:
     """The project first, then a worktree's repository, then what --mount adds; refusals raise."""
     common, state = worktree_git_dir(project), host.folders.state
-    typed = spellings(os.environ.get("PWD", project))
+    pwd = os.environ.get("PWD", "")  # as the shell went there, through links
+    typed = spellings(pwd if os.path.realpath(pwd) == project else project)
     mounts = [Mount(real_place(project), project, not readonly, typed), *more]
     if common:
         log.info(f"{common} is mounted, too: it is this worktree's repository")
@@ -1147,7 +1191,8 @@ def plan_mounts(
 def running_above(host: Host, mounts: Sequence[Mount]) -> str:
     """An agent that runs now and can write a folder above could put a link in a mount's place."""
     for lease in host.leases.all():
-        for folder in lease.folders if not host.leases.is_orphan(lease) else ():
+        stopped = lease.keep and not (host.folders.lima_home / lease.name / "ha.pid").exists()
+        for folder in () if stopped or host.leases.is_orphan(lease) else lease.folders:
             above = real_place(folder)
             for mount in mounts:
                 if mount.source.path != folder and inside(mount.source, above):
@@ -1177,7 +1222,7 @@ def disposable(host: Host, plan: Plan) -> Iterator[str]:
         signals.closing = True
         if keep:
             host.leases.take(name, plan.project, folders, keep=True)
-            reach = f"limactl shell {name}; remove it: agent-vm rm {name}"
+            reach = f"agent-vm start {name}, limactl shell {name}; remove it: agent-vm rm {name}"
             log.info(f"kept {name}; reach it: {reach}")
         else:
             remove_instance(host, name)
@@ -1289,17 +1334,17 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
     mount_type = CONFINED_MOUNT_TYPE.get(base.vm_type, "unknown")
     # The project's transcripts on the host, where the agent looks for them in the guest.
     sessions = folders.state / "sessions" / session_key(plan.project)
-    sessions.mkdir(mode=0o700, exist_ok=True)
+    for mount in plan.mounts:  # what an agent can write is known by a folder of this name
+        if mount.writable:
+            make_private_folder(sessions.with_name(session_key(mount.source.path)))
+    make_private_folder(sessions)
 
     with contextlib.ExitStack() as stack:
         name = stack.enter_context(disposable(host, plan))
         links = folders.state / "links" / name
-        links.mkdir(mode=0o700)
-        if not plan.mounts[0].writable:  # --readonly: nothing that it writes outlives it
-            with contextlib.suppress(shutil.Error):  # of pipes and the like, left by an agent
-                shutil.copytree(sessions, links / "sessions", symlinks=True)
-            sessions = links / "sessions"
-        mounts = [*plan.mounts, Mount(place_of(sessions), f"{base.home}/.claude/projects", True)]
+        kept = plan.mounts[0].writable  # else the VM has a copy: nothing that it writes outlives it
+        transcripts = Mount(place_of(sessions), f"{base.home}/.claude/projects", kept)
+        mounts = [*plan.mounts, transcripts._replace(copied=not kept)]
         if plan.github:
             github = stack.enter_context(github_proxy(host, plan.github, name))
             plan = plan._replace(github=github)
@@ -1308,9 +1353,12 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
         planned = lima_mounts(mounts, links)
         for mount, entry in zip(mounts, planned):
             if entry["location"] != mount.source.path:
+                make_private_folder(links)
                 os.symlink(mount.source.path, entry["location"])
         expression = clone_expression(planned, mount_type, plan.forward)
         lima.clone(base.name, name, expression, *plan.sizes)
+        for stale in (folders.lima_home / name).glob("*.log"):  # the base instance's
+            stale.unlink()
         clone = lima.find(name)
         faults = isolation_faults(clone, planned) if clone else ["is not listed by limactl"]
         if clone is None or faults:
@@ -1351,7 +1399,8 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
         if said.status == SSH_FAILED:
             raise AgentVMError("the VM was lost while it ran", details=failure_logs(host, name))
         if not re.fullmatch(r"[0-9]{1,3}\n", said.out):
-            raise ConnectionBroke("the connection to the VM broke", "agent-vm run -- --continue")
+            go_on = "agent-vm run -- --continue" if plan.agent and kept else ""
+            raise ConnectionBroke("the connection to the VM broke", go_on)
         return int(said.out)
 
 
@@ -1363,6 +1412,7 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
 EXIT_OURS = 125
 BASE = "agent-vm-base"
 AGENT = ("claude", "--dangerously-skip-permissions")
+TOKEN_LENGTH = 108  # of both kinds
 CREDENTIALS = ("ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN", "ANTHROPIC_API_KEY")
 GITHUB_TOKEN = "GITHUB_MCP_TOKEN"  # for the proxy alone
 # Taken out of the environment, so that no child inherits them; the last four are gh's.
@@ -1430,7 +1480,7 @@ def mount_option(word: str) -> Mount:
     source = real_place(typed)
     if not (match and os.path.isdir(source.path) and os.access(source.path, os.R_OK | os.X_OK)):
         raise argparse.ArgumentTypeError(f"{source.path} is not a directory that can be read")
-    target = os.path.normpath(match[3] or source.path)
+    target = "/" + os.path.normpath(match[3] or source.path).lstrip("/")
     return Mount(source, target, writable=match[2] == "rw", as_typed=spellings(typed))
 
 
@@ -1517,6 +1567,8 @@ def config_values(path: Path) -> dict[str, str]:
     try:
         parser.read_string(path.read_text())
         values = dict(parser["agent-vm"])
+        if len(parser.sections()) > 1:
+            raise ValueError(f"the sections {', '.join(parser.sections())}")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, configparser.Error) as error:
@@ -1557,8 +1609,9 @@ def open_host(
     folders = folders_of(os.environ)
     config = config_values(folders.config / "config.ini") if given else {}
     settings = Settings(vars(args), os.environ if given else {}, config)
+    known = {"AGENT_VM_" + name.upper().replace("-", "_") for name in SETTINGS}
     for name in settings.environ:
-        if name.startswith("AGENT_VM_") and name[9:].lower().replace("_", "-") not in SETTINGS:
+        if name.upper().startswith("AGENT_VM_") and name not in known:
             raise AgentVMError(f"{name} is not a setting", "settings: " + " ".join(SETTINGS))
     os.environ["PATH"] = safe_search_path(os.environ.get("PATH", os.defpath), folders.state)
     os.environ["PATH"] += f"{os.pathsep}{folders.data}/lima/bin"  # where setup puts Lima
@@ -1677,7 +1730,12 @@ def changed(path: Path) -> float:
 # Passed from the host's environment into the guest: how the terminal looks, which model answers.
 PASSED_ENV = re.compile(
     "COLORTERM|NO_COLOR|FORCE_COLOR|TERM_PROGRAM|LANG|LC_[A-Z]+"
-    "|ANTHROPIC_BASE_URL|ANTHROPIC_MODEL|ANTHROPIC_SMALL_FAST_MODEL"
+    "|ANTHROPIC_BASE_URL|ANTHROPIC_MODEL|ANTHROPIC_SMALL_FAST_MODEL|ANTHROPIC_CUSTOM_HEADERS"
+)
+# The host of an address, spelled in any way that means this machine.
+LOOPBACK = re.compile(
+    r"^(https?://(?:[^/@]*@)?)(?:localhost\.?|ip6-localhost|127(?:\.\d+){1,3}|0\.0\.0\.0|\[::1?\])(?![^:/?#])",
+    re.IGNORECASE,
 )
 PROJECT_HOOK = ".claude-vm.runtime.sh"
 # Inodes differ on the two sides of a mount: git would hash every file anew at each crossing.
@@ -1707,21 +1765,25 @@ def guest_variables(host: Host, settings: Settings) -> dict[str, str]:
     passed = filter(PASSED_ENV.fullmatch, os.environ)
     variables = {name: os.environ[name] for name in passed if os.environ[name]}
     variables["DISABLE_AUTOUPDATER"] = "1"  # the clone is thrown away; `setup` updates
-    if "ANTHROPIC_BASE_URL" in variables:  # a gateway on this host's loopback, say
-        loopback = r"(?<=//)(localhost|127\.0\.0\.1|\[::1\])(?=[:/]|$)"
-        here = re.sub(loopback, "host.lima.internal", variables["ANTHROPIC_BASE_URL"])
-        variables["ANTHROPIC_BASE_URL"] = here
     # No key is in the VM to sign with; the environment goes before a repository's configuration.
-    unsigned = {"KEY_0": "commit.gpgSign", "VALUE_0": "false", "COUNT": "1"}
-    variables.update({f"GIT_CONFIG_{name}": value for name, value in unsigned.items()})
-    given_direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")  # Lima copies proxies
-    direct = ",".join(filter(None, (given_direct, "localhost,127.0.0.1,host.lima.internal")))
-    variables.update(no_proxy=direct, NO_PROXY=direct)
+    for number, key in enumerate(("commit.gpgSign", "tag.gpgSign")):
+        variables.update({f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": "false"})
+    variables["GIT_CONFIG_COUNT"] = "2"
     for item in settings.get("env"):
         name, equals, value = item.partition("=")
         if not equals and name not in given:
             raise AgentVMError(f"--env {name}: it is not set on the host")
         variables[name] = value if equals else given[name]
+    gateway = variables.get("ANTHROPIC_BASE_URL", "")
+    if gateway:  # on this host's loopback, say
+        variables["ANTHROPIC_BASE_URL"] = LOOPBACK.sub(r"\1host.lima.internal", gateway)
+    asked = {**os.environ, **variables}  # Lima copies the host's proxies
+    direct = [
+        asked.get("no_proxy") or asked.get("NO_PROXY"),
+        "localhost,127.0.0.1,host.lima.internal",
+    ]
+    everything = "*" if direct[0] == "*" else ",".join(filter(None, direct))  # it counts alone
+    variables.update(no_proxy=everything, NO_PROXY=everything)
     return variables
 
 
@@ -1853,9 +1915,16 @@ SILENCE = 300  # seconds until a VM that does not answer ssh is given up
 
 # What installs QEMU, by the program that does it, on x86_64 and on aarch64.
 QEMU_PACKAGES = {
-    "apt-get": ("install -y qemu-utils openssh-client qemu-system-", "x86", "arm"),
-    "dnf": ("install -y qemu-img openssh-clients qemu-system-", "x86", "aarch64"),
-}
+    "apt-get": ("install -y qemu-utils openssh-client qemu-system-", "x86 ovmf",
+                "arm qemu-efi-aarch64"),
+    "dnf": ("install -y qemu-img openssh-clients qemu-system-", "x86 edk2-ovmf",
+            "aarch64 edk2-aarch64"),
+}  # fmt: skip
+# Under PREFIX/share, where Lima looks for it (its pkg/driver/qemu, getFirmware).
+FIRMWARE = (
+    "qemu/edk2-*-code.fd OVMF/OVMF_CODE*.fd AAVMF/AAVMF_CODE*.fd qemu-efi-*/QEMU_EFI.fd "
+    "edk2/*/*_CODE*.fd edk2/*/*/*_CODE*.fd edk2/*/QEMU_EFI*"
+).split()
 
 
 def missing_qemu() -> tuple[str, str]:
@@ -1900,6 +1969,7 @@ def kvm_is_missing() -> bool:
 def preflight(host: Host, settings: Settings, yes: bool) -> None:
     """Everything that can be known before anything is created."""
     clone_name("project", "0" * 6, str(host.folders.lima_home))  # raises when no run could have one
+    clone_name(base_name(settings), "0" * 6, str(host.folders.lima_home), whole=True)
     missing, install = missing_qemu()
     if install and os.geteuid() != 0:
         log.info(f"{missing} is not installed. This installs it: {install}")
@@ -2123,6 +2193,31 @@ def cmd_shell(args: argparse.Namespace) -> int:
     return start_run(args, args.command or ["bash", "-l"], agent=False)
 
 
+def say_what_git_lacks(project: str) -> None:
+    """In the guest: its git is Debian 13's, 2.47, and has what is mounted."""
+    common = worktree_git_dir(project) or os.path.realpath(os.path.join(project, ".git"))
+    if os.path.isfile(common):
+        common = os.path.join(project, read_line(common).partition("gitdir: ")[2])
+        common = os.path.realpath(common)
+    config = os.path.join(common, "config")
+    known = last_bytes(Path(config), 1 << 16).lower() if os.path.isfile(config) else b""
+    outside = not worktree_git_dir(project) and not inside(real_place(common), real_place(project))
+    if os.path.lexists(".git") and outside:
+        log.info(f"warning: git cannot work in the VM: {common} is not mounted")
+    if b"relativeworktrees" in known:
+        log.info(
+            "warning: git in the VM is older than extensions.relativeWorktrees: it cannot work"
+        )
+    if b"gpgsign" in known:
+        log.info("commits are not signed in the VM: no key is there")
+
+
+def check_room(host: Host) -> None:
+    free = shutil.disk_usage(host.folders.lima_home).free
+    if free < 2 * GIB:  # QEMU stops a VM whose disk cannot grow, without a word
+        raise AgentVMError(f"{free / GIB:.1f} GiB free in Lima's home: a VM needs 2", "free some")
+
+
 def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int:
     host, settings = open_host(args, need_lima=False, collect=True)
     try:
@@ -2131,8 +2226,7 @@ def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int
         raise AgentVMError("the current directory does not exist any more") from error
     readonly, more = settings.get("readonly"), settings.get("mount")
     mounts = plan_mounts(host, project, readonly, more, args.force_mount)
-    if os.path.isfile(".git") and not worktree_git_dir(project):
-        log.info("warning: git cannot work in the VM: .git names a folder that is not mounted")
+    say_what_git_lacks(project)
     hooks = readable_hooks(host.folders.config / "runtime.sh", Path(project, PROJECT_HOOK))
     credential, variables = find_credential(host), guest_variables(host, settings)
     sizes = [f"--{key}={settings.get(key)}" for key in ("cpus", "memory") if settings.chosen(key)]
@@ -2146,9 +2240,7 @@ def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int
     if not read_base(host.folders, name)[0] and confirm(question, args.yes):
         build_base(host, settings, args)
     base = usable_base(host, name)
-    free = shutil.disk_usage(host.folders.lima_home).free
-    if free < 2 * GIB:  # QEMU stops a VM whose disk cannot grow, without a word
-        raise AgentVMError(f"{free / GIB:.1f} GiB free in Lima's home: a VM needs 2", "free some")
+    check_room(host)
     github = plan_github(host, settings, project, mounts, args.repo or "")
     plan = Plan(
         project=project,
@@ -2166,14 +2258,15 @@ def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int
         github=github,
         briefing=GITHUB_BRIEFING.format(repo=github.repo) if github else "",
     )
+    began = time.time()
     status = run(host, base, plan)
     if agent and not readonly and os.isatty(0) and os.isatty(2):
         # Claude Code has just said another command, which would run it on the host.
         transcripts = (host.folders.state / "sessions" / session_key(project)).glob("*/*.jsonl")
         with contextlib.suppress(OSError):  # an agent may have put anything there
-            newest = max(transcripts, key=changed, default=Path("none.jsonl")).stem
-            if re.fullmatch(r"[0-9a-f-]{36}", newest):
-                log.info(f"resume this session: claude-vm --resume {newest}")
+            newest = max(transcripts, key=changed, default=Path("none.jsonl"))
+            if re.fullmatch(r"[0-9a-f-]{36}", newest.stem) and changed(newest) >= began:
+                log.info(f"resume this session: claude-vm --resume {newest.stem}")
     return status
 
 
@@ -2250,7 +2343,16 @@ def cmd_start(args: argparse.Namespace) -> int:
         source = os.readlink(location) if is_ours and os.path.islink(location) else location
         if os.path.realpath(source) != source and not source.startswith(state):
             raise AgentVMError(f"{source} leads elsewhere now", f"agent-vm rm {instance.name}")
-    host.lima.start(instance.name)
+    lease = next((one for one in host.leases.all() if one.name == instance.name), None)
+    for path in host.folders.lima_home.glob("_config/*.yaml"):
+        if not lease or changed(path) > lease.created:
+            problem = f"Lima's {path} may be newer than this VM: it might mount more than it did"
+            raise AgentVMError(problem, f"agent-vm rm {instance.name}")
+    check_room(host)
+    try:
+        host.lima.start(instance.name)
+    except AgentVMError as error:
+        raise boot_failure(host, instance.name, error) from error
     bound = Guest(instance).run("bash ~/.agent-vm/mounts")
     if bound.status:
         raise AgentVMError("its folders could not be mounted", details=bound.out)
@@ -2291,7 +2393,7 @@ def cmd_gc(args: argparse.Namespace) -> int:
     found = orphans if args.dry_run else collect_garbage(host, wait=True)
     for name in found:
         print(name)
-    if not found:
+    if not found and not orphans:
         log.info("there is nothing to remove")
     return 1 if host.leases.orphans() and not args.dry_run else 0
 
@@ -2315,8 +2417,10 @@ def cmd_forget(args: argparse.Namespace) -> int:
     project, key = os.getcwd(), session_key(os.getcwd())
     if not (host.folders.state / "sessions" / key).is_dir():
         raise AgentVMError("nothing is kept of this directory", "cd to where the agent was run")
-    if any(lease.project == project for lease in host.leases.all() if not lease.keep):
-        raise AgentVMError("an agent works on this project", "end that run first")
+    for lease in host.leases.all():
+        if lease.project == project and not host.leases.is_orphan(lease):
+            hint = f"agent-vm rm {lease.name}" if lease.keep else "end that run first"
+            raise AgentVMError(f"an agent works on this project, in {lease.name}", hint)
     remove_path(host.folders.state / "sessions" / key)
     remove_path(host.folders.state / "github" / key)
     return 0
@@ -2352,26 +2456,33 @@ def pasted() -> str:
         mode[3] &= ~termios.ECHO
         termios.tcsetattr(0, termios.TCSADRAIN, mode)
         log.info("paste the token of `claude setup-token`, or an API key (it is not shown)")
-        while line := os.read(0, 10_000):
+        # In short waits: a signal that comes right before a read would wait with it.
+        while not select.select([0], [], [], 0.2)[0]:
+            pass
+        while select.select([0], [], [], 0.2)[0] and (line := os.read(0, 10_000)):
             given += line
-            if not select.select([0], [], [], 0.2)[0]:
-                break
     return given.decode(errors="replace")
 
 
 def recognised_credential(words: str) -> tuple[str, str]:
     """The (variable, credential) in what `claude setup-token` prints, an export line, or a key."""
-    joined = ""
-    for line in words.splitlines():  # a terminal wraps what is longer than it is wide
-        goes_on = re.fullmatch(r"\s*[\w-]{8,}\s*", line, re.ASCII) and "sk-ant" not in line
-        joined += line.strip() if goes_on else f"\n{line.strip()}"
-    found = set(re.findall(r"(sk-ant-(?:oat|api))([\w-]{16,})", joined, re.ASCII))
+    tokens: list[str] = []
+    is_open = False  # the last one reached the end of its line
+    for line in re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]", "", words).splitlines():
+        line = line.strip("\"'│| \t")
+        begun = re.findall(r"sk-ant-(?:oat|api)[\w-]*", line, re.ASCII)
+        if begun:
+            tokens += begun
+            is_open = line.endswith(begun[-1])
+        elif is_open and len(tokens[-1]) < TOKEN_LENGTH and re.fullmatch(r"[\w-]+", line, re.ASCII):
+            tokens[-1] += line  # a terminal wraps what is longer than it is wide
+    found = {token for token in tokens if len(token) >= 80}
     if len(found) != 1:
         hint = "run `claude setup-token` on any machine and paste the token that it prints"
-        problem = "stdin holds neither an OAuth token (sk-ant-oat…) nor an API key (sk-ant-api…)"
+        problem = "stdin holds no whole OAuth token (sk-ant-oat…) or API key (sk-ant-api…), or two"
         raise AgentVMError(problem, hint)
-    prefix, rest = found.pop()
-    return CREDENTIALS[1] if prefix == "sk-ant-oat" else CREDENTIALS[2], prefix + rest
+    token = found.pop()
+    return CREDENTIALS[1] if token.startswith("sk-ant-oat") else CREDENTIALS[2], token
 
 
 def cmd_doctor(args: argparse.Namespace) -> int:
@@ -2387,7 +2498,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
         try:
             level, message, fix = "ok", look(), ""
         except AgentVMError as error:
-            needed = name != "leftovers"
+            needed = name not in ("firmware", "leftovers")
             level, message, fix = "fail" if needed else "warn", str(error), error.hint
         failed = failed or level == "fail"
         if args.json:
@@ -2427,6 +2538,15 @@ def looks(
         printed = first_line_of(host.lima.binary, "--version") or "no version"
         return f"{printable(printed[:80])} ({host.lima.binary})"
 
+    def firmware() -> str:
+        qemu = shutil.which(f"qemu-system-{os.uname().machine}")
+        prefixes = {Path(qemu).parent.parent if qemu else Path("/usr"), Path("/usr")}
+        there = [file for prefix in prefixes for form in FIRMWARE
+                 for file in (prefix / "share").glob(form)]  # fmt: skip
+        if sys.platform == "linux" and not there:
+            raise AgentVMError("no UEFI firmware was found", "ovmf, or qemu-efi-aarch64")
+        return str(there[0]) if there else "Lima's"
+
     def leftovers() -> str:
         leases = {lease.name for lease in host.leases.all()}
         for path in sorted(host.folders.lima_home.glob("agent-vm-*")):
@@ -2441,6 +2561,7 @@ def looks(
         "host": ready_host,
         "lima": lima,
         "base instance": lambda: usable_base(host, base_name(settings)).name,
+        "firmware": firmware,
         "leftovers": leftovers,
     }
 
@@ -2572,14 +2693,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """argparse, except that everything after the first `--` is taken as it is (run, shell)."""
-    if argv[:1] and argv[0] in ("-v", "--verbose", "-q", "--quiet"):
-        argv = [*argv[1:2], argv[0], *argv[2:]]
+    ours = next(
+        (at for at, word in enumerate(argv) if not re.fullmatch("-[vq]|--verbose|--quiet", word)), 0
+    )
+    argv = [*argv[ours : ours + 1], *argv[:ours], *argv[ours + 1 :]]
     at = argv.index("--") if "--" in argv else len(argv)
     parser = build_parser()
     args, unknown = parser.parse_known_args(argv[:at])
     rest = list(argv[at:])
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}; the agent's own go after --")
+        own = "; the agent's own go after --" if hasattr(args, "command") else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{own}")
     if hasattr(args, "command"):
         args.command = [*args.command, *(rest if args.command else rest[1:])]
     elif rest:
@@ -2599,7 +2723,7 @@ def report(error: AgentVMError) -> None:
     hint = error.hint
     # Who types the script's path has no function agent-vm; shell-init's run it with -I.
     if "agent-vm " in hint and not sys.flags.isolated:
-        hint += f"  (agent-vm is: python3 {sys.argv[0]})"
+        hint += f"  (agent-vm is: python3 {shlex.quote(sys.argv[0])})"
     lines = [error.details, f"agent-vm: error: {error}", hint and f"agent-vm: hint: {hint}"]
     shown = [printable(line) for text in lines if text for line in text.split("\n")]
     with contextlib.suppress(OSError):
@@ -2751,8 +2875,8 @@ step "installing packages"
 packages=(ca-certificates curl git jq)
 if [ "$PARAM_minimal" != true ]; then
   packages+=(
-    build-essential file less openssh-client procps iproute2 rsync sudo tzdata unzip wget
-    python3 python3-pip python3-venv
+    build-essential file less openssh-client procps iproute2 rsync sudo unzip wget
+    tzdata tzdata-legacy python3 python3-pip python3-venv
     fd-find gh ripgrep
     kitty-terminfo locales ncurses-term
     chromium fonts-liberation xauth xvfb

@@ -35,7 +35,7 @@ FAKES = TESTS / "fakes"
 CACHED = FAKES / "cached.py"  # runs SCRIPT, quicker
 BASE_NAME = "agent-vm-base"
 BASE = f"{BASE_NAME}.0b0b0b"  # the instance that the name means
-TOKEN = "sk-ant-oat01-not-a-real-token-0123456789abcdef"
+TOKEN = "sk-ant-oat01-not-a-real-token-".ljust(108, "0")
 GUEST_TOOLS = (
     "chromium", "curl", "docker", "fd", "gcc", "gh", "modinfo", "mount", "mountpoint", "node",
     "npm", "python3", "rg", "sg", "sudo", "sync",

@@ -161,8 +161,8 @@ class AuthTest(WorldTest):
         return self.box.config / "credential"
 
     def test_set_stores_what_stdin_holds_for_the_user_alone(self) -> None:
-        for value, name in ((TOKEN, "CLAUDE_CODE_OAUTH_TOKEN"),
-                            ("sk-ant-api03-0123456789_x-y", "ANTHROPIC_API_KEY")):  # fmt: skip
+        key = "sk-ant-api03-0123_x-y".ljust(108, "z")
+        for value, name in ((TOKEN, "CLAUDE_CODE_OAUTH_TOKEN"), (key, "ANTHROPIC_API_KEY")):
             result = self.box.run("auth", "set", text=f"{value}\n")
             self.assertEqual((result.status, result.out), (0, ""), result.err)
             self.assertEqual(self.credential().read_text(), f"{name}={value}\n")
@@ -256,6 +256,27 @@ class SettingsShownTest(WorldTest):
 
 
 class ForgetTest(WorldTest):
+    def test_what_an_agent_made_hard_to_remove_is_removed(self) -> None:
+        """Nested deeper than Python recurses and than a path may be long, closed, or linked."""
+        nest = "import os\nfor _ in range(2500): os.mkdir('deep'); os.chdir('deep')"
+        script = (
+            f"sh:cd ~/.claude/projects && python3.9 -c {shlex.quote(nest)} || /usr/bin/python3 -c "
+            f"{shlex.quote(nest)}; mkdir closed; touch closed/f; chmod 500 closed; "
+            "ln -s /usr linked; mkfifo pipe; mkdir none; chmod 000 none"
+        )
+        self.assertEqual(self.box.run("run", "--", script).status, 0)
+        result = self.box.run("forget")
+        self.assertEqual((result.status, result.err), (0, ""))
+        key = agent_vm.session_key(str(self.box.project))
+        self.assertFalse((self.box.state / "sessions" / key).exists())
+        self.assertTrue(Path("/usr/bin").is_dir())
+        self.assertEqual(self.box.leases(), [])
+
+    def test_not_under_a_kept_vm(self) -> None:
+        self.box.run("run", "--keep", "--", "sh:true")
+        (clone,) = self.box.clones()
+        self.assert_refused(self.box.run("forget"), clone, f"agent-vm rm {clone}", status=1)
+
     def test_nothing_is_left_of_the_project_and_others_stay(self) -> None:
         other = self.box.home / "other"
         other.mkdir()

@@ -341,9 +341,9 @@ class GitHubRunTest(GitHubWorld):
         proxy = ("--env", "http_proxy=http://127.0.0.1:9")
         result = self.box.run("run", "--github", *proxy, "--", "sh:true")
         self.assertEqual(result.status, 0, result.err)
-        away = ("--env", "no_proxy=", "--env", "NO_PROXY=")
-        refused = self.box.run("run", "--github", *proxy, *away, "--", "sh:true")
-        self.assert_refused(refused, "does not protect this VM", "127.0.0.1 port 9")
+        away = ("--env", "no_proxy=", "--env", "NO_PROXY=corp.example")
+        result = self.box.run("run", "--github", *proxy, *away, "--", "sh:true")
+        self.assertEqual(result.status, 0, "what is on the host stays direct, whatever is given")
 
     def test_a_missing_token_is_said(self) -> None:
         result = self.box.run("run", "--github", GITHUB_MCP_TOKEN="")

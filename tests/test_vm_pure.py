@@ -274,7 +274,7 @@ class MountTest(TableTest):
             Path(source, "link").symlink_to(a)
             link = agent_vm.mount_option(f"{source}/link")
             typed = [place.path for place in link.as_typed]
-            self.assertEqual((link.source.path, typed), (a, [f"{source}/link", a, a]))
+            self.assertEqual((link.source.path, typed), (a, [f"{source}/link", a]))
             bad = ["", ":rw", f"{source}/none", f"{a}:xx", f"{a}:rw:relative", f"{a}:wr:/x"]
             self.refuse(agent_vm.mount_option, bad, argparse.ArgumentTypeError)
 
@@ -497,7 +497,7 @@ class SettingTest(TableTest):
             Settings({}, {"AGENT_VM_ENV": "A='open"}, {}).find("env")
 
     def test_credentials_are_recognised_in_what_people_paste(self) -> None:
-        token, key = "sk-ant-oat01-" + "x" * 30, "sk-ant-api03-" + "y_-" * 10
+        token, key = "sk-ant-oat01-" + "x" * 95, "sk-ant-api03-" + "y_-x" * 24
         oauth = ("CLAUDE_CODE_OAUTH_TOKEN", token)
         rows = [
             (token, oauth),
@@ -506,6 +506,12 @@ class SettingTest(TableTest):
             (f'"{key}"', ("ANTHROPIC_API_KEY", key)),
             (f"{token[:20]}\n{token[20:32]}\r\n  {token[32:]}\n", oauth),  # wrapped by a terminal
             (f"{token}\nStore it\n", oauth),
+            # Item 15: each way in which a terminal, or a person, breaks one.
+            *((f"{token[:width]}\n{token[width:]}\n", oauth) for width in (50, 79, 100, 105, 107)),
+            (f"{token}\nSecurely\n--------\n", oauth),
+            (f'export A="{token[:79]}\n{token[79:]}"\n', oauth),
+            (f"│ {token[:70]} │\n│ {token[70:]} │\n", oauth),
+            (f"\x1b[200~\x1b[1m{token[:70]}\x1b[0m\n\n{token[70:]}\x1b[201~", oauth),
         ]
         self.check(agent_vm.recognised_credential, rows)
         bad = [
@@ -514,7 +520,10 @@ class SettingTest(TableTest):
             "sk-ant-oat01-",
             f"{token} {key}",
             f"{token}\n{key}",
-            "sk-ant-xyz01-" + "x" * 30,
+            "sk-ant-xyz01-" + "x" * 95,
+            token[:79],
+            token[:50],
+            f"{token[:50]} is cut off\n{token[50:]}",
         ]
         self.refuse(agent_vm.recognised_credential, bad, AgentVMError)
 

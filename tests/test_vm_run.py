@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import subprocess
+import time
 import unittest
 from pathlib import Path
 from typing import Any
@@ -291,7 +292,7 @@ class OptionTest(WorldTest):
     def test_readonly_is_told_to_lima(self) -> None:
         mounts = self.config_of("--readonly")["mounts"]
         assert isinstance(mounts, list)
-        self.assertEqual([mount["writable"] for mount in mounts], [False, True])
+        self.assertEqual([mount["writable"] for mount in mounts], [False, False])
 
     def test_a_read_only_run_works_on_a_copy_of_the_transcripts(self) -> None:
         kept = self.box.state / "sessions" / agent_vm.session_key(str(self.box.project))
@@ -362,6 +363,25 @@ class OptionTest(WorldTest):
 
     def bound(self) -> str:
         return "\n".join(self.box.tool_calls()).replace("'", "")
+
+    def test_a_kept_vm_is_not_started_with_more_mounts(self) -> None:
+        self.box.run("run", "--keep", "--", "sh:true")
+        (clone,) = self.box.clones()
+        self.box.run("stop", clone)
+        default = self.box.lima / "_config/default.yaml"
+        self.box.write(default, json.dumps({"mounts": []}))
+        os.utime(default, (time.time() + 5, time.time() + 5))
+        self.assert_refused(self.box.run("start", clone), "default.yaml", status=1)
+        self.assertFalse((self.box.lima / clone / "ha.pid").exists())
+
+    def test_a_kept_vm_that_is_stopped_is_nobodys_danger(self) -> None:
+        self.box.run("run", "--keep", "--", "sh:true")
+        (clone,) = self.box.clones()
+        below = self.box.project / "below"
+        below.mkdir()
+        self.assert_refused(self.box.run("run", cwd=below), "is running")
+        self.box.run("stop", clone)
+        self.assertEqual(self.box.run("run", cwd=below).status, 0)
 
     def test_a_kept_vm_whose_folder_is_a_link_now_is_not_started(self) -> None:
         project = self.box.home / "p"
@@ -494,6 +514,25 @@ class MountTest(WorldTest):
         spec = f"{self.folder('other')}:/etc"
         self.assert_refused(self.box.run("run", "--mount", spec), "the guest needs its own")
         self.assertEqual(self.box.limactl("clone"), [])
+
+    def test_nor_by_another_way_to_it(self) -> None:
+        """Through the user's own links, a doubled slash, and a folder that was mounted writable."""
+        other, more = self.folder("other", "sub"), self.folder("more")
+        self.box.run("run", "--mount", f"{more}:rw")
+        for folder in (self.box.project, Path(more)):
+            (folder / "data").symlink_to(self.box.home / "other")
+        (self.box.home / "w").symlink_to(self.box.project)
+        (self.box.home / "cur").symlink_to(self.box.project / "data")
+        home, project = self.box.home, self.box.project
+        for typed in (f"{home}/w/data", f"{home}/cur/sub", f"/{project}/data", f"{more}/data",
+                      f"{project}/data/sub"):  # fmt: skip
+            with self.subTest(typed=typed):
+                result = self.box.run("run", cwd=Path(typed), PWD=typed)
+                self.assert_refused(result, "an agent may have made it")
+                self.assert_refused(
+                    self.box.run("run", "--mount", f"{typed}:rw"), "may have made it"
+                )
+        self.assertEqual(self.box.run("run", cwd=Path(other), PWD=str(self.box.project)).status, 0)
 
     def test_a_link_that_an_earlier_agent_made_is_not_followed(self) -> None:
         other = self.folder("other")
@@ -728,12 +767,59 @@ class CredentialTest(WorldTest):
             ("http://localhost:4000/v1", "http://host.lima.internal:4000/v1"),
             ("http://127.0.0.1", "http://host.lima.internal"),
             ("http://[::1]:1", "http://host.lima.internal:1"),
+            ("http://LOCALHOST:4000", "http://host.lima.internal:4000"),
+            ("http://localhost.?a=b", "http://host.lima.internal?a=b"),
+            ("http://127.1:1/", "http://host.lima.internal:1/"),
+            ("http://127.0.0.2#x", "http://host.lima.internal#x"),
+            ("http://0.0.0.0:5", "http://host.lima.internal:5"),
+            ("http://user:pw@localhost:4", "http://user:pw@host.lima.internal:4"),
+            ("http://ip6-localhost:4", "http://host.lima.internal:4"),
+            ("http://127.0.0.1.example.org", "http://127.0.0.1.example.org"),
+            ("http://localhost@evil.example", "http://localhost@evil.example"),
             ("https://localhost.example.org/x", "https://localhost.example.org/x"),
         ):
             env = self.agent_env(ANTHROPIC_AUTH_TOKEN=" gateway-key\r\n", ANTHROPIC_BASE_URL=given)
             self.assertEqual(env["ANTHROPIC_BASE_URL"], there)
             self.assertEqual(env["ANTHROPIC_AUTH_TOKEN"], "gateway-key")
         self.assertNotIn("gateway-key", json.dumps(self.box.calls()))
+
+    def test_a_gateway_given_as_an_option_is_on_this_host_too(self) -> None:
+        gateway = ("--env", "ANTHROPIC_BASE_URL=http://localhost:4000")
+        result = self.box.run("run", *gateway, "--", 'sh:echo "$ANTHROPIC_BASE_URL"')
+        self.assertEqual(result.out, "http://host.lima.internal:4000\n")
+
+    def test_all_that_is_direct_stays_so(self) -> None:
+        """`*` counts only alone."""
+        self.assertEqual(self.agent_env(NO_PROXY="*")["no_proxy"], "*")
+
+    def test_a_locale_that_the_guest_lacks_is_not_its(self) -> None:
+        script = 'sh:echo "$LC_ALL $LANG"; bash -c true'
+        result = self.box.run("run", "--", script, LC_ALL="xx_XX.UTF-8", LC_CTYPE="UTF-8")
+        self.assertEqual((result.out.split()[0], result.err), ("C.UTF-8", ""))
+        self.box.write(self.box.project / ".claude-vm.runtime.sh", "echo $LC_ALL > hook-locale\n")
+        self.assertEqual(self.box.run("run", LC_ALL="xx_XX.UTF-8").err, "")
+        self.assertEqual((self.box.project / "hook-locale").read_text(), "C.UTF-8\n")
+
+    def test_tags_are_not_signed_either(self) -> None:
+        script = "sh:git init -q t; cd t; git config tag.gpgSign true; git config user.name A;"
+        script += "git config user.email a@b; git commit -q --allow-empty -m x; git tag -a v1 -m v1"
+        self.assertEqual(self.box.run("run", "--", script).status, 0)
+
+    def test_what_git_in_the_vm_cannot_do_is_said_before_it_starts(self) -> None:
+        config = self.box.project / ".git/config"
+        for text, said in (
+            ("[extensions]\n\trelativeWorktrees = true\n", "extensions.relativeWorktrees"),
+            ("[commit]\n\tgpgsign = true\n", "not signed"),
+            ("[core]\n", ""),
+        ):
+            self.box.write(config, text)
+            err = self.box.run("run").err
+            self.assertIn(said, err)
+            self.assertEqual(bool(err), bool(said), err)
+        shutil.rmtree(config.parent)
+        self.box.write(self.box.project / ".bare/config", "")
+        self.box.write(self.box.project / ".git", "gitdir: ./.bare\n")
+        self.assertEqual(self.box.run("run").err, "", "it is mounted")
 
     def test_commits_are_not_signed_where_there_is_no_key(self) -> None:
         """A repository's own configuration comes after the user's, and before the environment."""
@@ -921,6 +1007,7 @@ class UsageTest(WorldTest):
             ("[agent-vm]\nmount = /no/such/folder\n", "/no/such/folder"),
             ("[agent-vm]\nmemory = 1\nmemory = 2\n", "memory"),
             ("memory = 8\n", "[agent-vm]"),
+            ("[agent-vm]\nmemory = 8\n[other]\n", "other"),
         ]
         for text, word in rows:
             with self.subTest(text=text):

@@ -351,7 +351,7 @@ class HostTest(SetupTest):
             (self.box.bin / "qemu-img").rename(self.box.root / "qemu-img")
             result = self.setup_vm("--yes")
             self.assertEqual((result.status, result.out), (0, ""), result.err)
-            self.assertRegex(result.err, rf"\nsudo {program} install -y .*qemu-system-\w+\n")
+            self.assertRegex(result.err, rf"\nsudo {program} install -y .*qemu-system-\w+ \S+\n")
 
     @unittest.skipUnless(LINUX and shutil.which("unshare"), "needs Linux's unshare")
     def test_root_is_refused(self) -> None:

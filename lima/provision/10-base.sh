@@ -60,8 +60,8 @@ step "installing packages"
 packages=(ca-certificates curl git jq)
 if [ "$PARAM_minimal" != true ]; then
   packages+=(
-    build-essential file less openssh-client procps iproute2 rsync sudo tzdata unzip wget
-    python3 python3-pip python3-venv
+    build-essential file less openssh-client procps iproute2 rsync sudo unzip wget
+    tzdata tzdata-legacy python3 python3-pip python3-venv
     fd-find gh ripgrep
     kitty-terminfo locales ncurses-term
     chromium fonts-liberation xauth xvfb
