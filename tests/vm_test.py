@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +21,7 @@ import unittest
 from collections.abc import Callable
 from pathlib import Path
 
+import agent_vm
 from tests import quick
 from tests.fakes import mcp_upstream
 from tests.fakes.git_server import GitServer
@@ -327,6 +330,96 @@ class VMTest(unittest.TestCase):
         self.assertEqual(terminal.stop_then_answer(pause=1), 4)
         terminal.close()
         self.assert_nothing_left()
+
+    def with_env(self, **more: str) -> None:
+        before = {name: self.env.get(name) for name in more}
+        self.addCleanup(
+            lambda: [
+                self.env.pop(k) if v is None else self.env.update({k: v}) for k, v in before.items()
+            ]
+        )
+        self.env.update(more)
+
+    def test_a_worktree_a_gateway_and_a_companys_proxy(self) -> None:
+        """Items 11, 16, 17, 18: what the agent needs of the host is direct, and git commits."""
+        main, project = self.project("main"), self.project("tree")
+        project.rmdir()
+        for argv in (("init", "-q", "-b", "main"), ("commit", "-q", "--allow-empty", "-m", "first"),
+                     ("worktree", "add", "-q", "-b", "tree", str(project)),
+                     ("config", "commit.gpgSign", "true")):  # fmt: skip
+            subprocess.run(["git", "-C", main, *argv], env=self.env, check=True)
+        (project / ".claude").mkdir()
+        allowed = json.dumps({"permissions": {"allow": ["Write", "Bash(*)", "Edit"]}})
+        (project / ".claude/settings.json").write_text(allowed)
+        port = self.env["ANTHROPIC_BASE_URL"].rpartition(":")[2]
+        self.with_env(ANTHROPIC_BASE_URL=f"http://LOCALHOST:{port}", http_proxy="http://127.0.0.1:9",
+                      https_proxy="http://127.0.0.1:9", LC_ALL="xx_XX.UTF-8")  # fmt: skip
+        script = (
+            "claude -p 'write a file' && git add -A && git commit -q -m by-the-agent && echo ok"
+        )
+        result = self.agent_vm("shell", "--", "bash", "-c", script, cwd=project)
+        self.assertEqual((result.returncode, result.stdout), (0, "all done\nok\n"), result.stderr)
+        self.assertIn("commits are not signed", result.stderr)
+        self.assertNotIn("setlocale", result.stderr)
+        log = ("git", "-C", str(main), "log", "--format=%s", "tree")
+        said = subprocess.run(log, stdout=subprocess.PIPE, text=True, check=True).stdout
+        self.assertEqual(said.splitlines()[0], "by-the-agent")
+        self.assert_nothing_left()
+
+    def test_a_kept_vm_is_started_again(self) -> None:
+        """Items 25, 26, 29: its folders are there, and what is read is fresh."""
+        project, other = self.project(AWKWARD), self.project("other")
+        (other / "note").write_text("old\n")
+        result = self.agent_vm("shell", "--keep", "--mount", str(other), "--", "true", cwd=project)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        (name,) = self.clones()
+        self.assertEqual(self.agent_vm("stop", name).returncode, 0)
+        started = self.agent_vm("start", name)
+        self.assertEqual(started.returncode, 0, started.stderr)
+        config = str(self.root / "l" / name / "ssh.config")
+        inside = ("ssh", "-F", config, f"lima-{name}")
+        look = f"cat {other}/note; git config core.checkStat; ls -d {shlex.quote(str(project))}"
+        for text in ("old\n", "new\n"):
+            (other / "note").write_text(text)
+            said = subprocess.run([*inside, look], stdout=subprocess.PIPE, text=True).stdout
+            self.assertEqual(said, f"{text}minimal\n{project}\n")
+        self.assertEqual(self.agent_vm("rm", name).returncode, 0)
+        self.assert_nothing_left()
+
+    def test_a_vm_that_stands_still_is_said_and_a_read_only_one_keeps_nothing(self) -> None:
+        """Items 19, 28."""
+        project = self.project()
+        key = agent_vm.session_key(str(project))
+        note = self.root / "state/agent-vm/sessions" / key / "p/memory/MEMORY.md"
+        note.parent.mkdir(parents=True)
+        note.write_text("as it was\n")
+        up = self.project("up")
+        script = "cat ~/.claude/projects/p/memory/MEMORY.md; echo mine > ~/.claude/projects/p/new; "
+        script += f"touch {up}/up; while [ -e {up}/up ]; do sleep 0.2; done"
+        mount = ("--readonly", "--mount", f"{up}:rw")
+        with self.start("shell", *mount, "--", "bash", "-c", script, cwd=project) as process:
+            name = self.started_clone(process)
+            self.wait_until_up(process, up)
+            self.qmp(name, "stop")
+            time.sleep(12)
+            self.qmp(name, "cont")
+            (up / "up").unlink()
+            out, err = process.communicate()
+        self.assertEqual((process.returncode, out), (0, "as it was\n"), err)
+        self.assertIn("the VM stands still (paused)", err)
+        self.assertIn(f"agent-vm rm --force {name}", err)
+        self.assertEqual(sorted(path.name for path in note.parents[1].iterdir()), ["memory"])
+        self.assert_nothing_left()
+
+    def qmp(self, name: str, command: str) -> None:
+        with socket.socket(socket.AF_UNIX) as qemu:
+            qemu.connect(str(self.root / "l" / name / "qmp.sock"))
+            with qemu.makefile("rw") as lines:
+                for wanted in ("qmp_capabilities", command):
+                    lines.readline()
+                    lines.write(json.dumps({"execute": wanted}))
+                    lines.flush()
+                lines.readline()
 
     def test_three_at_once_in_one_project(self) -> None:
         project = self.project()
