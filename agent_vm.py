@@ -2208,7 +2208,7 @@ def say_what_git_lacks(project: str) -> None:
         log.info(
             "warning: git in the VM is older than extensions.relativeWorktrees: it cannot work"
         )
-    if b"gpgsign" in known:
+    if re.search(rb"gpgsign\s*=\s*true", known):
         log.info("commits are not signed in the VM: no key is there")
 
 
@@ -2343,10 +2343,12 @@ def cmd_start(args: argparse.Namespace) -> int:
         source = os.readlink(location) if is_ours and os.path.islink(location) else location
         if os.path.realpath(source) != source and not source.startswith(state):
             raise AgentVMError(f"{source} leads elsewhere now", f"agent-vm rm {instance.name}")
-    lease = next((one for one in host.leases.all() if one.name == instance.name), None)
-    for path in host.folders.lima_home.glob("_config/*.yaml"):
-        if not lease or changed(path) > lease.created:
-            problem = f"Lima's {path} may be newer than this VM: it might mount more than it did"
+    created = max(
+        (one.created for one in host.leases.all() if one.name == instance.name), default=0
+    )
+    for path in host.folders.lima_home.glob("_config/[do]*.yaml"):  # default, override
+        if changed(path) > created:
+            problem = f"{path} may be newer than this VM: Lima might mount more than it did"
             raise AgentVMError(problem, f"agent-vm rm {instance.name}")
     check_room(host)
     try:
