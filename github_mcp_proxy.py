@@ -1020,7 +1020,7 @@ def checked_result(scope: Scope, check: str, result: Object) -> Object:
         except (KeyError, TypeError, ValueError):
             raise Refusal("the answer could not be checked") from None
         ours = own_hits(data, scope) if check == "hits" else without_foreign(data, scope)
-        insist(ours is not FOREIGN, f"the item is not known to be of {scope} {RENAMED_MAYBE}")
+        insist(ours is not FOREIGN, f"it is not of {scope}, or does not say so {RENAMED_MAYBE}")
         content.append({"type": "text", "text": json.dumps(ours)})
         had, left = (one.get("items") if isinstance(one, dict) else one for one in (data, ours))
         if had and not left:
