@@ -834,7 +834,10 @@ def write_file(path: Path, contents: str) -> None:
 
 
 def remove_path(path: Path) -> None:
-    """A file, or a folder of an agent's: nested deeper than a path may be, closed to its owner."""
+    """A file, or a folder that an agent filled: nested deeper than a path may be long, or closed.
+
+    Its folders are moved up and emptied one by one; nobody else may write there any more.
+    """
     if not path.is_dir():
         path.unlink(missing_ok=True)
         return
@@ -1063,7 +1066,7 @@ class Leases:
         write_file(self.path(name), json.dumps(lease._asdict()) + "\n")
 
     def drop(self, name: str) -> None:
-        shutil.rmtree(self.folders.state / "links" / name, ignore_errors=True)
+        remove_path(self.folders.state / "links" / name)
         self.path(name).unlink(missing_ok=True)
 
     def all(self) -> list[Lease]:
@@ -1321,11 +1324,15 @@ def github_proxy(host: Host, asked: GitHub, name: str) -> Iterator[GitHub]:
                 log.info(f"warning: the GitHub proxy ended before the agent: {errors}")
             else:
                 errors.unlink(missing_ok=True)  # the audit has what is worth keeping
+            is_said = False
             with signals.held(), contextlib.suppress(subprocess.TimeoutExpired, *MALFORMED):
                 printed, _ = proxy.communicate(timeout=10)  # it closes stdin first
                 lines = printed.decode(errors="replace").splitlines()
                 for line in receipt_lines([json.loads(line) for line in lines]):
                     log.info(f"GitHub: {line}")
+                is_said = True
+            if not is_said:
+                log.info(f"warning: the GitHub proxy has not said what it did; see {audit}")
 
 
 def run(host: Host, base: Instance, plan: Plan) -> int:
@@ -1351,9 +1358,10 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
 
         log.progress(f"starting {name}")
         planned = lima_mounts(mounts, links)
+        make_private_folder(links)
+        write_file(links / "mounts.json", json.dumps(planned))  # for `start`
         for mount, entry in zip(mounts, planned):
             if entry["location"] != mount.source.path:
-                make_private_folder(links)
                 os.symlink(mount.source.path, entry["location"])
         expression = clone_expression(planned, mount_type, plan.forward)
         lima.clone(base.name, name, expression, *plan.sizes)
@@ -2337,19 +2345,23 @@ def cmd_start(args: argparse.Namespace) -> int:
     if is_base(instance.name):
         raise AgentVMError(f"{instance.name} is a base instance: it is cloned", "agent-vm shell")
     refuse_in_use(host, instance.name, "stop", False)
-    state = f"{host.folders.state}/"  # no agent can write there
+    state, links = f"{host.folders.state}/", host.folders.state / "links" / instance.name
+    try:
+        planned = json.loads((links / "mounts.json").read_text())
+        problem = "; it ".join(isolation_faults(instance, planned))
+    except (OSError, *MALFORMED):
+        problem = "was not kept by a run"
+    sources = []
     for location, _ in instance.mounts:
-        is_ours = location.startswith(state)
-        source = os.readlink(location) if is_ours and os.path.islink(location) else location
+        is_link = location.startswith(state) and os.path.islink(location)  # where no agent writes
+        source = os.readlink(location) if is_link else location
+        sources.append(Mount(real_place(source), source))
         if os.path.realpath(source) != source and not source.startswith(state):
-            raise AgentVMError(f"{source} leads elsewhere now", f"agent-vm rm {instance.name}")
-    created = max(
-        (one.created for one in host.leases.all() if one.name == instance.name), default=0
-    )
-    for path in host.folders.lima_home.glob("_config/[do]*.yaml"):  # default, override
-        if changed(path) > created:
-            problem = f"{path} may be newer than this VM: Lima might mount more than it did"
-            raise AgentVMError(problem, f"agent-vm rm {instance.name}")
+            problem = f"would mount {source}, which leads elsewhere now"
+    problem = problem or running_above(host, sources)
+    if problem:
+        problem = f"{instance.name} would not be confined: it {problem}"
+        raise AgentVMError(problem, f"agent-vm rm {instance.name}")
     check_room(host)
     try:
         host.lima.start(instance.name)
@@ -2420,7 +2432,7 @@ def cmd_forget(args: argparse.Namespace) -> int:
     if not (host.folders.state / "sessions" / key).is_dir():
         raise AgentVMError("nothing is kept of this directory", "cd to where the agent was run")
     for lease in host.leases.all():
-        if lease.project == project and not host.leases.is_orphan(lease):
+        if lease.project == project:
             hint = f"agent-vm rm {lease.name}" if lease.keep else "end that run first"
             raise AgentVMError(f"an agent works on this project, in {lease.name}", hint)
     remove_path(host.folders.state / "sessions" / key)
@@ -2614,7 +2626,8 @@ examples:
 environment:
   CLAUDE_CODE_OAUTH_TOKEN, ANTHROPIC_API_KEY, ANTHROPIC_AUTH_TOKEN  the agent's; it enters the guest
   GITHUB_MCP_TOKEN                            the GitHub proxy's; it stays on the host
-  ANTHROPIC_BASE_URL, ANTHROPIC_MODEL, LANG, COLORTERM …  passed to the agent
+  ANTHROPIC_BASE_URL, ANTHROPIC_CUSTOM_HEADERS, ANTHROPIC_MODEL, LANG, COLORTERM …  passed to the
+                                              agent
   AGENT_VM_<SETTING>                          a setting, e.g. AGENT_VM_MEMORY=16
   LIMA_HOME, XDG_STATE_HOME, XDG_CONFIG_HOME, XDG_DATA_HOME
 

@@ -516,10 +516,9 @@ def read_file(path: str, forbidden: int, flags: int = 0) -> bytes:
     """A file's bytes, or FileNotFoundError; `forbidden` mode bits give others a hand in it."""
     try:
         file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags), "rb")
-    except FileNotFoundError:
-        raise
     except OSError as error:
-        raise cannot("read", path, error) from None
+        is_absent = isinstance(error, FileNotFoundError)
+        raise (error if is_absent else cannot("read", path, error)) from None
     with file:
         info = os.fstat(file.fileno())
         if not stat.S_ISREG(info.st_mode):
@@ -601,6 +600,10 @@ class Cache:
         import tempfile
 
         self.check_folder()
+        with contextlib.suppress(OSError):  # of who was killed in here, an hour ago or earlier
+            for entry in list(os.scandir(self.folder)):
+                if entry.name.startswith(".new-") and entry.stat().st_mtime < time.time() - 3600:
+                    os.unlink(entry.path)
         try:
             fd, temporary = tempfile.mkstemp(prefix=".new-", dir=self.folder)  # 0600
             try:

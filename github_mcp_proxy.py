@@ -407,12 +407,6 @@ def check_ref(value: Json, _bounds: Bounds, forbidden: re.Pattern[str] = REF_FOR
     return value
 
 
-def check_head(value: Json, bounds: Bounds) -> Json:
-    """A branch, also as OWNER:BRANCH with the one owner."""
-    ours = re.escape(bounds.scope.owner) + ":"
-    return check_ref(re.sub(f"^(?i:{ours})", "", value) if isinstance(value, str) else "", bounds)
-
-
 def fold(name: str) -> str:
     """As file systems see it that know no case, and no joiners."""
     return re.sub(f"[{JOINERS}]", "", unicodedata.normalize("NFC", name)).casefold()
@@ -519,9 +513,9 @@ def narrow_query(query: Json, bounds: Bounds) -> str:
     stops queries from being oracles, that one holds if the grammar changes.
     """
     # As it looks: full-width signs are signs, and line ends are blanks.
-    words = query.split() if isinstance(query, str) else ["\0"]
-    query = unicodedata.normalize("NFKC", " ".join(words))
-    insist(is_plain(query, 256, JOINERS), SEARCHED)
+    insist(isinstance(query, str) and len(query) <= 256, SEARCHED)
+    query = unicodedata.normalize("NFKC", " ".join(query.split()))
+    insist(is_plain(query, 1024, JOINERS), SEARCHED)
     narrowed = " ".join(query_tokens(bounds.scope, query))
     # How two readers could see two queries: by what is not seen.
     seen = "".join(c for c in narrowed if c not in JOINERS)
@@ -606,7 +600,6 @@ RULES: dict[str, Rule] = {
     "files": list_of(record("path content", path=WRITTEN, content=CONTENT)),
     "filters": list_of(record("field_name value", field_name=LINE, value=LINE)),
     "flag": FLAG,
-    "head": Rule(REF, check_head),
     "head_filter": pattern("branch or user:branch", HEAD_FILTER),
     "id": integer(1, 2**53),
     "issue_fields": list_of(FIELD),
@@ -712,7 +705,7 @@ pull_request_read          comments -  @pull_methods after:cursor @pull @pages
 list_pull_requests         read     -  state=open|closed|all head:head_filter base:ref
     sort=created|updated|popularity|long-running direction=asc|desc fields:fields @pages
 search_pull_requests       hits     -  @found
-create_pull_request        write    -  head!:head base!:ref title:title body:body draft:flag
+create_pull_request        write    -  head!:ref base!:ref title:title body:body draft:flag
     maintainer_can_modify:flag reviewers:people
 update_pull_request        write    -  base:ref title:title body:body draft:flag state=open|closed
     maintainer_can_modify:flag reviewers:people @pull
@@ -1102,6 +1095,7 @@ def git_service(bounds: Bounds, method: str, target: str) -> str:
 
 
 def pkt(data: bytes) -> bytes:
+    insist(len(data) <= 65_516, NO_PUSH)
     return b"%04x%b" % (len(data) + 4, data)
 
 
@@ -1224,6 +1218,8 @@ async def open_connection(
 
     try:
         return await asyncio.wait_for(connect(), CONNECT_SECONDS)
+    except AnswerLost as error:  # nothing was sent yet but CONNECT
+        raise UpstreamError(f"HTTPS_PROXY: {error}") from None
     except asyncio.TimeoutError:
         raise UpstreamError("it does not accept connections") from None
     except ssl.SSLError as error:
@@ -1502,13 +1498,12 @@ async def serve_git(repository: Repository, client: Client) -> None:
         insist(bool(lengths) == (method == "POST"), "a POST has a body, and a GET has none")
         if method == "POST" and service == "git-receive-pack":
             push = await read_push(client)
-            refused = await refused_refs(repository, client, push)
-            push = without_tags(push, refused)
-            if refused and not push.left_out:
+            push, refused = await judged(repository, client, push)
+            if refused:
                 while await client.part():
                     pass  # git reads no answer before it has sent all
                 whole = {command.ref: WHOLE for command in push.commands}
-                return client.report_push({**whole, **refused})
+                return client.report_push({**whole, **push.left_out, **refused})
         insist(not client.is_probe, "a probe is not passed on")
         targets = [{"ref": command.ref} for command in push.commands]
         deeds = [audit.about("git", service, about, bool(targets)) for about in targets or [{}]]
@@ -1549,25 +1544,29 @@ async def read_push(client: Client) -> Push:
     return push
 
 
-async def refused_refs(repository: Repository, client: Client, push: Push) -> dict[str, str]:
-    """Why refs may not be pushed, by ref; where one may not, none is."""
+async def judged(repository: Repository, client: Client, push: Push) -> tuple[Push, dict[str, str]]:
+    """(the push without tags that come along, why refs of it may not be pushed): where one may not,
+    none is. The user is asked about what is left."""
     if not push.commands:
-        return {}
+        return push, {}
     await repository.know(wait=True)
     refused = judge_push(repository.bounds(), push.commands)
-    refs = " ".join(command.ref for command in push.commands)
+    left = without_tags(push, refused)
+    refused = {} if left.left_out else refused
     if not refused and repository.policy.approve and not client.is_probe:
-        moves = [command._asdict() for command in push.commands]
+        moves = [command._asdict() for command in left.commands]
+        refs = " ".join(command.ref for command in left.commands)
         asked = {"tool": "git push", "target": {"ref": refs}, "refs": moves}
         reason = await repository.ask_user(asked)
-        refused = judge_push(repository.bounds(), push.commands)
+        refused = judge_push(repository.bounds(), left.commands)
         if reason:
-            refused = {command.ref: reason for command in push.commands}
-    if refused and not client.is_probe:
-        why = "; ".join(f"{quoted(ref)}: {why}" for ref, why in refused.items())
-        deed = repository.audit.about("git", "git-receive-pack", {"ref": refs})
-        repository.audit.record(deed, "refuse", why[:1000])
-    return refused
+            refused = {command.ref: reason for command in left.commands}
+    why = {**left.left_out, **refused}
+    if why and not client.is_probe:
+        said = "; ".join(f"{quoted(ref)}: {reason}" for ref, reason in why.items())
+        deed = repository.audit.about("git", "git-receive-pack", {"ref": " ".join(why)})
+        repository.audit.record(deed, "refuse", said[:1000])
+    return left, refused
 
 
 async def serve_client(repository: Repository, gate: Gate, client: Client) -> None:
@@ -1732,8 +1731,16 @@ class Gate(NamedTuple):
 
     def is_probe(self, head: Head) -> bool:
         """A probe's wrong secret is the right one and something more."""
+        return bool(self.probe) and self.given(head).startswith(b"Bearer " + self.probe)
+
+    def given(self, head: Head) -> bytes:
+        """What a request carries; of git also as a password, of any user."""
+        # Bytes of any value: compare_digest takes no non-ASCII str.
         given = head.headers.get("authorization", "").encode("latin-1")
-        return bool(self.probe) and given.startswith(b"Bearer " + self.probe)
+        if head.first[1].startswith(GIT) and given[:6].lower() == b"basic ":
+            with contextlib.suppress(ValueError):
+                return b"Bearer " + base64.b64decode(given[6:]).partition(b":")[2]
+        return given
 
     def check(self, head: Head) -> None:
         """ProtocolError when a request is not for this endpoint, or not from who may use it."""
@@ -1748,11 +1755,7 @@ class Gate(NamedTuple):
             demand(is_ours, "requests from other origins are refused", 403)
         is_git = target.startswith(GIT)
         demand(is_git or target in PATHS, "the endpoint is /mcp", 404)
-        # Bytes of any value: compare_digest takes no non-ASCII str.
-        given = headers.get("authorization", "").encode("latin-1")
-        if is_git and given[:6].lower() == b"basic ":  # the secret as a password in git's address
-            with contextlib.suppress(ValueError):
-                given = b"Bearer " + base64.b64decode(given[6:]).partition(b":")[2]
+        given = self.given(head)
         known = [b"Bearer " + secret for secret in (self.secret, self.probe) if secret]
         allowed = not self.secret or any(hmac.compare_digest(given, secret) for secret in known)
         # git sends a password only where it is asked for one, and MCP's clients begin a login then.
@@ -2357,6 +2360,8 @@ class Exchange(Wire):
         if status != "200":
             needs = ": its address needs the right USER:PASSWORD@" if status == "407" else ""
             raise UpstreamError(f"HTTPS_PROXY ({proxy.hostname}) answers {status!a}{needs}")
+        if self.buffer:  # in clear text, it would be taken for what GitHub says
+            raise UpstreamError(f"HTTPS_PROXY ({proxy.hostname}) says more than it was asked")
 
     async def begin(self) -> None:
         """Wait for the answer's head."""
@@ -2613,7 +2618,10 @@ async def ask_search(repository: Repository) -> tuple[int, str]:
         while kind != "answer":
             kind, found, _ = await exchange.next_message(forward)
         await exchange.finish()
-    items = json.loads(found["result"]["content"][0]["text"])["items"]
+    text = found["result"]["content"][0]["text"]
+    if found["result"].get("isError") and "failed to" in text:  # the server's words for GitHub's
+        raise UpstreamError("the search failed")
+    items = json.loads(text)["items"]
     for item in items:
         if repository.scope.is_named(item["full_name"]):
             return int(item["id"]), item.get("default_branch") or ""
@@ -2681,11 +2689,11 @@ def company_proxy(address: SplitResult) -> SplitResult | None:
     from urllib.request import getproxies
     from urllib.request import proxy_bypass
 
-    bypassed = proxy_bypass(str(address.hostname))
-    proxy = urlsplit("" if bypassed else getproxies().get("https", ""))
-    if proxy.geturl() and (proxy.scheme != "http" or not proxy.hostname):
+    url = "" if proxy_bypass(str(address.hostname)) else getproxies().get("https", "")
+    known = re.fullmatch(rf"http://([^@/?#\s]*@)?{HOST}(:([0-9]{{1,5}}))?/?", url)
+    if url and (not known or int(known[4] or 80) > 65535):
         raise ProxyError("HTTPS_PROXY is not an address like http://[USER:PASSWORD@]HOST:PORT")
-    return proxy if proxy.hostname else None
+    return urlsplit(url) if url else None
 
 
 def read_policy(path: str) -> Policy:

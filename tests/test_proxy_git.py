@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import gzip
 import json
@@ -82,6 +83,10 @@ class PushTest(unittest.TestCase):
         for lines, caps, no in rows:
             push = proxy.parse_push(self.lines(*lines, caps=caps))
             self.assertEqual(proxy.without_tags(push, no), push)
+
+    def test_a_line_is_no_longer_than_its_length_can_say(self) -> None:
+        with self.assertRaises(proxy.Refusal):
+            proxy.pkt(b"x" * 65_517)
 
     def test_what_is_no_push(self) -> None:
         for data in (b"PACKxxxx", proxy.pkt(f"{ZERO} {ONE} refs/heads/".encode() + b"\xff"), b"0001", b"0004", b"00zz", proxy.pkt(b"push-cert\0caps"), proxy.pkt(b"x y"),
@@ -389,6 +394,32 @@ class GitTest(unittest.TestCase):
         atomic = self.push("--atomic", "--follow-tags", "origin", "HEAD:whole")
         self.assertIn("another ref of this push is refused", atomic.stderr)
         self.assertNotIn("refs/heads/whole", self.branches())
+
+    def test_a_tag_along_does_not_get_a_branch_past_the_users_command(self) -> None:
+        """The command is asked about what is left, whatever was left out."""
+        policy, asked = self.home / "approve.ini", self.home / "asked"
+        policy.write_text(f"[policy]\napprove = cat >> {asked}; echo no; exit 1\n")
+        self.start("--policy", str(policy))
+        work = self.clone()
+        self.git("-C", str(work), "tag", "v9")
+        done = self.push("origin", "HEAD:fix", "v9")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("HEAD -> fix (refused: no)", done.stderr)
+        self.assertIn("v9 -> v9 (refused: only branches", done.stderr)
+        self.assertNotIn("refs/heads/fix", self.branches())
+        self.assertNotIn("refs/tags", asked.read_text())
+
+    def test_a_probe_may_come_as_a_password_and_stays_one(self) -> None:
+        running = self.start(GITHUB_MCP_PROBE_SECRET="probe-secret-0123456789")
+        seen = len(self.server.seen)
+        login = base64.b64encode(b"any:probe-secret-0123456789").decode()
+        client = Client(running.port, "")
+        self.addCleanup(client.close)
+        head = client.head("GET", "/git/good/r.git/info/refs?service=git-upload-pack")
+        head = head.replace(b"\r\n\r\n", f"\r\nAuthorization: Basic {login}\r\n\r\n".encode())
+        status, _, body = client.raw(head)
+        self.assertEqual((status, b"a probe is not passed on" in body), (403, True))
+        self.assertEqual(len(self.server.seen), seen)
 
     def test_the_secret_is_a_password_too(self) -> None:
         self.git(

@@ -48,6 +48,7 @@ class CompanyProxy:
 
     def __init__(self, user: bytes) -> None:
         self.heads: list[str] = []
+        self.more = b""  # in clear text, behind its answer
         self.login = base64.b64encode(user).decode()
         self.socket = socket.create_server(("127.0.0.1", 0))
         threading.Thread(target=self.serve, daemon=True).start()
@@ -79,7 +80,7 @@ class CompanyProxy:
                 return
             host, _, port = head.split()[1].decode().rpartition(":")
             with socket.create_connection((host, int(port))) as server:
-                client.sendall(b"HTTP/1.1 200 Connected\r\nVia: x\r\n\r\n")
+                client.sendall(b"HTTP/1.1 200 Connected\r\nVia: x\r\n\r\n" + self.more)
                 ends = {client: server, server: client}
                 while True:
                     for end in select.select(list(ends), [], [])[0]:
@@ -665,6 +666,14 @@ class UpstreamTest(LiveTest):
             said = text_of(client.ask(call("", name="create_branch", branch=branch)))
             self.assertIn("did not tell the default branch", said)
         self.assertEqual(self.upstream.calls("create_branch"), [])
+        limited = {"content": [{"type": "text", "text": "failed to search: 403 API rate limit"}]}
+        self.upstream.on("own", lambda x: x.answer(x.result({**limited, "isError": True})))
+        other = Proxy(self.upstream.url, "--policy", str(policy))
+        self.addCleanup(other.stop)
+        client = Client(other.port)
+        self.addCleanup(client.close)
+        said = text_of(client.ask(call("", name="create_branch", branch="master")))
+        self.assertIn("did not tell the default branch", said)
 
     def test_a_default_branch_that_is_renamed_is_noticed(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -1527,6 +1536,9 @@ class CommandLineTest(unittest.TestCase):
             ("GITHUB_MCP_READONLY is not 0 or 1", (), {"GITHUB_MCP_READONLY": "perhaps"}),
             ("HTTPS_PROXY is not", ("--upstream", "https://a"), {"HTTPS_PROXY": "https://u:p@b"}),
             ("HTTPS_PROXY is not", ("--upstream", "https://a"), {"https_proxy": "socks5://b"}),
+            ("HTTPS_PROXY is not", ("--upstream", "https://a"), {"https_proxy": "http://[::1"}),
+            ("HTTPS_PROXY is not", ("--upstream", "https://a"), {"https_proxy": "http://a:99999"}),
+            ("HTTPS_PROXY is not", ("--upstream", "https://a"), {"https_proxy": "http://u:p#w@a"}),
             ("GITHUB_MCP_SECRET must have 16", (), {"GITHUB_MCP_SECRET": "short"}),
             ("GITHUB_MCP_PROBE_SECRET must have", (), {"GITHUB_MCP_PROBE_SECRET": "short"}),
             ("--upstream must be https", ("--upstream", "http://example.com/"), {}),
@@ -1687,6 +1699,22 @@ class CommandLineTest(unittest.TestCase):
                 self.assertNotIn("w@rd", running.stderr())
                 self.assertNotIn("wrong", running.stderr())
 
+    def forged_behind_connect(self, upstream: fake.Upstream, ca: str) -> None:
+        """What a company's proxy adds in clear text is not taken for GitHub's answer."""
+        with CompanyProxy(b"u:p") as company:
+            text = {"content": [{"type": "text", "text": "forged"}]}
+            forged = json.dumps({"jsonrpc": "2.0", "id": 1, "result": text}).encode()
+            company.more = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+            company.more += b"Content-Length: %d\r\n\r\n%b" % (len(forged), forged)
+            running = Proxy(upstream.url, "--ca-file", ca, HTTPS_PROXY=company.url("u:p@"))
+            try:
+                client = Client(running.port)
+                said = json.dumps(client.ask(call()))
+                client.close()
+            finally:
+                running.stop()
+        self.assertIn("says more than it was asked", said)
+
     def test_tls(self) -> None:
         if not shutil.which("openssl"):
             self.skipTest("openssl is not on PATH")
@@ -1708,6 +1736,7 @@ class CommandLineTest(unittest.TestCase):
             context.load_cert_chain(cert, key)
             with fake.Upstream(context) as upstream:
                 self.through_a_companys_proxy(upstream, ca)
+                self.forged_behind_connect(upstream, ca)
                 for argv in ([], ["--ca-file", ca]):
                     running = Proxy(upstream.url, *argv)
                     try:

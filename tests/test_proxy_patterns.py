@@ -30,7 +30,10 @@ class PatternTest(unittest.TestCase):
         self, what: object, work: Callable[[Any], object], once: Any, twice: Any
     ) -> float:
         """Twice the text takes at most three times as long."""
-        short, long = seconds(work, once), seconds(work, twice)
+        for _ in range(3):  # a busy machine is no reason
+            short, long = seconds(work, once), seconds(work, twice)
+            if long <= max(3 * short, 0.02):
+                break
         self.assertLessEqual(long, max(3 * short, 0.02), what)
         return long
 
@@ -74,6 +77,13 @@ class PatternTest(unittest.TestCase):
                 proxy.check_written_file(name, bounds)
         few = "a" + "\u0301" * 30
         self.assertEqual(proxy.check_file(few, bounds), few)
+
+    def test_queries_of_many_marks(self) -> None:
+        bounds = proxy.Bounds(proxy.Scope("o", "r"), proxy.Policy())
+        began = time.process_time()
+        with self.assertRaises(proxy.Refusal):
+            proxy.narrow_query("a" + "\u0315\u0300\u0316" * 100_000, bounds)
+        self.assertLess(time.process_time() - began, 0.3)
 
     def test_globs(self) -> None:
         for glob, name in (

@@ -30,9 +30,9 @@ PARAGRAPHS = ("Starts", "Reads", "Writes", "Reaches")
 
 # Lines: of the whole file, without the copy of lima/, and of what stands above the banner.
 BUDGETS = {
-    "agent_vm.py": (2770, 1410),
-    "github_mcp_proxy.py": (2930, 1600),
-    "github_app_token.py": (1550, 1000),
+    "agent_vm.py": (2790, 1420),
+    "github_mcp_proxy.py": (2940, 1600),
+    "github_app_token.py": (1555, 1005),
 }
 README_BUDGET = 200
 LIMA_BUDGET = 260
@@ -868,8 +868,8 @@ class RuleTest(unittest.TestCase):
 
     def test_budgets(self) -> None:
         long = "\n" * 1500 + BANNER + "\n" * 1300
-        self.assert_finds(total_lines, BANNER, long, "at most 2770")
-        self.assert_finds(must_read_lines, BANNER, long, "at most 1410")
+        self.assert_finds(total_lines, BANNER, long, "at most 2790")
+        self.assert_finds(must_read_lines, BANNER, long, "at most 1420")
         copy = f"{GENERATED} by make\n" + "X = 1\n" * 3000
         self.assertEqual(self.found(total_lines, "if __name__", f"{copy}\nif __name__"), "")
 

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import time
 import unittest
 from pathlib import Path
 
@@ -37,6 +38,15 @@ def denied(part: str) -> str:
 
 
 class CacheTest(Case):
+    def test_what_a_killed_process_left_is_removed(self) -> None:
+        self.cache.mkdir(parents=True, mode=0o700)
+        old, new = self.cache / ".new-old", self.cache / ".new-new"
+        for path in (old, new):
+            path.write_text("x")
+        os.utime(old, (time.time() - 7200,) * 2)
+        self.passes(self.token())
+        self.assertEqual((old.exists(), new.exists()), (False, True))
+
     def test_a_signal_between_writing_and_its_end(self) -> None:
         """What is on the disk is alive; a token that is revoked is not on it."""
         setup = (

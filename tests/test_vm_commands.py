@@ -276,6 +276,10 @@ class ForgetTest(WorldTest):
         self.box.run("run", "--keep", "--", "sh:true")
         (clone,) = self.box.clones()
         self.assert_refused(self.box.run("forget"), clone, f"agent-vm rm {clone}", status=1)
+        lease = self.box.state / f"leases/{clone}.json"
+        lease.write_text(lease.read_text().replace('"keep": true', '"keep": false'))
+        refused = self.box.run("forget", FAKE_LIMA_FAIL="delete")  # of an orphan that still runs
+        self.assert_refused(refused, clone, status=1)
 
     def test_nothing_is_left_of_the_project_and_others_stay(self) -> None:
         other = self.box.home / "other"

@@ -8,7 +8,6 @@ import os
 import shutil
 import socket
 import subprocess
-import time
 import unittest
 from pathlib import Path
 from typing import Any
@@ -368,11 +367,23 @@ class OptionTest(WorldTest):
         self.box.run("run", "--keep", "--", "sh:true")
         (clone,) = self.box.clones()
         self.box.run("stop", clone)
-        default = self.box.lima / "_config/default.yaml"
-        self.box.write(default, json.dumps({"mounts": []}))
-        os.utime(default, (time.time() + 5, time.time() + 5))
-        self.assert_refused(self.box.run("start", clone), "default.yaml", status=1)
+        home = {"location": str(self.box.home), "mountPoint": "/h", "writable": True}
+        self.box.write(self.box.lima / "_config/default.yaml", json.dumps({"mounts": [home]}))
+        refused = self.box.run("start", clone)
+        self.assert_refused(refused, "would not be confined", str(self.box.home), status=1)
         self.assertFalse((self.box.lima / clone / "ha.pid").exists())
+
+    def test_a_kept_vm_is_not_started_below_a_running_agent(self) -> None:
+        below = self.box.project / "below"
+        below.mkdir()
+        self.box.run("run", "--keep", "--", "sh:true", cwd=below)
+        (clone,) = self.box.clones()
+        self.box.run("stop", clone)
+        start, boot = agent_vm.process_start(os.getpid()), agent_vm.boot_id()
+        self.box.make_lease("agent-vm-p-0a1b2c", pid=os.getpid(), start=start, boot_id=boot,
+                            folders=[str(self.box.project)])  # fmt: skip
+        refused = self.box.run("start", clone)
+        self.assert_refused(refused, "agent-vm-p-0a1b2c is running", status=1)
 
     def test_a_kept_vm_that_is_stopped_is_nobodys_danger(self) -> None:
         self.box.run("run", "--keep", "--", "sh:true")
@@ -391,7 +402,9 @@ class OptionTest(WorldTest):
         self.box.run("stop", clone)
         project.rmdir()
         project.symlink_to(self.box.home)
-        self.assert_refused(self.box.run("start", clone), f"{project} leads elsewhere", status=1)
+        self.assert_refused(
+            self.box.run("start", clone), f"{project}, which leads elsewhere", status=1
+        )
         self.assertFalse((self.box.lima / clone / "ha.pid").exists())
 
     def test_base_instances_and_vms_in_use_are_not_started(self) -> None:
