@@ -1525,13 +1525,15 @@ SETTINGS = {
                       " (auto: when one was chosen before, and there is a token)"),
     "github-profile": Setting(str, "", "tokens from github_app_token.py's profile NAME", "NAME"),
     "github-policy": Setting(existing_file, "", "what may be written, see the proxy", "FILE"),
+    "github-lockdown": Setting(yes_or_no, True, "hide what outsiders wrote (best effort)"),
     "forward": Setting(yes_or_no, True, "forward the guest's ports to the host"),
 }  # fmt: skip
 SETUP_SETTINGS = (
     "name minimal disk memory cpus template image ca-cert apt-mirror npm-registry lima-url timeout"
 ).split()
 RUN_SETTINGS = (
-    "name memory cpus mount readonly github github-profile github-policy forward env timeout"
+    "name memory cpus mount readonly github github-profile github-policy github-lockdown forward "
+    "env timeout"
 ).split()
 
 
@@ -1823,7 +1825,7 @@ GitHub credential in this VM, and `gh` has none.
 - Write to a branch other than the default one, and open a pull request. Refused: pushes to the
   default branch (unless the user's policy allows them), tags, LFS, the wiki, the deletion of what
   was not made in this session; in a read-only session everything.
-- What outsiders wrote may be hidden: the user shows it by GITHUB_MCP_LOCKDOWN=0 agent-vm run.
+- What outsiders wrote may be hidden: the user shows it by agent-vm run --no-github-lockdown.
 - A refusal says its reason. It is a decision, not a fault: tell the user, look for no way round.
 """
 
@@ -1874,7 +1876,8 @@ def choose_repository(host: Host, settings: Settings, project: str, named: str) 
     write_file(kept, f"{repo}\n")
     same = proposed.lower() == repo.lower()
     if proposed and not same:
-        log.info(f"the agent gets {repo}, as it was chosen; the remote says {proposed} ({hint})")
+        renamed = f"if that is its old name: git remote set-url origin https://github.com/{repo}"
+        log.info(f"the agent gets {repo}, the remote says {proposed}; {renamed}; else {hint}")
     return repo, remote if same else ""
 
 
@@ -1912,6 +1915,8 @@ def plan_github(
         environ[GITHUB_TOKEN] = token
     if settings.chosen("readonly"):
         environ["GITHUB_MCP_READONLY"] = "1" if settings.get("readonly") else "0"
+    if settings.chosen("github-lockdown"):
+        environ["GITHUB_MCP_LOCKDOWN"] = "1" if settings.get("github-lockdown") else "0"
     return GitHub(repo=repo, remote=remote, environ=environ, options=options)
 
 

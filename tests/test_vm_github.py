@@ -225,7 +225,7 @@ class GitHubRunTest(GitHubWorld):
         self.assertIn("GitHub: octo/widget\n", result.err)
         self.assertIn(self.secret, self.guest_file("gitconfig"))
         self.assertIn("octo/widget", self.guest_file("briefing"))
-        self.assertIn("GITHUB_MCP_LOCKDOWN=0", self.guest_file("briefing"))
+        self.assertIn("--no-github-lockdown", self.guest_file("briefing"))
         modes = self.guest_file("modes")
         for name in (".claude.json", "gitconfig", "probe-header", "credential"):
             self.assertRegex(modes, rf"600 \S*{name}\n")
@@ -256,7 +256,8 @@ class GitHubRunTest(GitHubWorld):
             "GH_TOKEN": "gho_" + "x" * 30,
             "ANTHROPIC_API_KEY": "sk-ant-" + "x" * 30,
         }
-        process = self.box.start("run", "--github", "--", "sh:touch up; sleep 60", **others)
+        options = ("--github", "--no-github-lockdown")
+        process = self.box.start("run", *options, "--", "sh:touch up; sleep 60", **others)
         self.box.wait_for_file("up")
         (proxy,) = [
             entry for entry in Path("/proc").glob("[0-9]*")
@@ -265,6 +266,7 @@ class GitHubRunTest(GitHubWorld):
         environ = read(proxy / "environ").decode()
         self.box.kill(process)
         self.assertIn("GITHUB_MCP_OWNER=octo", environ)
+        self.assertIn("GITHUB_MCP_LOCKDOWN=0", environ)
         for secret in others.values():
             self.assertNotIn(secret, environ)
 
