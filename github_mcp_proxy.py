@@ -392,7 +392,7 @@ def is_left_out(rule: Rule, value: Json, bounds: Bounds) -> bool:
         rule.check(value, bounds)
     except Refusal:
         return True
-    return not bounds.policy.has(rule.needs)
+    return not bounds.policy.has(rule.needs)  # nobody means an empty value of what is not open
 
 
 def is_plain(value: Json, limit: int, besides: str = "") -> bool:
