@@ -539,10 +539,12 @@ exit "$status"
 
 # Under a locale that the guest lacks every shell warns.
 LOCALE = r"""
-if (. ~/.agent-vm/env; locale) 2>&1 | grep -qi 'cannot \(set\|change\)'; then
-  sed -E -i '/^export (LANG|LC_[A-Z]+)=/d' ~/.agent-vm/env
-  echo 'export LC_ALL=C.UTF-8' >> ~/.agent-vm/env
-fi
+said=$( (. ~/.agent-vm/env; locale) 2>&1) || true
+case $said in
+  *'annot set LC_'* | *'annot change locale'*)
+    sed -E -i '/^export (LANG|LC_[A-Z]+)=/d' ~/.agent-vm/env
+    echo 'export LC_ALL=C.UTF-8' >> ~/.agent-vm/env ;;
+esac
 """
 
 # Deep-merges the JSON on stdin into a file that may not exist yet.

@@ -810,6 +810,7 @@ class CredentialTest(WorldTest):
         result = self.box.run("run", "--", script, LC_ALL="xx_XX.UTF-8", LC_CTYPE="UTF-8")
         self.assertEqual((result.out.split()[0], result.err), ("C.UTF-8", ""))
         self.box.write(self.box.project / ".claude-vm.runtime.sh", "echo $LC_ALL > hook-locale\n")
+        executable(self.box.guest_bin / "locale", "exit 1")  # a small image has none
         self.assertEqual(self.box.run("run", LC_ALL="xx_XX.UTF-8").err, "")
         self.assertEqual((self.box.project / "hook-locale").read_text(), "C.UTF-8\n")
 
