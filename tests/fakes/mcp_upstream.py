@@ -459,14 +459,17 @@ def hang_in_stream(x: Exchange) -> None:
 
 
 def big(size: int, *, sse: bool) -> Handler:
+    """A large answer, made beforehand: the proxy waits half a second for its first byte."""
+    text = b"0123456789abcdef" * (size // 16)
+
     def handler(x: Exchange) -> None:
-        message = x.text("0123456789abcdef" * (size // 16))
+        body = dumps(x.text("@")).replace(b'"@"', b'"%b"' % text)
         if sse:
             x.stream()
-            x.event(message)
+            x.send(chunk(b"event: message\ndata: %b\n\n" % body))
             x.end()
         else:
-            x.json(message)
+            x.body_of(200, body)
 
     return handler
 
