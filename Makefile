@@ -4,7 +4,7 @@ TOOLS := .venv/bin
 SCRIPTS := $(wildcard *.py)
 SHELL_FILES := $(wildcard lima/provision/*.sh) .ci/run
 
-.PHONY: test test-fast lint check embed docs contract vm-test bench bench-proxy fuzz-proxy tools clean
+.PHONY: test test-fast lint check embed docs contract vm-test bench bench-proxy bench-egress fuzz-proxy tools clean
 
 test:  ## all but vm-test: a minute, no network, no Lima
 	$(PYTHON) -m tests
@@ -40,6 +40,9 @@ bench:  ## our overhead over limactl alone; needs a base instance
 
 bench-proxy:  ## what the GitHub proxy adds to a call, beside nginx and mitmproxy where they are on PATH
 	$(PYTHON) tests/tools/bench_proxy.py
+
+bench-egress:  ## what the VM's way out adds to a direct connection, through ssh too
+	$(PYTHON) tests/tools/bench_egress.py
 
 fuzz-proxy:  ## 200,000 made-up messages; what passes is checked by other rules than the proxy's
 	$(PYTHON) tests/tools/fuzz_proxy.py

@@ -1,4 +1,4 @@
-"""How the three scripts are laid out: a reader may trust the banner, and the docstring's lists.
+"""How the scripts are laid out: a reader may trust the banner, and the docstring's lists.
 
 Everything above BANNER is what an auditor has to read; below it, everything only calls what is
 above. Sections whose banner begins "# --- pure" take data and return data. The rules read the
@@ -33,6 +33,7 @@ BUDGETS = {
     "agent_vm.py": (2790, 1420),
     "github_mcp_proxy.py": (2940, 1600),
     "github_app_token.py": (1555, 1005),
+    "lima/egress.py": (875, 250),
 }
 README_BUDGET = 200
 LIMA_BUDGET = 260
@@ -118,6 +119,7 @@ PURE = set(
     os.fsencode os.fsdecode os.fspath os.sep os.linesep os.pathsep os.devnull os.path os.error
     socket.timeout socket.gaierror socket.herror socket.error socket.inet_pton socket.inet_ntop
     asyncio.iscoroutinefunction secrets.compare_digest http.client.responses
+    socket.inet_aton socket.inet_ntoa
     """.split()
 )
 # A method of such a name is, as a rule, that of a dict, a list, a string …
@@ -767,13 +769,19 @@ class TokenTest(Rules, unittest.TestCase):
     name = "github_app_token.py"
 
 
+class EgressTest(Rules, unittest.TestCase):
+    name = "lima/egress.py"
+
+
 class BudgetTest(unittest.TestCase):
     def test_the_readme_is_short_enough(self) -> None:
         lines = len((ROOT / "README.md").read_text().splitlines())
         self.assertLessEqual(lines, README_BUDGET, "README.md: move what is long to docs/")
 
     def test_lima_is_short_enough(self) -> None:
-        files = [path for path in (ROOT / "lima").rglob("*") if path.suffix in (".yaml", ".sh")]
+        kinds = (".yaml", ".sh", ".py")  # egress.py has a budget of its own
+        files = [path for path in (ROOT / "lima").rglob("*") if path.suffix in kinds]
+        files.remove(ROOT / "lima/egress.py")
         lines = sum(len(path.read_text().splitlines()) for path in files)
         self.assertLessEqual(lines, LIMA_BUDGET, "lima/: remove a mechanism")
 

@@ -376,7 +376,7 @@ class DoctorTest(WorldTest):
 
 
 def contents(folder: Path) -> dict[str, str]:
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"]
     return {str(path.relative_to(folder)): path.read_text() for path in files}
 
 
