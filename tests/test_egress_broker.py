@@ -8,9 +8,9 @@ import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import tempfile
 import threading
-import time
 import unittest
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from lima import egress
 from tests.egress_world import Egress
 from tests.egress_world import Server
 from tests.egress_world import read_all
+from tests.support import ROOT
 from tests.support import wait_for
 
 PLACEHOLDER = "sk-ant-oat01-placeholder-0123456789"
@@ -293,23 +294,29 @@ class BrokerTest(unittest.TestCase):
 
 
 class RealClaudeTest(unittest.TestCase):
-    """A whole turn of the program itself, where CLAUDE names it."""
+    """A whole turn of the program itself, where it is on PATH."""
 
     def test_a_turn(self) -> None:
-        claude = os.environ.get("CLAUDE", "")
+        claude = shutil.which("claude")
         if not claude:
-            self.skipTest("CLAUDE does not name Claude Code")
-        url = os.environ["CLAUDE_UPSTREAM"]  # of a fake of the API
-        with tempfile.TemporaryDirectory() as home, Egress(
-            "--broker", "anthropic", "--upstream", url, line=line()
-        ) as running:  # fmt: skip
-            env = {"HOME": home, "PATH": os.environ["PATH"], "CLAUDE_CODE_OAUTH_TOKEN": PLACEHOLDER,
-                   "ANTHROPIC_BASE_URL": f"http://127.0.0.1:{running.port}"}  # fmt: skip
-            began = time.monotonic()
-            done = subprocess.run([claude, "-p", "write a file"], env=env, cwd=home, timeout=60,
-                                  stdin=subprocess.DEVNULL, capture_output=True, text=True)  # fmt: skip
+            self.skipTest("claude is not on PATH")
+        with tempfile.TemporaryDirectory() as home, subprocess.Popen(
+            [sys.executable, str(ROOT / "tests/fakes/model_api.py"), f"{home}/log"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        ) as model:  # fmt: skip
+            assert model.stdin and model.stdout
+            url = f"http://127.0.0.1:{model.stdout.readline().strip()}"
+            with Egress("--broker", "anthropic", "--upstream", url, line=line()) as running:
+                env = {"HOME": home, "PATH": os.environ["PATH"],
+                       "CLAUDE_CODE_OAUTH_TOKEN": PLACEHOLDER,
+                       "ANTHROPIC_BASE_URL": f"http://127.0.0.1:{running.port}"}  # fmt: skip
+                done = subprocess.run([claude, "-p", "write a file"], env=env, cwd=home, text=True,
+                                      stdin=subprocess.DEVNULL, capture_output=True, timeout=120)  # fmt: skip
+            asked = [json.loads(row) for row in Path(home, "log").read_text().splitlines()]
+            model.stdin.close()
         self.assertIn("all done", done.stdout, done.stderr)
-        self.assertLess(time.monotonic() - began, 60)
+        self.assertNotIn(PLACEHOLDER, str(asked))
+        self.assertIn(SECRET, str(asked))
 
 
 if __name__ == "__main__":
