@@ -324,12 +324,12 @@ def lease_is_live(lease: Lease, this_boot: str, start: str) -> bool:
 # --- pure: names, and what Lima and git say ---
 
 
-def clone_name(directory: str, tag: str, lima_home: str, whole: bool = False) -> str:
-    """`agent-vm-SLUG-TAG`, the slug cut so that Lima's ssh socket path fits."""
+def clone_name(directory: str, tag: str, lima_home: str, least: int = 1) -> str:
+    """`agent-vm-SLUG-TAG`, the slug cut so that Lima's ssh socket path fits; `least` has to."""
     slug = re.sub(r"[^a-z0-9]+", "-", directory.lower()).strip("-") or "project"
     fixed = len(os.fsencode(lima_home)) + len("/agent-vm--") + len(tag) + len(SOCKET_NAME)
     room = SOCKET_PATH_MAX - 1 - fixed
-    if room < (len(slug) if whole else 1):
+    if room < least:
         problem = f"the path of Lima's home is too long for its sockets: {lima_home}"
         raise AgentVMError(problem, hint="set LIMA_HOME to a shorter path")
     return f"agent-vm-{slug[: min(room, 30)].strip('-') or 'p'}-{tag}"
@@ -840,7 +840,7 @@ def remove_path(path: Path) -> None:
 
     Its folders are moved up and emptied one by one; nobody else may write there any more.
     """
-    if not path.is_dir():
+    if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return
     folders = [str(path)]
@@ -977,8 +977,11 @@ class Lima:
     def delete(self, name: str) -> None:
         self._run("delete", "-f", name)
 
-    def protect(self, name: str, verb: str = "protect") -> None:
-        self._run(verb, name)
+    def protect(self, name: str) -> None:
+        self._run("protect", name)
+
+    def unprotect(self, name: str) -> None:
+        self._run("unprotect", name)
 
 
 class Guest:
@@ -1125,7 +1128,7 @@ def remove_instance(host: Host, name: str) -> bool:
     try:
         if (folder / "lima.yaml").exists():
             if is_base(name):
-                host.lima.protect(name, "unprotect")
+                host.lima.unprotect(name)
             host.lima.delete(name)
         if folder.is_dir():  # a clone that was cut off half-way, say
             shutil.rmtree(folder)
@@ -1351,12 +1354,12 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
     with contextlib.ExitStack() as stack:
         name = stack.enter_context(disposable(host, plan))
         links = folders.state / "links" / name
-        kept = plan.mounts[0].writable  # else the VM has a copy: nothing that it writes outlives it
-        transcripts = Mount(place_of(sessions), f"{base.home}/.claude/projects", kept)
-        mounts = [*plan.mounts, transcripts._replace(copied=not kept)]
+        readonly = not plan.mounts[0].writable  # a copy, then: nothing that it writes outlives it
+        target = f"{base.home}/.claude/projects"
+        transcripts = Mount(place_of(sessions), target, writable=not readonly, copied=readonly)
+        mounts = [*plan.mounts, transcripts]
         if plan.github:
-            github = stack.enter_context(github_proxy(host, plan.github, name))
-            plan = plan._replace(github=github)
+            plan = plan._replace(github=stack.enter_context(github_proxy(host, plan.github, name)))
 
         log.progress(f"starting {name}")
         planned = lima_mounts(mounts, links)
@@ -1409,7 +1412,7 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
         if said.status == SSH_FAILED:
             raise AgentVMError("the VM was lost while it ran", details=failure_logs(host, name))
         if not re.fullmatch(r"[0-9]{1,3}\n", said.out):
-            go_on = "agent-vm run -- --continue" if plan.agent and kept else ""
+            go_on = "agent-vm run -- --continue" if plan.agent and not readonly else ""
             raise ConnectionBroke("the connection to the VM broke", go_on)
         return int(said.out)
 
@@ -1539,6 +1542,10 @@ RUN_SETTINGS = (
 ).split()
 
 
+def env_name(name: str) -> str:
+    return "AGENT_VM_" + name.upper().replace("-", "_")
+
+
 class Settings(NamedTuple):
     """What a command was told. What it does not ask for cannot fail it."""
 
@@ -1551,9 +1558,9 @@ class Settings(NamedTuple):
         setting, flag = SETTINGS[name], self.flags.get(name.replace("-", "_"))
         if flag is not None:
             return (tuple(flag) if setting.many else flag), "flag"
-        env_name = "AGENT_VM_" + name.upper().replace("-", "_")
-        if self.environ.get(env_name):
-            words, origin, said_by = self.environ[env_name], "environment", env_name
+        said_by = env_name(name)
+        if self.environ.get(said_by):
+            words, origin = self.environ[said_by], "environment"
         elif name in self.config:
             words, origin, said_by = self.config[name], "config", "config.ini"
         else:
@@ -1621,7 +1628,7 @@ def open_host(
     folders = folders_of(os.environ)
     config = config_values(folders.config / "config.ini") if given else {}
     settings = Settings(vars(args), os.environ if given else {}, config)
-    known = {"AGENT_VM_" + name.upper().replace("-", "_") for name in SETTINGS}
+    known = set(map(env_name, SETTINGS))
     for name in settings.environ:
         if name.upper().startswith("AGENT_VM_") and name not in known:
             raise AgentVMError(f"{name} is not a setting", "settings: " + " ".join(SETTINGS))
@@ -1790,12 +1797,10 @@ def guest_variables(host: Host, settings: Settings) -> dict[str, str]:
     if gateway:  # on this host's loopback, say
         variables["ANTHROPIC_BASE_URL"] = LOOPBACK.sub(r"\1host.lima.internal", gateway)
     asked = {**os.environ, **variables}  # Lima copies the host's proxies
-    direct = [
-        asked.get("no_proxy") or asked.get("NO_PROXY"),
-        "localhost,127.0.0.1,host.lima.internal",
-    ]
-    everything = "*" if direct[0] == "*" else ",".join(filter(None, direct))  # it counts alone
-    variables.update(no_proxy=everything, NO_PROXY=everything)
+    direct = asked.get("no_proxy") or asked.get("NO_PROXY") or ""
+    if direct != "*":  # that counts alone
+        direct = ",".join(filter(None, (direct, "localhost,127.0.0.1,host.lima.internal")))
+    variables.update(no_proxy=direct, NO_PROXY=direct)
     return variables
 
 
@@ -1983,8 +1988,9 @@ def kvm_is_missing() -> bool:
 
 def preflight(host: Host, settings: Settings, yes: bool) -> None:
     """Everything that can be known before anything is created."""
-    clone_name("project", "0" * 6, str(host.folders.lima_home))  # raises when no run could have one
-    clone_name(base_name(settings), "0" * 6, str(host.folders.lima_home), whole=True)
+    # Raises when the base instance, agent-vm-base[-NAME].XXXXXX, could have no sockets, or no run.
+    least = len(base_name(settings)) - len("agent-vm-")
+    clone_name("project", "0" * 6, str(host.folders.lima_home), least)
     missing, install = missing_qemu()
     if install and os.geteuid() != 0:
         log.info(f"{missing} is not installed. This installs it: {install}")
@@ -2210,19 +2216,17 @@ def cmd_shell(args: argparse.Namespace) -> int:
 
 def say_what_git_lacks(project: str) -> None:
     """In the guest: its git is Debian 13's, 2.47, and has what is mounted."""
-    common = worktree_git_dir(project) or os.path.realpath(os.path.join(project, ".git"))
+    mounted = worktree_git_dir(project)
+    common = mounted or os.path.realpath(os.path.join(project, ".git"))
     if os.path.isfile(common):
-        common = os.path.join(project, read_line(common).partition("gitdir: ")[2])
-        common = os.path.realpath(common)
+        common = os.path.realpath(os.path.join(project, read_line(common).partition("gitdir: ")[2]))
     config = os.path.join(common, "config")
     known = last_bytes(Path(config), 1 << 16).lower() if os.path.isfile(config) else b""
-    outside = not worktree_git_dir(project) and not inside(real_place(common), real_place(project))
-    if os.path.lexists(".git") and outside:
+    is_there = mounted or inside(real_place(common), real_place(project))
+    if os.path.lexists(".git") and not is_there:
         log.info(f"warning: git cannot work in the VM: {common} is not mounted")
     if b"relativeworktrees" in known:
-        log.info(
-            "warning: git in the VM is older than extensions.relativeWorktrees: it cannot work"
-        )
+        log.info("warning: git cannot work in the VM: it knows no extensions.relativeWorktrees")
     if re.search(rb"gpgsign\s*=\s*true", known):
         log.info("commits are not signed in the VM: no key is there")
 

@@ -157,7 +157,7 @@ class Bounds(NamedTuple):
     policy: Policy
     writes: int = 0  # in the last hour
     defaults: frozenset[str] = frozenset()  # the default branch, as the upstream tells it
-    is_asked: bool = True  # whether it could tell
+    is_asked: bool = True  # whether it has answered, be it that it knows of none
     tags: frozenset[str] = frozenset()  # where git tells them
     made: frozenset[str] = frozenset()  # refs that were created here
     moved: str = ""  # why nothing passes: the repository has another name now, or its name another
@@ -528,9 +528,8 @@ def query_tokens(scope: Scope, query: str) -> Iterator[str]:
         minus, name, value, phrase = match.groups()
         known = (name or "").lower()
         ours = known == "repo" and not minus and scope.is_named(value.replace('"', ""))
-        insist(
-            ours or not FOREIGN_NAME(known), f"only repo:{scope} is searched; leave {known}: out"
-        )
+        elsewhere = FOREIGN_NAME(known) and not ours
+        insist(not elsewhere, f"only repo:{scope} is searched; leave {known}: out")
         if known in QUALIFIERS:
             yield f"{minus}{name}:{qualifier_value(known, value)}"
         elif not ours:
@@ -583,6 +582,7 @@ ANY_VALUE = simple(
     "a line, a number or a flag",
     lambda value: is_plain(value, 256) or (isinstance(value, (int, float)) and abs(value) <= 2**53),
 )
+EMPTIED = Rule("an object", lambda _value, _bounds: {})  # whatever is in it is not sent
 FIELD = record("field_name", field_name=LINE, field_option_name=LINE, value=ANY_VALUE, delete=FLAG)
 
 # The rules by the names that the tables below use.
@@ -608,7 +608,7 @@ RULES: dict[str, Rule] = {
     "labels": list_of(LINE),
     "line": LINE,
     "never": only(False),
-    "nothing": Rule("an object", lambda _value, _bounds: {}, constant=({},)),
+    "no_capabilities": EMPTIED._replace(constant=({},)),
     "number": integer(1, 2**31 - 1),
     "page": integer(1, 100_000),
     "path": Rule(FILE, check_file),
@@ -626,8 +626,8 @@ RULES: dict[str, Rule] = {
     "written": WRITTEN,
     # Of the protocol. What a client says of itself is not sent: the proxy is the client, and can do
     # nothing that an upstream may ask for. A tool's arguments have rules of their own.
-    "arguments": Rule("an object", lambda _value, _bounds: {}),
-    "capabilities": Rule("an object", lambda _value, _bounds: {}),
+    "arguments": EMPTIED,
+    "capabilities": EMPTIED,
     "client": Rule("an object", lambda _it, _bounds: {"name": "agent-vm", "version": __version__}),
     "level": choice(*"debug info notice warning error critical alert emergency".split()),
     "progress": simple("a number", lambda n: type(n) in (int, float) and 0 <= n <= 2**53),
@@ -748,7 +748,7 @@ list_discussion_categories read     discussions
 # (names other repositories), prompts and resources (any owner and repo), tasks, subscriptions and
 # whatever comes next are not here.
 PROTOCOL = """
-initialize                protocolVersion!:protocol capabilities:nothing clientInfo:client
+initialize                protocolVersion!:protocol capabilities:no_capabilities clientInfo:client
 ping
 server/discover
 logging/setLevel          level!:level
@@ -1671,10 +1671,8 @@ def kind_of(message: Json, forward: Forward) -> str:
     """What a message is: "answer", "note", "" for what does not pass; AnswerLost for a question."""
     if not isinstance(message, dict):
         return ""
-    method = message.get("method")
-    asks = (
-        as_object(message.get("result")).get("resultType", "complete") != "complete"
-    )  # 2026-07-28
+    method, result = message.get("method"), as_object(message.get("result"))
+    asks = result.get("resultType", "complete") != "complete"  # since 2026-07-28 so
     if asks or (method is not None and method != "ping" and "id" in message):
         raise AnswerLost("it asks what nobody here answers")
     if method is not None:
@@ -2349,9 +2347,9 @@ class Exchange(Wire):
 
     async def tunnel(self, target: str, proxy: SplitResult) -> None:
         """Have the company's proxy connect this to `target` (RFC 9110, 9.3.6)."""
-        user = f"{unquote(proxy.username or '')}:{unquote(proxy.password or '')}"
         head = [f"CONNECT {target} HTTP/1.1", f"Host: {target}"]
         if proxy.username:
+            user = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
             credential = base64.b64encode(user.encode()).decode()
             head.append(f"Proxy-Authorization: Basic {credential}")
         self.write("\r\n".join([*head, "", ""]).encode())
@@ -2435,8 +2433,8 @@ class Upstream:
         self.token = token
         self.headers = headers
         secured = tls if address.scheme == "https" else None
-        port = address.port or (443 if secured else 80)
-        self.route = (str(address.hostname), port, secured, company_proxy(address))
+        port, proxy = address.port or (443 if secured else 80), company_proxy(address)
+        self.opened = (str(address.hostname), port, secured, proxy, lambda: Exchange(self))
         self.timeout = timeout  # seconds that it may be silent
         self.is_git = is_git
         self.wires: set[Exchange] = set()
@@ -2470,11 +2468,7 @@ class Upstream:
             credential = f"Basic {as_user}" if self.is_git else f"Bearer {token}"
             self.pool = [wire for wire in self.pool if not (wire.buffer or wire.ended)]
             used = bool(self.pool) and not upload
-            exchange = (
-                self.pool.pop()
-                if used
-                else await open_connection(*self.route, lambda: Exchange(self))
-            )
+            exchange = self.pool.pop() if used else await open_connection(*self.opened)
             exchange.allow(0)
             try:
                 exchange.write(request_head(method, self.address, path, sent, credential) + body)

@@ -652,9 +652,8 @@ class Side:
             self.audit.refuse(name, ANY_PORT, verdict)
             return ()
         addresses = (HOST_ADDRESS,) if name == HOST_NAME else verdict[:16]
-        if (
-            not addresses
-        ):  # the host's proxy will resolve it: until then, an address that is nobody's
+        if not addresses:
+            # The host's proxy will resolve it: until then, an address that is nobody's.
             if len(self.stand_ins) > MAX_KNOWN:
                 self.stand_ins.clear()
             stand_in = ipaddress.IPv4Address("198.18.0.1") + len(self.stand_ins)

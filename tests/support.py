@@ -25,6 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import agent_vm
 from tests import quick
 from tests.quick import Result
 
@@ -362,6 +363,12 @@ class Sandbox:
         path = self.project / name
         wait_for(path.exists, f"{name} appears")
         return path
+
+
+def live() -> dict[str, Any]:
+    """What a lease of this test's own process has."""
+    pid = os.getpid()
+    return {"pid": pid, "start": agent_vm.process_start(pid), "boot_id": agent_vm.boot_id()}
 
 
 def open_sandbox() -> Sandbox:

@@ -23,15 +23,10 @@ from tests.support import SCRIPT
 from tests.support import TOKEN
 from tests.support import WorldTest
 from tests.support import executable
+from tests.support import live
 from tests.support import wait_for
 
 CLONE = "agent-vm-p-0a1b2c"
-
-
-def live() -> dict[str, Any]:
-    pid = os.getpid()
-    start, boot = agent_vm.process_start(pid), agent_vm.boot_id()
-    return {"pid": pid, "start": start, "boot_id": boot}
 
 
 class ListTest(WorldTest):

@@ -14,6 +14,7 @@ from typing import Any
 import agent_vm
 from tests.support import BASE
 from tests.support import WorldTest
+from tests.support import live
 from tests.support import wait_for
 
 # The agent notes that it is up, then works until its VM is gone.
@@ -217,12 +218,6 @@ class TerminalTest(WorldTest):
 class OrphanTest(WorldTest):
     COST = 11
 
-    def live_lease(self) -> dict[str, Any]:
-        """A lease of this test's own process."""
-        pid = os.getpid()
-        start, boot = agent_vm.process_start(pid), agent_vm.boot_id()
-        return {"pid": pid, "start": start, "boot_id": boot}
-
     def orphan(self, name: str = "agent-vm-p-0a1b2c", **lease: Any) -> str:
         self.box.make_instance(name, running=True)
         self.box.make_lease(name, **lease)
@@ -238,7 +233,7 @@ class OrphanTest(WorldTest):
 
     def test_a_lease_of_a_later_version_is_one(self) -> None:
         """What is not known in it must not make a running VM an orphan."""
-        name = self.orphan(**self.live_lease(), new_field=1)
+        name = self.orphan(**live(), new_field=1)
         self.assertEqual(self.box.run("gc").out, "")
         self.assertEqual(self.box.clones(), [name])
 
@@ -276,8 +271,8 @@ class OrphanTest(WorldTest):
     def test_a_dead_process_makes_an_orphan(self) -> None:
         for lease in (
             {},
-            {**self.live_lease(), "start": "1"},  # the pid was given to another process
-            {**self.live_lease(), "boot_id": "before the crash"},
+            {**live(), "start": "1"},  # the pid was given to another process
+            {**live(), "boot_id": "before the crash"},
         ):
             with self.subTest(lease=lease):
                 name = self.orphan(**lease)
@@ -286,7 +281,7 @@ class OrphanTest(WorldTest):
                 self.assert_nothing_left()
 
     def test_a_lease_whose_process_lives_is_never_touched(self) -> None:
-        name = self.orphan(**self.live_lease())
+        name = self.orphan(**live())
         for verb in ("gc", "list"):
             self.box.run(verb)
             self.assertEqual((self.box.clones(), self.box.leases()), ([name], [name]))

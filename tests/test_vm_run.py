@@ -22,6 +22,7 @@ from tests.support import TOKEN
 from tests.support import Sandbox
 from tests.support import WorldTest
 from tests.support import executable
+from tests.support import live
 from tests.support import open_sandbox
 from tests.support import wait_for
 
@@ -347,11 +348,9 @@ class OptionTest(WorldTest):
     def test_a_kept_vm_is_started_again_with_its_folders_and_its_age(self) -> None:
         odd = self.box.home / "a b"
         odd.mkdir()
-        self.box.run("run", "--keep", "--", "sh:true", cwd=odd)
-        (clone,) = self.box.clones()
+        clone = self.kept_and_stopped(odd)
         lease = self.box.state / f"leases/{clone}.json"
         before = lease.read_text()
-        self.assertEqual(self.box.run("stop", clone).status, 0)
         (self.box.root / "tool-calls").unlink()
         result = self.box.run("start", clone)
         self.assertEqual(result.status, 0, result.err)
@@ -360,13 +359,18 @@ class OptionTest(WorldTest):
         self.assertIn(f"mount --bind {self.box.lima / clone}/mnt/0 {odd}", self.bound())
         self.assertEqual(lease.read_text(), before)
 
+    def kept_and_stopped(self, project: Path | None = None) -> str:
+        """The name of a VM that was kept after a run, and stopped."""
+        self.box.run("run", "--keep", "--", "sh:true", cwd=project or self.box.project)
+        (clone,) = self.box.clones()
+        self.assertEqual(self.box.run("stop", clone).status, 0)
+        return clone
+
     def bound(self) -> str:
         return "\n".join(self.box.tool_calls()).replace("'", "")
 
     def test_a_kept_vm_is_not_started_with_more_mounts(self) -> None:
-        self.box.run("run", "--keep", "--", "sh:true")
-        (clone,) = self.box.clones()
-        self.box.run("stop", clone)
+        clone = self.kept_and_stopped()
         home = {"location": str(self.box.home), "mountPoint": "/h", "writable": True}
         self.box.write(self.box.lima / "_config/default.yaml", json.dumps({"mounts": [home]}))
         refused = self.box.run("start", clone)
@@ -376,12 +380,8 @@ class OptionTest(WorldTest):
     def test_a_kept_vm_is_not_started_below_a_running_agent(self) -> None:
         below = self.box.project / "below"
         below.mkdir()
-        self.box.run("run", "--keep", "--", "sh:true", cwd=below)
-        (clone,) = self.box.clones()
-        self.box.run("stop", clone)
-        start, boot = agent_vm.process_start(os.getpid()), agent_vm.boot_id()
-        self.box.make_lease("agent-vm-p-0a1b2c", pid=os.getpid(), start=start, boot_id=boot,
-                            folders=[str(self.box.project)])  # fmt: skip
+        clone = self.kept_and_stopped(below)
+        self.box.make_lease("agent-vm-p-0a1b2c", **live(), folders=[str(self.box.project)])
         refused = self.box.run("start", clone)
         self.assert_refused(refused, "agent-vm-p-0a1b2c is running", status=1)
 
@@ -397,9 +397,7 @@ class OptionTest(WorldTest):
     def test_a_kept_vm_whose_folder_is_a_link_now_is_not_started(self) -> None:
         project = self.box.home / "p"
         project.mkdir()
-        self.box.run("run", "--keep", "--", "sh:true", cwd=project)
-        (clone,) = self.box.clones()
-        self.box.run("stop", clone)
+        clone = self.kept_and_stopped(project)
         project.rmdir()
         project.symlink_to(self.box.home)
         self.assert_refused(
@@ -410,10 +408,7 @@ class OptionTest(WorldTest):
     def test_base_instances_and_vms_in_use_are_not_started(self) -> None:
         self.assert_refused(self.box.run("start", BASE), "is a base instance", status=1)
         self.box.make_instance("agent-vm-a-aaaaaa")
-        start = agent_vm.process_start(os.getpid())
-        self.box.make_lease(
-            "agent-vm-a-aaaaaa", pid=os.getpid(), start=start, boot_id=agent_vm.boot_id()
-        )
+        self.box.make_lease("agent-vm-a-aaaaaa", **live())
         refused = self.box.run("start", "agent-vm-a-aaaaaa")
         self.assert_refused(refused, "in use by process", status=1)
 
@@ -571,12 +566,10 @@ class MountTest(WorldTest):
         self.assert_refused(result, "leads out of", "--force-mount")
 
     def test_a_folder_below_the_project_of_a_running_agent_is_refused(self) -> None:
-        pid = os.getpid()
-        start, boot = agent_vm.process_start(pid), agent_vm.boot_id()
         self.box.make_instance("agent-vm-p-0a1b2c", running=True)
         data, other = self.folder("data"), self.folder("other")
-        self.box.make_lease("agent-vm-p-0a1b2c", pid=pid, start=start, boot_id=boot,
-                            folders=[str(self.box.project), data])  # fmt: skip
+        folders = [str(self.box.project), data]
+        self.box.make_lease("agent-vm-p-0a1b2c", **live(), folders=folders)
         for folder in (f"{self.box.project}/below", f"{data}/below"):
             os.mkdir(folder)
             words = ("agent-vm-p-0a1b2c is running", "--force-mount")
@@ -593,12 +586,10 @@ class MountTest(WorldTest):
                      ("worktree", "add", "-q", str(tree))):  # fmt: skip
             command = ["git", "-C", str(self.box.project), *argv]
             subprocess.run(command, check=True, env=self.box.env)
-        pid = os.getpid()
-        live = {"pid": pid, "start": agent_vm.process_start(pid), "boot_id": agent_vm.boot_id()}
         self.box.make_instance("agent-vm-p-0a1b2c", running=True)
-        self.box.make_lease("agent-vm-p-0a1b2c", **live, folders=[str(self.box.project)])
+        self.box.make_lease("agent-vm-p-0a1b2c", **live(), folders=[str(self.box.project)])
         self.assert_refused(self.box.run("run", cwd=tree), "/.git lies in", "is running")
-        self.box.make_lease("agent-vm-p-0a1b2c", **live, folders=[str(tree)])
+        self.box.make_lease("agent-vm-p-0a1b2c", **live(), folders=[str(tree)])
         self.assertEqual(self.box.run("run", cwd=tree).status, 0)
 
     def test_force_mount_mounts_what_is_refused_otherwise(self) -> None:
@@ -1011,8 +1002,7 @@ class UsageTest(WorldTest):
     def test_during_a_setup_a_run_is_told_to_wait(self) -> None:
         (self.box.state / "bases" / BASE_NAME).unlink()
         building = f"{BASE_NAME}.abcdef"
-        here = {"pid": os.getpid(), "start": agent_vm.process_start(os.getpid())}
-        self.box.make_lease(building, boot_id=agent_vm.boot_id(), **here)
+        self.box.make_lease(building, **live())
         self.assert_refused(self.box.run("run"), "no base instance", "wait", building)
 
     def test_a_bad_configuration_file_is_named(self) -> None:

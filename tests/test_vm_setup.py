@@ -329,6 +329,16 @@ class HostTest(SetupTest):
         self.assert_refused(result, "limactl create failed: no answer within 1 s")
         self.assert_old_base_works()
 
+    def test_a_base_instance_needs_no_more_room_than_its_name_takes(self) -> None:
+        """Of the 103 bytes of a socket's path, to the last one."""
+        name = f"{BASE_NAME}-{'x' * 20}"
+        most = 103 - len(f"/{name}.000000/ssh.sock.1234567890123456")
+        home = str(self.box.root / "h").ljust(most, "h")
+        longer = self.setup_vm("--name", "x" * 20, LIMA_HOME=home + "h")
+        self.assert_refused(longer, "too long for its sockets")
+        result = self.setup_vm("--name", "x" * 20, LIMA_HOME=home)
+        self.assertEqual(result.status, 0, result.err)
+
     def test_more_memory_than_the_host_has(self) -> None:
         for verb in ("setup", "run"):
             result = self.box.run(verb, "--memory", "99999")
