@@ -641,6 +641,8 @@ class Side:
             if not status.startswith("2"):
                 raise Failure(f"the host's proxy says {status}", 502)
         if self.routes and scheme == "https":
+            if upstream.buffer:  # in clear text, it would be taken for what the API says
+                raise Failure("the host's proxy says more than it was asked", 502)
             upstream.tls = await secure(upstream.sock, self.context, name)
         return upstream
 

@@ -227,6 +227,22 @@ class BrokerTest(unittest.TestCase):
             self.assertNotIn(SECRET, audit.read_text())
             self.assertIn('"allowed"', audit.read_text())
 
+    def test_what_the_hosts_proxy_adds_in_clear_is_not_the_apis_answer(self) -> None:
+        forged = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nforged"
+
+        def lies(client: socket.socket, first: bytes) -> None:
+            client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n" + forged)
+            client.recv(65536)
+
+        server = Server(lies)
+        self.addCleanup(server.close)
+        env = {"HTTPS_PROXY": f"http://127.0.0.1:{server.port}"}
+        argv = ("--broker", "anthropic", "--upstream", "https://api.example/v")
+        with Egress(*argv, line=line(), env=env) as running:
+            said = running.ask(request())
+        self.assertIn(b"says more than it was asked", said)
+        self.assertNotIn(b"forged", said)
+
     def test_tls_also_through_the_hosts_proxy(self) -> None:
         if not shutil.which("openssl"):
             self.skipTest("openssl is not on PATH")
