@@ -9,8 +9,8 @@ and deletes it. The exit status is the agent's.
     agent_vm.py shell                    a shell in a fresh VM with the current directory
 
 Starts:   limactl, ssh, git, python3, npm, sudo, tar, ps, sysctl
-          (python3 with --github only, for the GitHub proxy; npm, and after asking sudo and tar,
-          in setup only; ps and sysctl on macOS only)
+          (python3 for the sides of a run: lima/egress.py, and with --github the GitHub proxy; npm,
+          and after asking sudo and tar, in setup only; ps and sysctl on macOS only)
 Reads:    ~/.config/agent-vm (config.ini, credential, and setup.sh and runtime.sh, which run in the
           guest: once, and before each agent), ~/.claude-vm.setup.sh (as setup.sh), git's global
           configuration, .git of the project (its config with --github only), the files that its
@@ -60,7 +60,12 @@ OWN_CONNECTION = (
 ).split()
 
 GIB = 1 << 30
-LOOK_SECONDS = 5  # between two looks at a VM while its agent works
+LOOK_SECONDS = 2  # between two looks at a VM, and at its sides, while its agent works
+
+# Ports of the guest's own 127.0.0.1, where it reaches the sides of its run. lima/agent-vm.yaml
+# keeps Lima from forwarding them, lima/network.sh has two more.
+EGRESS_PORT, DNS_PORT, BROKER_PORT, GITHUB_PORT = range(47101, 47105)
+API_KEY = "ANTHROPIC_API_KEY"
 
 # A base instance has a name of its own each time it is built; a file says which one is meant.
 is_base = re.compile(r"agent-vm-base(-[a-z0-9-]+)?\.[0-9a-f]{6}").fullmatch
@@ -85,6 +90,10 @@ MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, 
 # Paths of these characters survive cloud-init's YAML, fstab and QEMU's option syntax; others are
 # mounted through a link under /mnt/agent-vm.
 PLAIN_PATH = re.compile(r"/[A-Za-z0-9_./+-]*")
+
+
+# In a base instance's folder of Lima's: the package registries that its programs are set to.
+REGISTRIES = "agent-vm-registries"
 
 
 class AgentVMError(Exception):
@@ -169,6 +178,14 @@ class Credential(NamedTuple):
         return f"<{self.name} from {self.origin}>"
 
 
+class Network(NamedTuple):
+    """What a guest reaches, beside the sides of its run."""
+
+    mode: str = "open"  # internet, allow, off; open: as Lima has it, with the host's loopback
+    allow: Sequence[str] = ()  # HOST, *.HOST, HOST:PORT, or a preset of lima/egress.py
+    host_ports: Sequence[int] = ()  # of the host's loopback
+
+
 class GitHub(NamedTuple):
     """One repository on GitHub, and the proxy that gives it to a guest."""
 
@@ -177,13 +194,23 @@ class GitHub(NamedTuple):
     environ: Mapping[str, str] = {}  # the whole environment of the proxy; it may hold the token
     options: Sequence[str] = ()
     # Once the proxy runs:
-    url: str = ""
+    url: str = f"http://127.0.0.1:{GITHUB_PORT}"
     secret: str = ""
     probe_secret: str = ""
     readonly: bool = False
 
     def __repr__(self) -> str:
         return f"<GitHub {self.repo}>"
+
+
+class Side(NamedTuple):
+    """A program of ours on the host, which a guest reaches at a port of its own 127.0.0.1."""
+
+    what: str
+    process: subprocess.Popen[bytes]
+    said: Sequence[str]  # its first lines
+    port: int = 0  # in the guest
+    end: str = ""  # where it listens on the host: 127.0.0.1:PORT, or a socket's path
 
 
 class Plan(NamedTuple):
@@ -198,6 +225,9 @@ class Plan(NamedTuple):
     agent: bool = True  # argv is Claude Code, not a command of the user's
     variables: Mapping[str, str] = {}
     credential: Credential | None = None
+    broker: bool = False  # keeps the credential on the host, and talks to
+    upstream: str = ""  # the model's API; "" is the vendor's
+    network: Network = Network()
     hooks: Sequence[Path] = ()
     git_settings: Mapping[str, str] = {}  # of the guest's user
     zone: str = ""  # like Europe/Berlin
@@ -405,6 +435,9 @@ def printable(words: str) -> str:
 # --- pure: what the guest is told ---
 
 
+NOT_CONFINED = 9
+
+
 def exports(variables: Mapping[str, str]) -> str:
     return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
 
@@ -431,7 +464,7 @@ def claude_config(plan: Plan) -> dict[str, Any]:
             plan.project: {**trusted, "hasClaudeMdExternalIncludesApproved": True},
         },
     }
-    if credential and credential.name == "ANTHROPIC_API_KEY":
+    if credential and credential.name == API_KEY:
         config["customApiKeyResponses"] = {"approved": [credential.value[-20:]], "rejected": []}
     if plan.github:
         headers = {"Authorization": f"Bearer {plan.github.secret}"}
@@ -458,47 +491,15 @@ def guest_git_config(github: GitHub) -> str:
     return "\n".join(lines) + "\n"
 
 
-# What must be refused is seen to be refused, from inside the guest, before the agent starts.
-PROBE = r"""
-cd ~/.agent-vm
-. ./env  # the agent's
-sed 's/$/-not/' probe-header > wrong-header
-call() {  # TOOL ARGUMENTS-AS-JSON
-  echo '{"jsonrpc": "2.0", "id": 1, "method": "tools/call",' \
-    '"params": {"name": "'"$1"'", "arguments": '"$2"'}}'
-}
-refused() {  # WHAT WORDS-OF-THE-REFUSAL HEADER-FILE CURL-ARGUMENT...
-  answer=$(curl -sS -m 20 -H @"$3" -H 'Content-Type: application/json' \
-    -H 'Accept: application/json, text/event-stream' "${@:4}" 2>&1)
-  case $answer in
-    *"$2"*) ;;
-    *) echo "$1 is not refused as it should be: ${answer:0:300}"; exit 1 ;;
-  esac
-}
-served="only $repo is served here"
-foreign=$(call get_file_contents '{"owner": "agent-vm-probe", "repo": "other", "path": "x"}')
-other="$url/git/agent-vm-probe/other.git/info/refs?service=git-upload-pack"
-refused 'another repository over MCP' "$served" probe-header "$url/mcp" -d "$foreign"
-refused 'another repository over git' "$served" probe-header "$other"
-refused 'a wrong secret' 'secret is missing or wrong' wrong-header "$url/mcp" -d "$foreign"
-[ -n "$is_readonly" ] || exit 0
-write=$(call create_branch '{"branch": "agent-vm-probe"}')
-push="$url/git/$repo.git/info/refs?service=git-receive-pack"
-refused 'a write over MCP' 'the policy is read-only' probe-header "$url/mcp" -d "$write"
-refused 'a push' 'the policy is read-only' probe-header "$push"
-"""
-
-
-def github_probe(github: GitHub) -> str:
-    """Shell for the guest: silent when the proxy refuses all that it must refuse, else says what.
-
-    What carries the probe's secret is judged like the agent's own, but neither passed on nor
-    counted. It comes from a file: it must not be in an argv.
-    """
-    facts = {"repo": github.repo, "url": github.url}
-    facts["is_readonly"] = "yes" if github.readonly else ""
-    header = pipe("cat > ~/.agent-vm/probe-header", f"Authorization: Bearer {github.probe_secret}")
-    return f"umask 077\n{exports(facts)}{header}\n{PROBE}"
+def refusal_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the way out refused, in words: the name, how often, and what would allow it."""
+    lines = []
+    for row in sorted(rows, key=lambda row: -row["count"]):
+        place = f"{row['host']}:{row['port']}" if row["port"] else row["host"]
+        times = f" ({row['count']} times)" if row["count"] > 1 else ""
+        flag = f"; {row['flag']}" if row["flag"] else f": {row['reason']}"
+        lines.append(printable(f"refused: {place}{times}{flag}")[:300])
+    return [*lines[:10], f"and {len(lines) - 10} more: agent-vm log"] if lines[10:] else lines
 
 
 def receipt_lines(receipt: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -512,86 +513,47 @@ def receipt_lines(receipt: Sequence[Mapping[str, Any]]) -> list[str]:
         times = f"({entry['count']} times)" if entry["count"] > 1 else ""
         words = (f"{entry['verdict']}:", entry["what"], entry["url"], entry["reason"], times)
         lines.append(printable(" ".join(str(word) for word in words if word))[:300])
-    return lines
+    return [f"GitHub: {line}" for line in lines]
 
 
-# Runs what it is given in the project, with the environment of the host's terminal. Not `exec`:
-# a shell turns death by a signal into a status, and syncs so that the VM can be cut off after it.
-# At a terminal the agent is a job: Ctrl-Z stops it alone, and as nobody can resume it, it goes on.
-LAUNCH = r"""#!/bin/bash -l
-. ~/.agent-vm/env
-. ~/.agent-vm/credential
-infocmp > /dev/null 2>&1 || export TERM=xterm-256color
-cd -- "$1" || exit 125
-shift
-command -v -- "$1" > /dev/null || set -- sh -c 'echo "$0: not found" >&2; exit 127' "$1"
-trap : HUP TERM  # of an agent's `kill 0`
-[ -t 0 ] && set -m || trap : INT
-"$@"
-status=$?
-go_on() { [ -z "$(jobs -s)" ] || { fg > /dev/null; status=$?; go_on; }; }  # a loop would be stopped
-go_on
-sync
-echo "$status" > ~/.agent-vm/status
-[ -t 0 ] || { (sleep 3; kill "$PPID") < /dev/null > /dev/null 2>&1 & }  # pipes held by what is left
-exit "$status"
-"""
-
-# Under a locale that the guest lacks every shell warns.
-LOCALE = r"""
-said=$( (. ~/.agent-vm/env; locale) 2>&1) || true
-case $said in
-  *'annot set LC_'* | *'annot change locale'*)
-    sed -E -i '/^export (LANG|LC_[A-Z]+)=/d' ~/.agent-vm/env
-    echo 'export LC_ALL=C.UTF-8' >> ~/.agent-vm/env ;;
-esac
-"""
-
-# Deep-merges the JSON on stdin into a file that may not exist yet.
-MERGE = r"""
-merge() {
-  [ -s "$1" ] || echo '{}' > "$1"
-  jq -s '.[0] * .[1]' "$1" /dev/stdin > ~/.agent-vm/merged
-  cat ~/.agent-vm/merged > "$1"
-  rm ~/.agent-vm/merged
-}
-"""
-
-
-def prepare_script(plan: Plan, mounts: Sequence[Mount]) -> str:
-    """The script that makes a booted clone a place to work; it travels on stdin, never in argv."""
+def guest_files(plan: Plan, mounts: Sequence[Mount]) -> dict[str, str]:
+    """What lima/guest/prepare.sh finds in ~/.agent-vm, beside the other scripts of that folder."""
     secret = {plan.credential.name: plan.credential.value} if plan.credential else {}
-    zone_file = shlex.quote(f"/usr/share/zoneinfo/{plan.zone}")
-    config, settings = claude_config(plan), plan.git_settings.items()
-    binds = "\n".join(mount_line(mount, index) for index, mount in enumerate(mounts))
-    parts = [
-        "set -eu -o pipefail\nmkdir -p ~/.agent-vm ~/.claude/projects",
-        f"cat > ~/.agent-vm/mounts <<'END'\nset -eu\n{binds}\nEND",  # for `start`, too
-        "bash ~/.agent-vm/mounts",
-        "umask 077",  # not for the folders on the way to a mount
+    settings = [
+        f"git config --global {key} {shlex.quote(value)}\n"
+        for key, value in plan.git_settings.items()
     ]
-    parts += [f"git config --global {key} {shlex.quote(value)}" for key, value in settings]
-    if plan.zone:
-        parts.append(f"[ ! -e {zone_file} ] || sudo ln -sf {zone_file} /etc/localtime")
-    parts += [
-        MERGE,
-        pipe("merge ~/.claude.json", json.dumps(config)),
-        pipe("merge ~/.claude/settings.json", '{"skipDangerousModePermissionPrompt": true}'),
-        pipe("cat > ~/.agent-vm/env", exports(plan.variables)),
-        LOCALE,
-        pipe("cat > ~/.agent-vm/credential", exports(secret)),
-        pipe("cat > ~/.agent-vm/launch", LAUNCH),
-        "chmod 700 ~/.agent-vm/launch",
-    ]
+    github = plan.github or GitHub("", url="")
+    sides = {"repo": github.repo, "url": github.url, "is_readonly": "y" if github.readonly else ""}
+    sides["broker"] = f"http://127.0.0.1:{BROKER_PORT}" if plan.broker else ""
     if plan.github:
-        parts += [
-            "chmod 600 ~/.claude.json",
-            pipe("cat > ~/.agent-vm/gitconfig", guest_git_config(plan.github)),
-            "git config --global --add include.path '~/.agent-vm/gitconfig'",
-        ]
-    if plan.briefing:
-        parts.append(pipe("cat >> ~/.claude/CLAUDE.md", plan.briefing))
-    return "\n".join(parts) + "\n"
+        settings.append("git config --global --add include.path '~/.agent-vm/gitconfig'\n")
+    return {
+        "mounts": "set -eu\n" + "\n".join(map(mount_line, mounts, range(len(mounts)))),
+        "git-settings": "".join(settings),
+        "gitconfig": guest_git_config(github) if plan.github else "",
+        "zone": plan.zone or "none",
+        "claude.json": json.dumps(claude_config(plan)),
+        "briefing": plan.briefing,
+        "env": exports(plan.variables),
+        "credential": exports(secret),
+        "sides": exports(sides),
+        "probe-header": f"Authorization: Bearer {github.probe_secret}\n",
+    }
+
+
+def confining_script(plan: Plan, files: Mapping[str, str], ssh_port: str) -> str:
+    """The script that makes a booted clone a place to work, and then sees that it is confined.
+
+    It travels on stdin, never in argv. Its status is 9 when something is open that must not be.
+    """
+    parts = ["set -eu -o pipefail\nmkdir -p -m 700 ~/.agent-vm\ncd ~/.agent-vm"]
+    parts += [pipe(f"(umask 077; cat > {name})", contents) for name, contents in files.items()]
+    parts += ["chmod 700 launch.sh\nbash prepare.sh"]
+    ports = f"{EGRESS_PORT} {DNS_PORT}" if plan.network.mode != "off" else ""
+    if plan.network.mode != "open":
+        parts.append(f"sudo bash network.sh {ssh_port} {ports} 2>&1 || exit {NOT_CONFINED}")
+    return "\n".join([*parts, f"bash probe.sh || exit {NOT_CONFINED}\n"])
 
 
 def mount_line(mount: Mount, index: int) -> str:
@@ -700,6 +662,8 @@ def end_process(process: subprocess.Popen[bytes], group: bool) -> None:
 
 
 MAX_OUTPUT = 4 << 20  # bytes of what a program, or a guest, prints
+PIPES: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0, "cwd": "/",
+              "start_new_session": True}  # fmt: skip
 
 
 class Finished(NamedTuple):
@@ -741,6 +705,18 @@ def captured(
         except OSError as error:
             return Finished(127, "", f"{argv[0]} cannot be started: {error.strerror}")
         return Finished(status, end_of(out), end_of(err))
+
+
+def first_lines(process: subprocess.Popen[bytes], count: int, timeout: float) -> list[str]:
+    """What a running program prints first, "" where it says nothing in time, or ends."""
+    import select
+
+    assert process.stdout
+    said = []
+    for _ in range(count):
+        ready = select.select([process.stdout], [], [], timeout)[0]
+        said.append(process.stdout.readline().decode().strip() if ready else "")
+    return said
 
 
 def first_line_of(*argv: str, **options: Any) -> str:
@@ -824,11 +800,11 @@ def agents_folders(state: Path, place: Place, mounted: Sequence[Place] = ()) -> 
     return now + [path for path in above if (sessions / session_key(path)).is_dir()]
 
 
-def write_file(path: Path, contents: str) -> None:
+def write_file(path: Path, contents: str, mode: int = 0o600) -> None:
     """All of it or nothing, on the disk when this returns, for the user alone."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-    with signals.held(), open(os.open(part, flags, 0o600), "w") as file:
+    with signals.held(), open(os.open(part, flags, mode), "w") as file:
         file.write(contents)
         file.flush()
         os.fsync(file.fileno())  # an empty lease after a power cut would own nothing
@@ -934,14 +910,15 @@ class Lima:
         self.timeout = timeout
 
     def _run(
-        self, *args: str, timeout: float = 0, meanwhile: Callable[[], None] | None = None
-    ) -> str:
+        self, *args: str, timeout: float = 0, meanwhile: Callable[[], None] | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> str:  # fmt: skip
         """Run limactl; its stdout. An error says limactl's own last words."""
         if log.verbose:
             log.info("+ " + shlex.join(("limactl", *args)))
         shown = {"stderr": None} if log.verbose else {}
         limit = timeout or self.timeout
-        finished = captured([self.binary, *args], "", limit, meanwhile, **shown)
+        finished = captured([self.binary, *args], "", limit, meanwhile, env=environ, **shown)
         if finished.status != 0:
             late = f"no answer within {limit:.0f} s" if finished.status is None else ""
             reason = late or limactl_reason(finished.err) or f"status {finished.status}"
@@ -963,13 +940,11 @@ class Lima:
     def clone(self, source: str, name: str, expression: str, *options: str) -> None:
         self._run("clone", "--tty=false", source, name, *options, "--set", expression)
 
-    def start(
-        self, name: str, timeout: int = 0, meanwhile: Callable[[], None] | None = None
-    ) -> None:
+    def start(self, name: str, timeout: int = 0, **more: Any) -> None:
         limit = timeout or self.timeout
         # Lima's own limit a little shorter than ours, so that its message is the one shown.
         lima_limit = f"--timeout={max(1, limit - 5)}s"
-        self._run("start", "--tty=false", lima_limit, name, timeout=limit, meanwhile=meanwhile)
+        self._run("start", "--tty=false", lima_limit, name, timeout=limit, **more)
 
     def stop(self, name: str) -> None:
         self._run("stop", name)
@@ -1001,19 +976,38 @@ class Guest:
             raise AgentVMError(f"{self.instance.hostname} did not answer within {timeout:.0f} s")
         return finished
 
-    def attach(self, argv: Sequence[str], tty: bool, stdin: int | None = None) -> int:
+    def attach(
+        self, argv: Sequence[str], tty: bool, stdin: int | None, sides: Sequence[Side]
+    ) -> int:
         """Run argv with our terminal or pipes; its status. ssh joins its arguments: quote them."""
         self.ssh += OWN_CONNECTION  # from now on: the other one may be lost with it
         command = [*self.ssh, "-t" if tty else "-T", self.instance.hostname, shlex.join(argv)]
-        folder, state = self.instance.dir, "running"
+        folder, state, lost = self.instance.dir, "running", set[str]()
         with kept_terminal(tty), child(command, stdin=stdin) as process:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     return process.wait(LOOK_SECONDS)
+                for side in sides:
+                    if side.process.poll() is not None and side.what not in lost:
+                        lost.add(side.what)
+                        log.info(f"warning: the {side.what} has ended; the VM goes on without it")
                 before, state = state, qemu_state(folder)
                 if state not in ("running", before):  # of which ssh knows nothing
                     end = f"agent-vm rm --force {self.instance.name}, in another terminal"
                     log.info(f"the VM stands still ({state}); it is ended by: {end}")
+
+    @contextlib.contextmanager
+    def brought(self, sides: Sequence[Side]) -> Iterator[Side]:
+        """ssh that brings the host's ends of the sides to their ports in the guest (`ssh -R`).
+
+        It has a session (without one OpenSSH delays each connection by 40 ms), which ends with
+        stdin: so with this process, too.
+        """
+        ends = [f"-R127.0.0.1:{side.port}:{side.end}" for side in sides]
+        ssh = [*self.ssh, *OWN_CONNECTION, "-oExitOnForwardFailure=yes", "-T", *ends]
+        session = [self.instance.hostname, "echo ready; exec cat"]
+        with child([*ssh, *session], **PIPES) as process:
+            yield Side("ssh connection that brings the sides into the VM", process, ())
 
 
 def qemu_state(folder: Path) -> str:
@@ -1253,9 +1247,10 @@ def failure_logs(host: Host, name: str) -> str:
 def boot_failure(host: Host, name: str, error: AgentVMError) -> AgentVMError:
     """Lima says to look into ha.stderr.log, which goes with the VM: the cause is in there."""
     problem, log_file = str(error), host.folders.lima_home / name / "ha.stderr.log"
-    if log_file.name in problem:
-        cause = limactl_reason(last_bytes(log_file, 50_000).decode(errors="replace"))
-        problem = f"limactl start failed: {cause or problem}"
+    logged = last_bytes(log_file, 50_000).decode(errors="replace")
+    said = re.findall(r'"qemu\[stderr\]: ((?:[^"\\]|\\.)*)"', logged)  # QEMU's, or lima/qemu.py's
+    if said or log_file.name in problem:
+        problem = f"limactl start failed: {said[-1] if said else limactl_reason(logged) or problem}"
     return AgentVMError(problem, error.hint, f"{error.details}\n{failure_logs(host, name)}".strip())
 
 
@@ -1293,51 +1288,141 @@ RUN_PROXY = (
 
 
 @contextlib.contextmanager
-def github_proxy(host: Host, asked: GitHub, name: str) -> Iterator[GitHub]:
-    """A GitHub proxy for one VM; afterwards what it did is said.
+def started_side(
+    host: Host, name: str, what: str, argv: Sequence[str], environ: Mapping[str, str],
+    tell: Callable[[Sequence[Mapping[str, Any]]], list[str]], line: str = "", count: int = 1,
+) -> Iterator[Side]:  # fmt: skip
+    """Start a side of the VM `name`; afterwards what it did is said, in the words of `tell`.
 
-    It ends with the block, and when this process is killed: its stdin is closed then.
+    It takes a `line` on stdin, says in `count` lines where it listens and what it is, and lives
+    until stdin closes: with the block, and when this process is killed. Then it says in JSON Lines
+    what it did.
     """
-    import secrets
-    import select
-
-    secret, probe_secret = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
-    own = {"GITHUB_MCP_SECRET": secret, "GITHUB_MCP_PROBE_SECRET": probe_secret}
-    audit = host.folders.state / "audit" / f"{name}.jsonl"
-    errors = host.folders.state / "logs" / f"{name}.github.log"
-    argv = [sys.executable, "-I", "-c", RUN_PROXY, str(Path(__file__).resolve().parent)]
-    argv += ["--listen", "127.0.0.1:0", "--exit-with-stdin", "--audit", str(audit)]
-    options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
-    options.update(cwd="/", env={**asked.environ, **own}, start_new_session=True)
-    with (
-        open(errors, "wb") as file,
-        child([*argv, *asked.options], stderr=file, **options) as proxy,
-    ):
-        assert proxy.stdout
-        port = rights = ""
-        if select.select([proxy.stdout], [], [], host.lima.timeout)[0]:
-            port, rights = (proxy.stdout.readline().decode().strip() for _ in range(2))
-        if not port.isdigit():
-            raise AgentVMError("the GitHub proxy did not start", details=tail(errors))
-        url = f"http://host.lima.internal:{port}"
-        github = asked._replace(environ={}, url=url, readonly=rights == "read-only")
-        log.info(f"GitHub: {github.repo}{', read-only' if github.readonly else ''}")
+    errors = host.folders.state / "logs" / f"{name}.{what.replace(' ', '-')}.log"
+    argv = [*argv, "--audit", f"{host.folders.state}/audit/{name}.jsonl"]
+    with open(errors, "wb") as file, child(argv, stderr=file, env=environ, **PIPES) as process:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(line.encode())  # type: ignore[union-attr]
+        said = first_lines(process, count, host.lima.timeout)
+        if not all(said):
+            raise AgentVMError(f"the {what} did not start", details=tail(errors))
         try:
-            yield github._replace(secret=secret, probe_secret=probe_secret)
+            yield Side(what, process, said)
         finally:
-            if proxy.poll() is not None:
-                log.info(f"warning: the GitHub proxy ended before the agent: {errors}")
+            if process.poll() is not None:
+                log.info(f"warning: the {what} ended before the agent: {errors}")
             else:
                 errors.unlink(missing_ok=True)  # the audit has what is worth keeping
             is_said = False
             with signals.held(), contextlib.suppress(subprocess.TimeoutExpired, *MALFORMED):
-                printed, _ = proxy.communicate(timeout=10)  # it closes stdin first
+                printed, _ = process.communicate(timeout=10)  # it closes stdin first
                 lines = printed.decode(errors="replace").splitlines()
-                for line in receipt_lines([json.loads(line) for line in lines]):
-                    log.info(f"GitHub: {line}")
+                for told in tell([json.loads(line) for line in lines]):
+                    log.info(told)
                 is_said = True
             if not is_said:
-                log.info(f"warning: the GitHub proxy has not said what it did; see {audit}")
+                log.info(f"warning: the {what} has not said what it did: agent-vm log {name}")
+
+
+@contextlib.contextmanager
+def github_side(host: Host, asked: GitHub, name: str) -> Iterator[tuple[GitHub, Side]]:
+    """The GitHub proxy: one repository, with a secret for this VM alone."""
+    import secrets
+
+    secret, probe_secret = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
+    own = {"GITHUB_MCP_SECRET": secret, "GITHUB_MCP_PROBE_SECRET": probe_secret}
+    argv = [sys.executable, "-I", "-c", RUN_PROXY, str(Path(__file__).resolve().parent)]
+    argv += ["--listen", "127.0.0.1:0", "--exit-with-stdin", *asked.options]
+    environ = {**asked.environ, **own}
+    with started_side(host, name, "GitHub proxy", argv, environ, receipt_lines, count=2) as proxy:
+        port, rights = proxy.said
+        github = asked._replace(environ={}, secret=secret, probe_secret=probe_secret)
+        github = github._replace(readonly=rights == "read-only")
+        log.info(f"GitHub: {github.repo}{', read-only' if github.readonly else ''}")
+        yield github, proxy._replace(port=GITHUB_PORT, end=f"127.0.0.1:{int(port)}")
+
+
+@contextlib.contextmanager
+def egress_sides(
+    host: Host, network: Network, name: str, registries: Sequence[str]
+) -> Iterator[list[Side]]:
+    """The VM's way out, and DNS, by two ends of one program."""
+    ends = [f"{host.folders.lima_home / name}/{what}.sock" for what in ("egress", "dns")]
+    argv = [sys.executable, "-IS", str(lima_folder(host.folders) / "egress.py")]
+    argv += ["--listen", f"unix:{ends[0]}", "--dns", f"unix:{ends[1]}"]
+    argv += ["--internet"] if network.mode == "internet" else []
+    for word in (*network.allow, *registries):
+        argv += ["--allow", word]
+    for port in network.host_ports:
+        argv += ["--host-port", str(port)]
+    with started_side(host, name, "way out", argv, os.environ, refusal_lines, count=2) as way:
+        proxy, dns = (way._replace(end=end) for end in ends)
+        yield [proxy._replace(port=EGRESS_PORT), dns._replace(port=DNS_PORT)]
+
+
+@contextlib.contextmanager
+def broker_side(host: Host, plan: Plan, name: str) -> Iterator[tuple[Credential, Side]]:
+    """The model's credential stays in a process of the host; the guest has a placeholder for it."""
+    import secrets
+
+    real = plan.credential
+    assert real
+    form = "sk-ant-api03-" if real.name == API_KEY else "sk-ant-oat01-"
+    placeholder = real._replace(value=form + secrets.token_urlsafe(71))
+    end = f"{host.folders.lima_home / name}/broker.sock"
+    argv = [sys.executable, "-IS", str(lima_folder(host.folders) / "egress.py")]
+    argv += ["--broker", "anthropic", "--listen", f"unix:{end}"]
+    argv += ["--upstream", plan.upstream] if plan.upstream else []
+    header = "x-api-key" if real.name == API_KEY else "authorization"
+    given = {"placeholder": placeholder.value, "credential": real.value, "header": header}
+    line, what = json.dumps(given) + "\n", "credential broker"
+    with started_side(host, name, what, argv, os.environ, refusal_lines, line) as broker:
+        yield placeholder, broker._replace(port=BROKER_PORT, end=end)
+
+
+def lima_folder(folders: Folders) -> Path:
+    """The folder of lima/: beside the resolved script, else the copy that is in the script."""
+    checkout = Path(__file__).resolve().parent / "lima"
+    if (checkout / "agent-vm.yaml").is_file():
+        return checkout
+    for name, contents in EMBEDDED.items():
+        path = folders.state / "lima" / name
+        make_private_folder(path.parent)
+        if not path.is_file() or path.read_text() != contents:
+            write_file(path, contents)
+    return folders.state / "lima"
+
+
+def qemu_environment(host: Host) -> dict[str, str]:
+    """limactl's, in which lima/qemu.py is started as QEMU, and closes the VM's network."""
+    machine = {"arm64": "aarch64"}.get(os.uname().machine, os.uname().machine)
+    key = f"QEMU_SYSTEM_{machine.upper()}"
+    name, *words = shlex.split(os.environ.get(key) or f"qemu-system-{machine}")
+    program = shutil.which(name)
+    if not program:
+        raise AgentVMError(f"{name} is not installed", "agent-vm doctor")
+    script = host.folders.state / "qemu"
+    _, _, rest = (lima_folder(host.folders) / "qemu.py").read_text().partition("\n")
+    write_file(script, f"#!{sys.executable} -IS\n{rest}", mode=0o700)
+    asked = json.dumps({"program": os.path.abspath(program), "restrict": True})
+    # Words of the user's stay where Lima sees them: it adds no option that they hold already.
+    return {**os.environ, key: shlex.join([str(script), *words]), "AGENT_VM_QEMU": asked}
+
+
+def start_confined(
+    host: Host, instance: Instance, planned: Sequence[Mapping[str, Any]], is_open: bool
+) -> None:
+    """Start a clone if Lima would give it what was planned, no more; `is_open`: its network."""
+    faults = isolation_faults(instance, planned)
+    if not is_open and instance.vm_type != "qemu":
+        faults.append("has a network that only QEMU closes (setup --vm-type qemu)")
+    if faults:
+        problem = f"{instance.name} would not be confined: it {'; it '.join(faults)}"
+        raise AgentVMError(problem, f"look into {host.folders.lima_home}/_config/default.yaml")
+    try:
+        host.lima.start(instance.name, environ=None if is_open else qemu_environment(host))
+    except AgentVMError as error:
+        raise boot_failure(host, instance.name, error) from error
 
 
 def run(host: Host, base: Instance, plan: Plan) -> int:
@@ -1358,13 +1443,11 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
         target = f"{base.home}/.claude/projects"
         transcripts = Mount(place_of(sessions), target, writable=not readonly, copied=readonly)
         mounts = [*plan.mounts, transcripts]
-        if plan.github:
-            plan = plan._replace(github=stack.enter_context(github_proxy(host, plan.github, name)))
-
         log.progress(f"starting {name}")
-        planned = lima_mounts(mounts, links)
+        planned, mode = lima_mounts(mounts, links), plan.network.mode
         make_private_folder(links)
-        write_file(links / "mounts.json", json.dumps(planned))  # for `start`
+        kept = {"mounts": planned, "network": mode}
+        write_file(links / "run.json", json.dumps(kept))  # for `start`
         for mount, entry in zip(mounts, planned):
             if entry["location"] != mount.source.path:
                 os.symlink(mount.source.path, entry["location"])
@@ -1373,34 +1456,50 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
         for stale in (folders.lima_home / name).glob("*.log"):  # the base instance's
             stale.unlink()
         clone = lima.find(name)
-        faults = isolation_faults(clone, planned) if clone else ["is not listed by limactl"]
-        if clone is None or faults:
-            problem = f"the clone would not be confined: it {'; it '.join(faults)}"
-            raise AgentVMError(problem, f"look into {folders.lima_home}/_config/default.yaml")
-        try:
-            lima.start(name)
-        except AgentVMError as error:
-            raise boot_failure(host, name, error) from error
+        if clone is None:
+            raise AgentVMError(f"the clone {name} is not listed by limactl", "limactl list")
+
+        sides: list[Side] = []  # their sockets lie in the clone's folder
+        if mode in ("internet", "allow"):
+            registries = read_line(str(base.dir / REGISTRIES)).split() if mode == "allow" else ()
+            way_out = egress_sides(host, plan.network, name, registries)
+            sides += stack.enter_context(way_out)
+        if plan.broker:
+            placeholder, broker = stack.enter_context(broker_side(host, plan, name))
+            gateway = {"ANTHROPIC_BASE_URL": f"http://127.0.0.1:{BROKER_PORT}"}
+            variables = {**plan.variables, **gateway}
+            plan = plan._replace(credential=placeholder, variables=variables)
+            sides.append(broker)
+        if plan.github:
+            github, proxy = stack.enter_context(github_side(host, plan.github, name))
+            plan = plan._replace(github=github)
+            sides.append(proxy)
+        start_confined(host, clone, planned, is_open=mode == "open")
 
         guest = Guest(clone)
-        prepared = guest.run("bash -s", prepare_script(plan, mounts))
+        if sides:
+            sides.append(stack.enter_context(guest.brought(sides)))
+        if sides and first_lines(sides[-1].process, 1, 60) != ["ready"]:
+            raise AgentVMError("ssh cannot bring the sides of the run into the VM")
+        scripts = (lima_folder(folders) / "guest").glob("*.sh")
+        files = {path.name: path.read_text() for path in scripts}
+        ssh_port = re.search(r"^\s*Port (\d+)$", (clone.dir / "ssh.config").read_text(), re.M)
+        port = ssh_port[1] if ssh_port else "unknown"
+        script = confining_script(plan, {**files, **guest_files(plan, mounts)}, port)
+        prepared = guest.run("bash -s", script)
         if prepared.status:
-            logs = "" if prepared.out else failure_logs(host, name)
-            raise AgentVMError("the VM could not be prepared", details=prepared.out + logs)
-        if plan.github:
-            probe = guest.run("bash -s", github_probe(plan.github))
-            if probe.status:
-                reason = probe.out.strip()
-                raise AgentVMError("the GitHub proxy does not protect this VM", details=reason)
+            what = "is not confined" if prepared.status == NOT_CONFINED else "could not be prepared"
+            details = prepared.out.strip() or failure_logs(host, name)
+            raise AgentVMError(f"the VM {what}", details=details)
         for path in plan.hooks:
             run_hook(guest, path, path.parent == Path(plan.project), plan.project)
 
         tty = os.isatty(0) and os.isatty(1)
         # An agent whose output goes to a file must not wait for a terminal that it does not have.
         deaf = plan.agent and os.isatty(0) and not tty
-        launch = [f"{clone.home}/.agent-vm/launch", plan.project, *plan.argv]
+        launch = [f"{clone.home}/.agent-vm/launch.sh", plan.project, *plan.argv]
         try:
-            status = guest.attach(launch, tty, stdin=subprocess.DEVNULL if deaf else None)
+            status = guest.attach(launch, tty, subprocess.DEVNULL if deaf else None, sides)
         except Interrupted:
             with signals.held(), contextlib.suppress(AgentVMError):
                 guest.run("sync", timeout=20)  # what the agent wrote so far is kept
@@ -1426,7 +1525,7 @@ EXIT_OURS = 125
 BASE = "agent-vm-base"
 AGENT = ("claude", "--dangerously-skip-permissions")
 TOKEN_LENGTH = 108  # of both kinds
-CREDENTIALS = ("ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN", "ANTHROPIC_API_KEY")
+CREDENTIALS = ("ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN", API_KEY)
 GITHUB_TOKEN = "GITHUB_MCP_TOKEN"  # for the proxy alone
 # Taken out of the environment, so that no child inherits them; the last four are gh's.
 SECRETS = (*CREDENTIALS, GITHUB_TOKEN, "GH_TOKEN", "GITHUB_TOKEN", "GH_ENTERPRISE_TOKEN",
@@ -1457,6 +1556,13 @@ owner_and_repo = words_like(OWNER_REPO, "OWNER/REPO")
 
 def whole_number(word: str) -> int:
     return int(words_like(r"[1-9]\d{0,5}", "a whole number above 0")(word))
+
+
+def port_number(word: str) -> int:
+    number = whole_number(word)
+    if number > 65535:
+        raise argparse.ArgumentTypeError(f"{word} is no port")
+    return number
 
 
 def memory_size(word: str) -> int:
@@ -1509,12 +1615,17 @@ class Setting(NamedTuple):
 
 base_suffix = words_like("[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?", "a name: up to 20 of a-z 0-9 -")
 variable = words_like("[A-Za-z_][A-Za-z0-9_]*(=.*)?", "NAME or NAME=VALUE")
+reachable = words_like(r"(\*\.)?[^\s/:*@]+(:\d{1,5})?|\[[0-9a-fA-F:]+\](:\d{1,5})?", "HOST[:PORT]")
+network_mode = words_like("internet|allow|off|open", "internet, allow, off or open")
+keeper = words_like("broker|guest", "broker or guest")
+vm_type = words_like("qemu|vz", "qemu or vz")
 SETTINGS = {
     "name": Setting(base_suffix, "", "use the base instance agent-vm-base-NAME", "NAME"),
     "minimal": Setting(yes_or_no, False, "only git, curl, jq and Claude Code in the VM"),
     "disk": Setting(whole_number, 20, "size of the VM's disk", "GB"),
     "memory": Setting(memory_size, 8, "the VM's memory, by default at most half the host's", "GB"),
     "cpus": Setting(whole_number, 4, "the VM's CPUs, by default at most half the host's", "N"),
+    "vm-type": Setting(vm_type, "", "what Lima runs the VM with (else Lima's choice)", "TYPE"),
     "template": Setting(existing_file, "", "another Lima template than lima/agent-vm.yaml", "FILE"),
     "image": Setting(image_location, "", "another Debian 13 disk image", "FILE|URL"),
     "ca-cert": Setting(existing_file, (), "trust a CA in the VM (repeatable)", "FILE", many=True),
@@ -1525,6 +1636,16 @@ SETTINGS = {
     "mount": Setting(mount_option, (), "mount another folder, read-only unless :rw (repeatable)",
                      "DIR[:ro|:rw][:GUESTPATH]", many=True),
     "env": Setting(variable, (), "pass a variable (repeatable)", "NAME[=VALUE]", many=True),
+    "network": Setting(network_mode, "", "what the VM reaches: internet, all that is public; allow,"
+                       " what --allow lists and its package registries; off, nothing; open, your"
+                       " LAN and this host's ports, too (default internet; under vz open)", "MODE"),
+    "allow": Setting(reachable, (), "let the VM reach a host, also one in your LAN (repeatable):"
+                     " HOST, *.HOST, HOST:PORT; github, anthropic, openai, nodesource, docker",
+                     "HOST[:PORT]", many=True),
+    "host-port": Setting(port_number, (), "let the VM reach this port of the host's loopback, as"
+                         " host.lima.internal:PORT (repeatable)", "PORT", many=True),
+    "credential": Setting(keeper, "broker", "where the model's credential is: with a broker on the"
+                          " host, or in the guest", "PLACE"),
     "readonly": Setting(yes_or_no, False, "mount the project read-only; the host enforces it"),
     "github": Setting(yes_no_or_auto, False, "give the agent the project's GitHub repository"
                       " (auto: when one was chosen before, and there is a token)"),
@@ -1534,11 +1655,12 @@ SETTINGS = {
     "forward": Setting(yes_or_no, True, "forward the guest's ports to the host"),
 }  # fmt: skip
 SETUP_SETTINGS = (
-    "name minimal disk memory cpus template image ca-cert apt-mirror npm-registry lima-url timeout"
+    "name minimal disk memory cpus vm-type template image ca-cert apt-mirror npm-registry lima-url "
+    "timeout"
 ).split()
 RUN_SETTINGS = (
-    "name memory cpus mount readonly github github-profile github-policy github-lockdown forward "
-    "env timeout"
+    "name memory cpus mount readonly network allow host-port credential github github-profile "
+    "github-policy github-lockdown forward env timeout"
 ).split()
 
 
@@ -1579,20 +1701,24 @@ class Settings(NamedTuple):
         return self.find(name)[1] != "default"
 
 
-def config_values(path: Path) -> dict[str, str]:
+def config_values(path: Path, project: str) -> dict[str, str]:
+    """The section [agent-vm], and over it that of a project, which its path names."""
     import configparser
 
     parser = configparser.ConfigParser(interpolation=None)
     try:
         parser.read_string(path.read_text())
         values = dict(parser["agent-vm"])
-        if len(parser.sections()) > 1:
-            raise ValueError(f"the sections {', '.join(parser.sections())}")
+        for section in parser.sections():
+            if section == project:
+                values.update(parser[section])
+            elif section != "agent-vm" and not os.path.isabs(section):
+                raise ValueError(f"[{section}] is neither [agent-vm] nor a project's path")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, configparser.Error) as error:
         first_line = str(error).splitlines()[0]
-        hint = "one section [agent-vm], each key once"
+        hint = "a section [agent-vm], and one [/PATH/OF/A/PROJECT] where it differs; each key once"
         raise AgentVMError(f"{path}: {first_line}", hint) from error
     unknown = sorted(set(values) - set(SETTINGS))
     if unknown:
@@ -1625,8 +1751,10 @@ def open_host(
     args: argparse.Namespace, need_lima: bool = True, collect: bool = False, given: bool = True
 ) -> tuple[Host, Settings]:
     """`given`: the settings of the environment and of config.ini count."""
-    folders = folders_of(os.environ)
-    config = config_values(folders.config / "config.ini") if given else {}
+    folders, project = folders_of(os.environ), ""
+    with contextlib.suppress(OSError):
+        project = os.getcwd()
+    config = config_values(folders.config / "config.ini", project) if given else {}
     settings = Settings(vars(args), os.environ if given else {}, config)
     known = set(map(env_name, SETTINGS))
     for name in settings.environ:
@@ -1751,11 +1879,6 @@ PASSED_ENV = re.compile(
     "COLORTERM|NO_COLOR|FORCE_COLOR|TERM_PROGRAM|LANG|LC_[A-Z]+"
     "|ANTHROPIC_BASE_URL|ANTHROPIC_MODEL|ANTHROPIC_SMALL_FAST_MODEL|ANTHROPIC_CUSTOM_HEADERS"
 )
-# The host of an address, spelled in any way that means this machine.
-LOOPBACK = re.compile(
-    r"^(https?://(?:[^/@]*@)?)(?:localhost\.?|ip6-localhost|127(?:\.\d+){1,3}|0\.0\.0\.0|\[::1?\])(?![^:/?#])",
-    re.IGNORECASE,
-)
 PROJECT_HOOK = ".claude-vm.runtime.sh"
 # Inodes differ on the two sides of a mount: git would hash every file anew at each crossing.
 GIT_SETTINGS = {"core.checkStat": "minimal", "core.trustctime": "false"}
@@ -1779,7 +1902,7 @@ def find_credential(host: Host) -> Credential | None:
     return Credential(name, value, str(path))
 
 
-def guest_variables(host: Host, settings: Settings) -> dict[str, str]:
+def guest_variables(host: Host, settings: Settings, network: Network) -> dict[str, str]:
     given = {**host.secrets, **os.environ}
     passed = filter(PASSED_ENV.fullmatch, os.environ)
     variables = {name: os.environ[name] for name in passed if os.environ[name]}
@@ -1793,15 +1916,30 @@ def guest_variables(host: Host, settings: Settings) -> dict[str, str]:
         if not equals and name not in given:
             raise AgentVMError(f"--env {name}: it is not set on the host")
         variables[name] = value if equals else given[name]
-    gateway = variables.get("ANTHROPIC_BASE_URL", "")
-    if gateway:  # on this host's loopback, say
-        variables["ANTHROPIC_BASE_URL"] = LOOPBACK.sub(r"\1host.lima.internal", gateway)
-    asked = {**os.environ, **variables}  # Lima copies the host's proxies
+    way, near = f"http://127.0.0.1:{EGRESS_PORT}", "localhost,127.0.0.1"
+    if network.mode in ("internet", "allow"):  # whoever asks no proxy is led there all the same
+        proxies = "http_proxy https_proxy HTTP_PROXY HTTPS_PROXY".split()
+        variables = {**dict.fromkeys(proxies, way), "NODE_USE_ENV_PROXY": "1", **variables}
+    else:  # Lima copies the host's proxies
+        near += ",host.lima.internal"
+    asked = {**os.environ, **variables}
     direct = asked.get("no_proxy") or asked.get("NO_PROXY") or ""
     if direct != "*":  # that counts alone
-        direct = ",".join(filter(None, (direct, "localhost,127.0.0.1,host.lima.internal")))
+        direct = ",".join(filter(None, (direct, near)))
     variables.update(no_proxy=direct, NO_PROXY=direct)
     return variables
+
+
+def plan_network(settings: Settings, base: Instance, without: Sequence[str]) -> Network:
+    """What the VM may reach; `without` a broker the agent needs these hosts as well."""
+    mode = settings.get("network") or ("internet" if base.vm_type == "qemu" else "open")
+    if base.vm_type != "qemu":
+        if mode != "open":
+            problem = f"the network of {base.name} cannot be held: it is no VM of QEMU's"
+            raise AgentVMError(problem, "agent-vm setup --vm-type qemu, or --network open")
+        log.info("the VM's network is open, your LAN and this host's ports too: it is not QEMU's")
+    allow = (*settings.get("allow"), *(without if mode == "allow" else ()))
+    return Network(mode, allow, settings.get("host-port"))
 
 
 def readable_hooks(*paths: Path) -> list[Path]:
@@ -1822,6 +1960,19 @@ GITHUB_URL = re.compile(
     + OWNER_REPO + r"(?:\.git)?/?",
     re.IGNORECASE,
 )  # fmt: skip
+NETWORK_BRIEFINGS = {
+    "internet": "You reach any public address, by TCP alone (no UDP, no ping).",
+    "allow": "You reach, by TCP alone, only hosts that the user has listed, and the registries that"
+    " apt, npm, pip, cargo and go were set to.",
+    "off": "You reach no network.",
+}
+NETWORK_BRIEFING = """
+# The network of this VM
+{mode} Other hosts, the user's own network and machine are closed, from outside of the VM.{ports}
+A refusal is a 403 that begins "agent-vm: refused:" and names the flag that would allow it; programs
+that ask no proxy see a connection that is closed at once, or a name that is not found. It is a
+decision, not a fault: tell the user, look for no way round.
+"""
 GITHUB_BRIEFING = """
 # GitHub in this VM
 You reach exactly one GitHub repository, {repo}, through a proxy on the user's machine; there is no
@@ -2029,21 +2180,11 @@ def install_lima(folders: Folders, url: str, yes: bool) -> str:
     return shutil.which("limactl") or ""
 
 
-def lima_folder(folders: Folders) -> Path:
-    """The folder of templates: lima/ beside the resolved script, else the copy in the script."""
-    checkout = Path(__file__).resolve().parent / "lima"
-    if (checkout / "agent-vm.yaml").is_file():
-        return checkout
-    for name, contents in EMBEDDED.items():
-        make_private_folder((folders.state / "lima" / name).parent)
-        write_file(folders.state / "lima" / name, contents)
-    return folders.state / "lima"
-
-
 def create_options(settings: Settings) -> list[str]:
     """What `limactl create` is told besides the template."""
     # The default sizes are at most half of the host's, and that is said.
     options = [f"--disk={settings.get('disk')}"]
+    options += [f"--vm-type={settings.get('vm-type')}"] if settings.chosen("vm-type") else []
     for name, total in (("cpus", os.cpu_count() or 1), ("memory", host_memory() // GIB)):
         size, half = settings.get(name), max(1, total // 2)
         if size > half and not settings.chosen(name):
@@ -2155,6 +2296,9 @@ def provision(host: Host, settings: Settings, name: str, hooks: Sequence[Path]) 
         log.step(f"running {path}")
         run_hook(guest, path, mounted=False)
     notes = guest.run("cat /var/lib/agent-vm/notes 2> /dev/null").out.splitlines()
+    asks = (lima_folder(host.folders) / "registries.sh").read_text()
+    registries = guest.run("bash -s", asks)
+    write_file(instance.dir / REGISTRIES, registries.out)
     log.step("stopping it")
     host.lima.stop(name)
     host.lima.protect(name)
@@ -2247,7 +2391,7 @@ def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int
     mounts = plan_mounts(host, project, readonly, more, args.force_mount)
     say_what_git_lacks(project)
     hooks = readable_hooks(host.folders.config / "runtime.sh", Path(project, PROJECT_HOOK))
-    credential, variables = find_credential(host), guest_variables(host, settings)
+    credential = find_credential(host)
     sizes = [f"--{key}={settings.get(key)}" for key in ("cpus", "memory") if settings.chosen(key)]
     # Not `git -C project`: its config, which the agent writes, can include any file of the host.
     ask_git = ("git", "config", "--global", "--includes", "--get-regexp", r"^user\.(name|email)$")
@@ -2261,6 +2405,12 @@ def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int
     base = usable_base(host, name)
     check_room(host)
     github = plan_github(host, settings, project, mounts, args.repo or "")
+    broker = credential is not None and settings.get("credential") == "broker"
+    network = plan_network(settings, base, () if broker or not agent else ["anthropic"])
+    variables = guest_variables(host, settings, network)
+    mode = NETWORK_BRIEFINGS.get(network.mode, "")
+    ports = "".join(f" host.lima.internal:{port} is open." for port in network.host_ports)
+    briefing = NETWORK_BRIEFING.format(mode=mode, ports=ports) if mode else ""
     plan = Plan(
         project=project,
         argv=argv,
@@ -2271,11 +2421,14 @@ def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int
         agent=agent,
         variables=variables,
         credential=credential,
+        broker=broker,
+        upstream=variables.pop("ANTHROPIC_BASE_URL", "") if broker else "",
+        network=network,
         hooks=hooks,
         git_settings={**GIT_SETTINGS, **{key: value for key, _, value in rows if value}},
         zone=zone if re.fullmatch(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*", zone) else "",
         github=github,
-        briefing=GITHUB_BRIEFING.format(repo=github.repo) if github else "",
+        briefing=briefing + (GITHUB_BRIEFING.format(repo=github.repo) if github else ""),
     )
     began = time.time()
     status = run(host, base, plan)
@@ -2358,10 +2511,10 @@ def cmd_start(args: argparse.Namespace) -> int:
     refuse_in_use(host, instance.name, "stop", False)
     state, links = f"{host.folders.state}/", host.folders.state / "links" / instance.name
     try:
-        planned = json.loads((links / "mounts.json").read_text())
-        problem = "; it ".join(isolation_faults(instance, planned))
-    except (OSError, *MALFORMED):
-        problem = "was not kept by a run"
+        kept = json.loads((links / "run.json").read_text())
+        planned, is_open, problem = kept["mounts"], kept["network"] == "open", ""
+    except (OSError, *MALFORMED) as error:
+        raise AgentVMError(f"{instance.name} was not kept by a run", "agent-vm list") from error
     sources = []
     for location, _ in instance.mounts:
         is_link = location.startswith(state) and os.path.islink(location)  # where no agent writes
@@ -2374,14 +2527,12 @@ def cmd_start(args: argparse.Namespace) -> int:
         problem = f"{instance.name} would not be confined: it {problem}"
         raise AgentVMError(problem, f"agent-vm rm {instance.name}")
     check_room(host)
-    try:
-        host.lima.start(instance.name)
-    except AgentVMError as error:
-        raise boot_failure(host, instance.name, error) from error
+    start_confined(host, instance, planned, is_open)
     bound = Guest(instance).run("bash ~/.agent-vm/mounts")
     if bound.status:
         raise AgentVMError("its folders could not be mounted", details=bound.out)
-    log.info(f"reach it: limactl shell {instance.name}")
+    without = "" if is_open else " (it has no network: its run, which held that, is over)"
+    log.info(f"reach it: limactl shell {instance.name}{without}")
     return 0
 
 
@@ -2424,13 +2575,13 @@ def cmd_gc(args: argparse.Namespace) -> int:
 
 
 def cmd_log(args: argparse.Namespace) -> int:
-    """The proxy's decisions in a run, as it wrote them; the newest run unless one is named."""
+    """What the sides of a run decided, as they wrote it; the newest run unless one is named."""
     host, _ = open_host(args, need_lima=False)
     files = sorted((host.folders.state / "audit").glob("*.jsonl"), key=changed)
     chosen = [path for path in files if args.run in ("", path.stem)]
     if not chosen:
         names = " ".join(path.stem for path in files)
-        raise AgentVMError(f"no run {args.run} with GitHub", hint=f"there are: {names or 'none'}")
+        raise AgentVMError(f"no run {args.run}", hint=f"there are: {names or 'none'}")
     log.info(chosen[-1].stem)
     print(chosen[-1].read_text(errors="replace"), end="")
     return 0
@@ -2452,7 +2603,7 @@ def cmd_forget(args: argparse.Namespace) -> int:
 
 
 def cmd_auth(args: argparse.Namespace) -> int:
-    host, _ = open_host(args, need_lima=False)
+    host, settings = open_host(args, need_lima=False)
     path = host.folders.config / "credential"
     if args.action == "set":
         given = pasted() if os.isatty(0) else sys.stdin.read(10_000)
@@ -2465,9 +2616,13 @@ def cmd_auth(args: argparse.Namespace) -> int:
         remove_path(path)
         return 0
     credential = find_credential(host)
-    known = f"{credential.name} from {credential.origin}; it enters the guest" if credential else ""
-    print(known or "no credential: agent-vm auth set")
-    return 0 if credential else 1
+    if not credential:
+        print("no credential: agent-vm auth set")
+        return 1
+    broker = settings.get("credential") == "broker"
+    place = "it stays on the host" if broker else "it enters the guest"
+    print(f"{credential.name} from {credential.origin}; {place}")
+    return 0
 
 
 def pasted() -> str:
@@ -2635,10 +2790,10 @@ examples:
   agent_vm.py shell-init >> ~/.bashrc       defines claude-vm, claude-vm-shell, claude-vm-setup
 
 environment:
-  CLAUDE_CODE_OAUTH_TOKEN, ANTHROPIC_API_KEY, ANTHROPIC_AUTH_TOKEN  the agent's; it enters the guest
-  GITHUB_MCP_TOKEN                            the GitHub proxy's; it stays on the host
-  ANTHROPIC_BASE_URL, ANTHROPIC_CUSTOM_HEADERS, ANTHROPIC_MODEL, LANG, COLORTERM …  passed to the
-                                              agent
+  CLAUDE_CODE_OAUTH_TOKEN, ANTHROPIC_API_KEY, ANTHROPIC_AUTH_TOKEN  the model's, GITHUB_MCP_TOKEN
+                                              the GitHub proxy's: they stay on the host
+  ANTHROPIC_BASE_URL                          the API, or a gateway, that the broker talks to
+  ANTHROPIC_CUSTOM_HEADERS, ANTHROPIC_MODEL, LANG, COLORTERM …  passed to the agent
   AGENT_VM_<SETTING>                          a setting, e.g. AGENT_VM_MEMORY=16
   LIMA_HOME, XDG_STATE_HOME, XDG_CONFIG_HOME, XDG_DATA_HOME
 
@@ -2706,7 +2861,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag(verb(cmd_gc, "remove VMs whose run is gone"), "--dry-run", "only say which")
     summary = "check the host, Lima and the base instance; -v: settings"
     flag(verb(cmd_doctor, summary), "--json", "one JSON object a line")
-    audit = verb(cmd_log, "what a run did on GitHub, one JSON object a line")
+    audit = verb(cmd_log, "what a run did on GitHub and in the network, one JSON object a line")
     audit.add_argument("run", nargs="?", default="", help="a VM's name (default: the newest)")
     verb(cmd_forget, "remove what is kept of this directory's project, its transcripts above all")
     auth = verb(cmd_auth, "store, show or remove the agent's credential")
@@ -2808,11 +2963,17 @@ ssh:
   forwardAgent: false
   loadDotSSHPubKeys: false
 
-# Of the guest's own services, mDNS and LLMNR are not for the host's loopback.
+# Of the guest's own services, mDNS and LLMNR are not for the host's loopback; nor are the ports of
+# 127.0.0.1 by which the guest reaches the sides of its run.
 portForwards:
 - guestIP: 0.0.0.0
   guestIPMustBeZero: false
   guestPortRange: [5353, 5355]
+  proto: any
+  ignore: true
+- guestIP: 0.0.0.0
+  guestIPMustBeZero: false
+  guestPortRange: [47101, 47109]
   proto: any
   ignore: true
 
@@ -2838,6 +2999,1082 @@ provision:
   file: provision/10-base.sh
 - mode: system
   file: provision/20-test.sh
+""",
+    "egress.py": r'''#!/usr/bin/env python3
+"""The VM's way out, and the model's credential, both held by the host.
+
+    egress.py --listen unix:PATH|127.0.0.1:PORT [--dns …] [--internet] [--allow HOST[:PORT]]…
+    egress.py --broker anthropic --listen … < {"placeholder": …, "credential": …, "header": …}
+
+The first is an HTTP proxy and answers DNS over TCP; flags say what passes. The second swaps a
+placeholder for the credential. Each says where it listens and, when stdin closes, what it refused.
+
+Starts:   nothing
+Reads:    its environment (HTTPS_PROXY, HTTP_PROXY, NO_PROXY, NODE_EXTRA_CA_CERTS), stdin
+Writes:   the file of --audit, its unix sockets
+Reaches:  what is permitted, the host's resolver and proxy; --upstream with the credential
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import concurrent.futures
+import contextlib
+import functools
+import hmac
+import ipaddress
+import json
+import os
+import re
+import resource
+import signal
+import socket
+import ssl
+import struct
+import sys
+import time
+import urllib.parse
+from typing import Any
+from typing import NamedTuple
+
+STARTS: frozenset[str] = frozenset()
+HOST_NAME = "host.lima.internal"  # the host's loopback, in the guest
+WEB, SMTP, ANY_PORT = frozenset([80, 443]), 25, 0  # a name in DNS has no port yet
+SECONDS = 15.0  # for a resolver's answer, a connection, a head
+CREDENTIALS = frozenset(["authorization", "x-api-key", "cookie", "proxy-authorization"])
+Addresses = tuple[str, ...]
+
+
+class Failure(Exception):
+    """(reason, HTTP status): why a request is not served, for its sender; it holds no secret."""
+
+
+class Permissions(NamedTuple):  # by default nothing may pass
+    internet: bool = False
+    allow: tuple[tuple[str, frozenset[int]], ...] = ()  # (name, *.name or address; ports)
+    host_ports: frozenset[int] = frozenset()
+
+
+class Refused(NamedTuple):
+    reason: str
+    flag: str = ""  # what would allow it, if anything does
+
+
+# --- pure: what may pass ---
+
+
+def networks(words: str) -> tuple[Any, ...]:
+    return tuple(map(ipaddress.ip_network, words.split()))
+
+
+CLOSED = {  # never reached, whatever is listed; both tables are from IANA's registries
+    "loopback": networks("127.0.0.0/8 ::1/128"),
+    "link-local": networks("169.254.0.0/16 fe80::/10"),
+    "multicast": networks("224.0.0.0/4 ff00::/8"),
+    "unspecified or reserved": networks("0.0.0.0/8 ::/128 240.0.0.0/4"),
+    "a cloud's own service": networks("168.63.129.16/32 fd00:ec2::/32"),
+}
+EMBEDDING = networks("::/96 ::ffff:0:0/96 64:ff9b::/96")  # IPv4 in the last 32 bits
+NOT_PUBLIC = {  # these only by a name that is listed
+    "private": networks("10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7 fec0::/10"),
+    "carrier-grade NAT": networks("100.64.0.0/10"),
+    "benchmark": networks("198.18.0.0/15 2001:2::/48"),
+    "documentation": networks("192.0.2.0/24 198.51.100.0/24 203.0.113.0/24 2001:db8::/32"),
+    "IPv4 in IPv6": (*EMBEDDING, *networks("64:ff9b:1::/48 2002::/16 2001::/32")),
+    "protocol assignments": networks("192.0.0.0/24 192.88.99.0/24 2001::/23 3fff::/20"),
+    "not assigned": networks("::/3 4000::/2 8000::/1"),  # public IPv6 is in 2000::/3
+}
+
+
+def kind_of(address: str, table: dict[str, tuple[Any, ...]]) -> str:
+    """The first row of the table that the address, or the one in it, belongs to; "" for none."""
+    seen = [ipaddress.ip_address(address)]
+    if any(seen[0] in network for network in EMBEDDING):
+        seen.append(ipaddress.IPv4Address(int(seen[0]) & 0xFFFFFFFF))
+    for kind, members in table.items():
+        if any(one in network for one in seen for network in members):
+            return kind
+    return ""
+
+
+def is_address(name: str) -> bool:
+    return ":" in name or name.rpartition(".")[2].isdigit()  # no name's last label is
+
+
+def spelled(name: str, port: int, usual: frozenset[int] = frozenset([ANY_PORT])) -> str:
+    host = f"[{name}]" if ":" in name else name
+    return host if port in usual else f"{host}:{port}"
+
+
+def is_listed(permissions: Permissions, name: str, port: int) -> bool:
+    for pattern, ports in permissions.allow:
+        below = pattern.startswith("*.") and name.endswith(pattern[1:])
+        if (name == pattern or below) and (port in ports or port == ANY_PORT):
+            return True
+    return False
+
+
+def decide(
+    permissions: Permissions, name: str, port: int, found: Addresses | None, own: Addresses = ()
+) -> Addresses | Refused:
+    """At which of the addresses that were found a name, in its normal form, may be reached; () for
+    None, where only the name is judged and may pass. `own` are addresses of this host."""
+    place, flag = spelled(name, port), f"--allow {spelled(name, port, WEB | {ANY_PORT})}"
+    if name == HOST_NAME:
+        if port in permissions.host_ports or (port == ANY_PORT and permissions.host_ports):
+            return ("127.0.0.1", "::1")
+        return Refused(f"{place} is a port of the host that is not opened", f"--host-port {port}")
+    if name == "localhost" or name.endswith(".localhost"):
+        return Refused(f"{place} is loopback: ports of the host are at {HOST_NAME}")
+    listed = is_listed(permissions, name, port)
+    if not listed and not permissions.internet:
+        return Refused(f"{place} is not listed", flag)
+    if not listed and port == SMTP:
+        return Refused(f"{place} is a port for mail, which is closed", flag)
+    passing, refused = [], Refused(f"{place} has no address")
+    for address in found or ():
+        closed = kind_of(address, CLOSED) or ("the host's own" if address in own else "")
+        kind = closed or kind_of(address, NOT_PUBLIC)
+        if closed or (kind and not listed):
+            where = place if address == name else f"{place} is {address}, which"
+            refused = Refused(f"{where} is not public: {kind}", "" if closed else flag)
+        else:
+            passing.append(address)
+    return tuple(passing) if passing or found is None else refused
+
+
+# --- doors: sockets, the resolver, the audit's file ---
+
+
+def listen(where: str) -> socket.socket:
+    host, _, rest = where.partition(":")
+    server = socket.socket(socket.AF_UNIX if host == "unix" else socket.AF_INET)
+    server.bind(rest if host == "unix" else (host, int(rest)))
+    server.listen(512)
+    server.setblocking(False)
+    return server
+
+
+def open_audit(path: str) -> int:
+    """A descriptor that appends to a file of this user's alone, which is no link."""
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    os.fchmod(fd, 0o600)
+    return fd
+
+
+def is_own(address: str) -> bool:
+    """Whether this host has the address: a socket can be bound to no other."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.bind((address, 0))
+        return True
+    return False
+
+
+async def resolve(name: str) -> Addresses:
+    """The addresses that the host's resolver has for it now."""
+    ask = functools.partial(socket.getaddrinfo, name, None, type=socket.SOCK_STREAM)
+    try:
+        asking = asyncio.get_running_loop().run_in_executor(None, ask)
+        found = await asyncio.wait_for(asking, SECONDS)
+    except (OSError, UnicodeError, asyncio.TimeoutError) as error:
+        late = not error.args or error.args[0] == socket.EAI_AGAIN
+        raise Failure(f"the host knows no address of {name}", 504 if late else 502) from None
+    return tuple(dict.fromkeys(str(row[4][0]) for row in found))[:32]
+
+
+async def dial(addresses: Addresses, port: int) -> socket.socket:
+    """A connection to the first address that takes it."""
+    why = "no address"
+    for address in addresses:
+        try:
+            sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+            sock.setblocking(False)
+            opening = asyncio.get_running_loop().sock_connect(sock, (address, port))
+            await asyncio.wait_for(opening, SECONDS)
+            return sock
+        except (OSError, asyncio.TimeoutError) as error:
+            why = getattr(error, "strerror", "") or "no answer"
+    raise Failure(f"no connection to port {port}: {why}", 502)
+
+
+async def secure(sock: socket.socket, context: ssl.SSLContext, name: str) -> Any:
+    try:
+        return await asyncio.open_connection(sock=sock, ssl=context, server_hostname=name)
+    except OSError as error:
+        raise Failure(f"no TLS with {name}: {error.strerror or error}", 502) from None
+
+
+# --- the story: a request, after which its connection is over ---
+
+
+async def judge(side: Side, scheme: str, name: str, port: int) -> tuple[str, Addresses | Refused]:
+    """(the name that counts, verdict): an address that DNS gave out counts as the name it is of."""
+    refusals = []
+    for known in (*side.given.get(name, ()), name):
+        verdict = decide(side.permissions, known, port, None)
+        if verdict == () and (is_address(known) or not side.proxy_for(scheme, known, port)):
+            found = (name,) if is_address(name) else await resolve(name)
+            verdict = decide(side.permissions, known, port, found, tuple(filter(is_own, found)))
+        if not isinstance(verdict, Refused):
+            return known, verdict
+        refusals.append((known, verdict))
+    return refusals[0]
+
+
+async def serve_guest(side: Side, client: Wire) -> None:
+    request = await client.read_request()
+    scheme = "http" if request.path else "https"
+    name, verdict = await judge(side, scheme, request.name, request.port)
+    if isinstance(verdict, Refused):
+        side.audit.refuse(name, request.port, verdict)
+        raise Failure("refused: " + "; ".join(filter(None, verdict)), 403)
+    upstream = await side.connect(client, scheme, name, request.port, verdict)
+    await client.lead(upstream, request, side.head_of(request, request.headers))
+
+
+async def serve_agent(side: Side, client: Wire) -> None:  # to the model's API
+    request = await client.read_request()
+    if not side.passes(request):
+        raise Failure(f"{request.method} {request.path} is not passed on", 404)
+    headers = [row for row in request.headers if row[0] not in CREDENTIALS]
+    if request.method != "HEAD":  # with that, Claude Code asks whether somebody is there
+        given = dict(request.headers).get(side.header, "")
+        if not hmac.compare_digest(given.encode(), side.placeholder):
+            raise Failure("this is not the placeholder of the credential", 401)
+        headers.append((side.header, side.credential))
+    upstream = await side.connect(client, *side.upstream, None)
+    await client.lead(upstream, request, side.head_of(request, headers))
+
+
+# --- you may stop here: what follows only calls what is above ---
+
+
+# --- pure: names, heads and DNS, strictly ---
+
+NAME = re.compile(r"(?=.{1,253}\Z)(?:(?!-)[a-z0-9_-]{1,63}(?<!-)(?:\.(?!\Z)|\Z))+").fullmatch
+NUMBER = re.compile(r"(.*\.)?([0-9]+|0x[0-9a-f]*)", re.ASCII).fullmatch
+PLACE = re.compile(r"(\[[^][]*\]|[^][:]*)(?::([1-9][0-9]{0,4}))?", re.ASCII).fullmatch
+FIRST_LINE = re.compile(
+    r"(?:([A-Z-]{1,30}) ([!-~]+) )?(HTTP/1\.[01])(?: ([1-5][0-9]{2}[\t -~\x80-\xff]*))?"
+).fullmatch
+ROWS = re.compile(r"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n)*").fullmatch
+URL = re.compile(r"(?i:http)://([^/?#@\\]+)((?:[/?][^#]*)?)").fullmatch
+HOP_BY_HOP = {"connection", "keep-alive", "proxy-connection", "te", "trailer", "upgrade", "expect"}
+Headers = list[tuple[str, str]]
+TTL, EDNS = 60, b"\0\0\x29\x04\xd0\0\0\0\0\0\0"  # seconds; an OPT row (RFC 6891)
+
+
+class Request(NamedTuple):
+    method: str
+    name: str  # in its normal form; none where the request is for a broker
+    port: int
+    path: str
+    version: str
+    headers: Headers
+    length: int
+
+
+def normal_host(text: str) -> str:
+    """The one spelling of a name or address, however it came; Failure when it is neither."""
+    name = text[:-1].lower() if text.endswith(".") else text.lower()
+    try:
+        # No zone, as that names an interface of this host; 0x7f.1, 0177.0.0.1 and 2130706433 are
+        # what a resolver makes of them.
+        if text[:1] + text[-1:] == "[]" and "%" not in text:
+            return str(ipaddress.IPv6Address(text[1:-1]))
+        if NUMBER(name):
+            return socket.inet_ntoa(socket.inet_aton(name))
+    except (OSError, ValueError):
+        name = ""
+    if not NAME(name):
+        raise Failure(f"{text!a:.80} is no name or address of a host", 400)
+    return name
+
+
+def host_and_port(text: str, default: int = 0) -> tuple[str, int]:
+    match = PLACE(text)
+    port = int(match[2] or default) if match else 0
+    if not match or not 0 < port < 65536:
+        raise Failure(f"{text!a:.80} is not HOST:PORT", 400)
+    return normal_host(match[1]), port
+
+
+def parse_head(data: bytes) -> tuple[Any, Headers]:
+    """(the first line's match, headers); strict, as a lenient reader can be made to see another
+    message than the next one (RFC 9112, 11.2)."""
+    line, _, block = (data + b"\r\n").decode("latin-1").partition("\r\n")
+    match, rows = FIRST_LINE(line), [row.partition(":") for row in block.split("\r\n")[:-1]]
+    if not match or not ROWS(block):
+        raise Failure("a malformed head", 400)
+    return match, [(name.lower(), value.strip(" \t")) for name, _, value in rows]
+
+
+def parse_request(data: bytes, is_proxy: bool) -> Request:
+    match, headers = parse_head(data)
+    once, names = dict(headers), [name for name, _ in headers]
+    for name in ("host", "content-length", *CREDENTIALS):
+        if names.count(name) > 1:
+            raise Failure(f"{name} is given twice", 400)
+    size = once.get("content-length", "0")
+    if "transfer-encoding" in once or not re.fullmatch("[0-9]{1,15}", size, re.ASCII):
+        raise Failure("a body has to say its Content-Length", 411)
+    method, target, version, _ = match.groups()
+    if not is_proxy and method:
+        return Request(method, "", 0, target, version, headers, int(size))
+    if method == "CONNECT" and not int(size):
+        name, port = host_and_port(target)
+        return Request(method, name, port, "", version, headers, 0)
+    url = URL(target or "")
+    if not url or method == "CONNECT":
+        raise Failure("this is a proxy: CONNECT HOST:PORT, or a method and http://HOST/…", 400)
+    name, port = host_and_port(url[1], 80)
+    host = once.get("host", url[1] if version == "HTTP/1.0" else None)
+    if host is None or host_and_port(host, 80) != (name, port):
+        raise Failure("Host is another one than that of the address", 400)
+    path = url[2] if url[2].startswith("/") else f"/{url[2]}"
+    return Request(method, name, port, path, version, headers, int(size))
+
+
+def end_to_end(headers: Headers, *dropped: str) -> str:
+    """The rest of a head, without what is for one hop (RFC 9110, 7.6.1)."""
+    named = ",".join(value.lower() for name, value in headers if name == "connection")
+    gone = {*(word.strip() for word in named.split(","))} - {"content-length", "transfer-encoding"}
+    gone |= {*HOP_BY_HOP, *dropped}
+    rows = [f"{name}: {value}\r\n" for name, value in headers if name not in gone]
+    return "".join([*rows, "connection: close\r\n\r\n"])
+
+
+def parse_query(data: bytes) -> tuple[str, int, int]:
+    """(name, type, where the question ends) of a query for one name (RFC 1035, 4.1)."""
+    at, labels = 12, []
+    while data[at : at + 1] not in (b"", b"\0"):
+        labels.append(data[at + 1 : at + 1 + data[at]].decode("latin-1"))
+        at += 1 + data[at]  # a pointer is taken for a length that no label has
+    is_query = len(data) >= at + 5 and not data[2] & 0xF8 and data[4:11] == b"\0\1\0\0\0\0\0"
+    if not is_query or data[11] > 1 or data[at + 3 : at + 5] != b"\0\1" or "." in "".join(labels):
+        raise Failure("no query for one name", 400)
+    return ".".join(labels), int.from_bytes(data[at + 1 : at + 3], "big"), at + 5
+
+
+def answer_to(query: bytes, end: int, code: int, addresses: Addresses) -> bytes:
+    rows = b""
+    for address in addresses:
+        value = ipaddress.ip_address(address).packed
+        rows += b"\xc0\x0c" + query[end - 4 : end] + struct.pack(">IH", TTL, len(value)) + value
+    head = query[:2] + bytes([0x80 | query[2] & 1, 0x80 | code])
+    head += struct.pack(">4H", 1, len(addresses), 0, query[11])
+    packet = head + query[12:end] + rows + EDNS * query[11]
+    return struct.pack(">H", len(packet)) + packet
+
+
+# --- plumbing: connections ---
+
+CHUNK, MAX_HEAD = 256 * 1024, 32 * 1024  # bytes that one direction holds, or a head has, at most
+ANSWER_SECONDS = 600.0  # for an answer to begin: as long as Claude Code waits
+IDLE_SECONDS = 120.0  # for the next query
+HALF_SECONDS = 600.0  # one way of a tunnel has ended, and nothing comes on the other
+LINGER_SECONDS = 5.0  # for a client to read what it was sent
+MAX_CLIENTS, MAX_KNOWN = 1000, 4096  # connections; addresses given out, and refusals told apart
+MAX_LOOKUPS = 32  # at once; MAX_QUERIES of a connection wait for them
+MAX_QUERIES = 64
+FIRST = asyncio.FIRST_COMPLETED
+A, AAAA, SERVER_FAILED, NO_NAME = 1, 28, 2, 3  # RFC 1035
+HOST_ADDRESS = "192.168.5.2"  # HOST_NAME in the guest
+
+
+class Wire:
+    """A connection of either side, and what has come on it that nobody has read."""
+
+    def __init__(self, side: Side, sock: socket.socket, status: int) -> None:
+        self.side, self.sock, self.status = side, sock, status  # the status: of its failures
+        self.tls: Any = None  # its two streams, once it is secured
+        self.upstream: Wire | None = None
+        self.buffer, self.sent, self.about = bytearray(), 0, ("", 0)
+        with contextlib.suppress(OSError):  # a unix socket has none of this
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    async def recv(self) -> bytes:
+        """Some bytes; none when the other end has finished."""
+        if self.buffer:
+            data, self.buffer = bytes(self.buffer), bytearray()
+            return data
+        try:
+            if self.tls:
+                return bytes(await self.tls[0].read(CHUNK))
+            return await asyncio.get_running_loop().sock_recv(self.sock, CHUNK)
+        except OSError as error:
+            raise Failure(f"the connection broke: {error.strerror}", self.status) from None
+
+    async def send(self, data: bytes) -> None:
+        self.sent += len(data)
+        try:
+            if not self.tls:
+                return await asyncio.get_running_loop().sock_sendall(self.sock, data)
+            self.tls[1].write(data)
+            await self.tls[1].drain()
+        except OSError as error:
+            raise Failure(f"the connection broke: {error.strerror}", self.status) from None
+
+    async def until(self, end: bytes, limit: int) -> bytes:
+        """What comes before `end`, which is taken off; with an empty one, `limit` bytes."""
+        while (at := self.buffer.find(end, 0 if end else limit)) < 0:
+            had, self.buffer = self.buffer, bytearray()
+            data = await self.recv() if len(had) < limit else b""
+            if not data:
+                raise Failure("half a message, or one that is too long", self.status)
+            self.buffer = had + data
+        data = bytes(self.buffer[:at])
+        del self.buffer[: at + len(end)]
+        return data
+
+    async def head(self, seconds: float) -> bytes:
+        try:
+            return await asyncio.wait_for(self.until(b"\r\n\r\n", MAX_HEAD), seconds)
+        except asyncio.TimeoutError:
+            raise Failure("no head in time", 408 if self.status == 400 else 504) from None
+
+    async def read_status(self, seconds: float) -> tuple[str, Headers]:
+        try:
+            match, headers = parse_head(await self.head(seconds))
+        except Failure as failure:
+            raise Failure(f"the server: {failure.args[0]}", max(502, failure.args[1])) from None
+        if match[1] or not match[4]:
+            raise Failure("the server: no answer to a request", 502)
+        return match[4], headers
+
+    async def read_request(self) -> Request:
+        return parse_request(await self.head(SECONDS), not self.side.routes)
+
+    async def pass_on(self, to: Wire, left: int = sys.maxsize) -> None:
+        """Pass on what comes, or so many bytes of it, and that it ends."""
+        while left and (data := await self.recv()):
+            await to.send(data[:left])
+            left -= len(data[:left])
+        with contextlib.suppress(OSError):
+            to.sock.shutdown(socket.SHUT_WR)
+
+    async def pass_body(self, to: Wire, left: int) -> None:
+        """Pass on so many bytes; what follows them is no part of the request, and dropped."""
+        while left:
+            data = await self.recv()
+            if not data:
+                raise Failure("half a body", 400)
+            with contextlib.suppress(Failure):  # an early answer is an answer
+                await to.send(data[:left])
+            left -= len(data[:left])
+        await self.drain()
+        if self.side.routes:  # an agent that was interrupted: what it asked for costs money
+            raise Failure("it has left", 400)
+
+    async def pass_answer(self, to: Wire, method: str) -> None:
+        """Pass on an answer, event by event, under a head that is rebuilt."""
+        status, headers = await self.read_status(ANSWER_SECONDS)
+        while status.startswith("1"):  # RFC 9110, 15.2
+            status, headers = await self.read_status(ANSWER_SECONDS)
+        dropped = ["set-cookie"] if self.side.routes else []
+        await to.send(f"HTTP/1.1 {status}\r\n{end_to_end(headers, *dropped)}".encode("latin-1"))
+        size = dict(headers).get("content-length", "")  # not all servers end a connection there
+        if method == "HEAD" or status[:3] in ("204", "304"):
+            size = "0"
+        await self.pass_on(to, int(size) if re.fullmatch("[0-9]{1,15}", size) else sys.maxsize)
+
+    async def lead(self, to: Wire, request: Request, head: bytes) -> None:
+        """Both ways of a connection, until they are over, or the answer is, or one fails."""
+        if request.path:
+            await to.send(head)
+            ways = [to.pass_answer(self, request.method), self.pass_body(to, request.length)]
+        else:
+            await self.send(b"HTTP/1.1 200 OK\r\n\r\n")
+            ways = [to.pass_on(self), self.pass_on(to)]
+        tasks = [asyncio.ensure_future(way) for way in ways]
+        last = tasks[:1] if request.path else tasks
+        try:
+            waiting, moved = set(tasks), -1
+            while waiting.intersection(last):
+                half = HALF_SECONDS if len(waiting) < len(last) else None
+                done, waiting = await asyncio.wait(waiting, timeout=half, return_when=FIRST)
+                for task in done:
+                    task.result()
+                if not done and moved == self.sent + to.sent:
+                    raise Failure("half of it has ended, and nothing comes on the other", 504)
+                moved = self.sent + to.sent
+        finally:
+            for task in tasks:
+                task.cancel()
+            # A socket that is closed while the loop still watches it would spoil the next one.
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def drain(self) -> None:
+        while await self.recv():
+            pass
+
+    def close(self, is_whole: bool = True) -> None:
+        """Close it; where more should have come, so that the other end is told."""
+        if self.tls:
+            self.tls[1].transport.abort()
+        elif not is_whole:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.close()
+
+
+# --- plumbing: what the connections share ---
+
+# What Claude Code 2.1.332 asks ANTHROPIC_BASE_URL for; * is one part of a path.
+PROVIDERS = {
+    "anthropic": (
+        "https://api.anthropic.com",
+        ("HEAD /api/hello", "POST /v1/messages", "POST /v1/messages/count_tokens",
+         "GET /v1/models", "GET /v1/models/*", "POST /v1/files", "GET /v1/files",
+         "GET /v1/files/*", "GET /v1/files/*/content"),
+    )
+}  # fmt: skip
+ERRORS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
+          408: "invalid_request_error", 411: "invalid_request_error"}  # fmt: skip
+
+
+class Audit:
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.refused: dict[tuple[str, int, Refused], int] = {}
+
+    def record(self, host: str, port: int, verdict: str, reason: str = "", size: int = 0) -> None:
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        row = {"time": now, "host": host, "port": port, "verdict": verdict, "reason": reason}
+        try:
+            if self.fd >= 0:
+                os.write(self.fd, json.dumps({**row, "bytes": size}).encode() + b"\n")
+        except OSError as error:
+            raise Failure(f"the audit cannot be written: {error.strerror}", 503) from None
+
+    def refuse(self, host: str, port: int, refused: Refused) -> None:
+        key = (host, port, refused)
+        if key not in self.refused and len(self.refused) >= MAX_KNOWN:
+            key = ("", 0, Refused("others"))
+        self.refused[key] = self.refused.get(key, 0) + 1
+        self.record(host, port, "refused", refused.reason)
+
+
+class Side:
+    """One side of a run: what it may do, and what its connections share."""
+
+    routes: tuple[str, ...] = ()  # of a broker
+    prefix = ""
+
+    def __init__(self, permissions: Permissions, audit: Audit) -> None:
+        self.permissions, self.audit = permissions, audit
+        self.given: dict[str, tuple[str, ...]] = {}  # address: the names it was given out for
+        self.stand_ins: dict[str, str] = {}
+        self.clients: set[Any] = set()
+        self.proxies: dict[str, Any] = {}
+        env = {name.lower(): value for name, value in os.environ.items()}
+        self.no_proxy = env.get("no_proxy", "").lower().replace(",", " ").split()
+        for scheme in ("http", "https"):
+            if env.get(f"{scheme}_proxy"):
+                self.proxies[scheme] = parse_proxy(env[f"{scheme}_proxy"])
+
+    def proxy_for(self, scheme: str, name: str, port: int) -> Any:
+        """(host, port, header) of the host's own proxy; None where it is not to be asked."""
+        local = name in (HOST_NAME, "localhost") or (is_address(name) and kind_of(name, CLOSED))
+        entries = [entry.replace(f":{port}", "").lstrip("*.") for entry in self.no_proxy]
+        if local or "*" in self.no_proxy or any(f".{name}".endswith(f".{one}") for one in entries):
+            return None
+        return self.proxies.get(scheme)
+
+    def take_credential(self, line: bytes, provider: str, url: str) -> None:
+        """Become a broker. The guest has the placeholder; the credential stays in this process."""
+        default, self.routes = PROVIDERS[provider]
+        address = urllib.parse.urlsplit(url or default)
+        name, port = host_and_port(address.netloc, 443 if address.scheme == "https" else 80)
+        self.upstream, self.prefix = (address.scheme, name, port), address.path.rstrip("/")
+        if address.scheme == "https":
+            self.context = ssl.create_default_context()
+            if os.environ.get("NODE_EXTRA_CA_CERTS"):  # as Claude Code does
+                self.context.load_verify_locations(os.environ["NODE_EXTRA_CA_CERTS"])
+        elif address.scheme != "http" or name not in ("localhost", "127.0.0.1", "::1"):
+            raise Failure("--upstream must be https: the credential would go in clear")
+        try:
+            given = json.loads(line)
+            self.header = {name: name for name in ("authorization", "x-api-key")}[given["header"]]
+            scheme = "Bearer " if self.header == "authorization" else ""
+            if not all(
+                re.fullmatch("[!-~]{8,}", given[key]) for key in ("placeholder", "credential")
+            ):
+                raise ValueError
+            self.placeholder = (scheme + given["placeholder"]).encode()
+            self.credential = scheme + given["credential"]
+        except (ValueError, KeyError, TypeError):
+            raise Failure("stdin holds no placeholder, credential and header") from None
+
+    def passes(self, request: Request) -> bool:
+        path, _, query = request.path.partition("?")
+        asked, part = f"{request.method} {path}", "[A-Za-z0-9_][A-Za-z0-9._:-]*"
+        known = any(re.fullmatch(route.replace("*", part), asked) for route in self.routes)
+        return known and re.fullmatch("[A-Za-z0-9_.~%&=,:-]*", query) is not None
+
+    def head_of(self, request: Request, headers: Headers) -> bytes:
+        """The head of the request that is sent on: nothing in it is for one hop."""
+        scheme, name, port = self.upstream if self.routes else ("http", *request[1:3])
+        host = spelled(name, port, frozenset([443 if scheme == "https" else 80]))
+        target, more, proxy = self.prefix + request.path, "", self.proxy_for(scheme, name, port)
+        if proxy and scheme == "http":
+            target, more = f"http://{host}{target}", proxy[2]
+        end = end_to_end(headers, "host", "proxy-authorization")
+        head = f"{request.method} {target} {request.version}\r\nhost: {host}\r\n{more}{end}"
+        return head.encode("latin-1")
+
+    async def connect(self, client: Wire, scheme: str, name: str, port: int, to: Any) -> Wire:
+        """A connection to what was judged, or to the host's proxy, which is told the name."""
+        self.audit.record(name, port, "allowed")
+        client.about = (name, port)
+        proxy = self.proxy_for(scheme, name, port)
+        if proxy or to is None:  # the judge of a broker is who started it
+            to = await resolve(proxy[0] if proxy else name)
+        upstream = Wire(self, await dial(to, proxy[1] if proxy else port), 502)
+        client.upstream = upstream
+        if proxy and scheme == "https":
+            place = spelled(name, port)
+            ask = f"CONNECT {place} HTTP/1.1\r\nhost: {place}\r\n{proxy[2]}\r\n"
+            await upstream.send(ask.encode())
+            status, _ = await upstream.read_status(2 * SECONDS)
+            if not status.startswith("2"):
+                raise Failure(f"the host's proxy says {status}", 502)
+        if self.routes and scheme == "https":
+            if upstream.buffer:  # in clear text, it would be taken for what the API says
+                raise Failure("the host's proxy says more than it was asked", 502)
+            upstream.tls = await secure(upstream.sock, self.context, name)
+        return upstream
+
+    async def addresses_of(self, name: str) -> Addresses:
+        """What DNS tells the guest; from then on each of them counts as the name."""
+        name = normal_host(name)
+        _, verdict = await judge(self, "https", name, ANY_PORT)
+        if isinstance(verdict, Refused):
+            self.audit.refuse(name, ANY_PORT, verdict)
+            return ()
+        addresses = (HOST_ADDRESS,) if name == HOST_NAME else verdict[:16]
+        if not addresses:
+            # The host's proxy will resolve it: until then, an address that is nobody's.
+            if len(self.stand_ins) > MAX_KNOWN:
+                self.stand_ins.clear()
+            stand_in = ipaddress.IPv4Address("198.18.0.1") + len(self.stand_ins)
+            addresses = (self.stand_ins.setdefault(name, str(stand_in)),)
+        for address in addresses:
+            names = (name, *self.given.pop(address, ()))
+            self.given[address] = tuple(dict.fromkeys(names))[:8]
+            if len(self.given) > MAX_KNOWN:
+                del self.given[next(iter(self.given))]
+        return addresses
+
+    def told(self, reason: str, status: int) -> bytes:
+        """Why a request is not served: in the status line, which most programs show, and whole."""
+        kind, body = "text/plain", f"agent-vm: {reason}\n"
+        if self.routes:
+            error = {"type": ERRORS.get(status, "api_error"), "message": f"agent-vm: {reason}"}
+            kind, body = "application/json", json.dumps({"type": "error", "error": error}) + "\n"
+        size = f"content-type: {kind}\r\ncontent-length: {len(body.encode())}\r\n"
+        head = f"HTTP/1.1 {status} {ascii(reason)[1:-1]}\r\n{size}connection: close\r\n\r\n"
+        return (head + body).encode()
+
+
+async def serve_names(side: Side, client: Wire) -> None:
+    """DNS over TCP (RFC 7766): a query is answered when it can be, whatever came before it."""
+    lock = asyncio.Lock()
+
+    async def answer(query: bytes, name: str, kind: int, end: int) -> None:
+        code, found = 0, Addresses()
+        try:
+            found = await side.addresses_of(name) if kind in (A, AAAA) else ()
+            code = 0 if found or kind not in (A, AAAA) else NO_NAME
+        except Failure as failure:
+            code = SERVER_FAILED if failure.args[1] == 504 else NO_NAME
+        wanted = tuple(address for address in found if (":" in address) == (kind == AAAA))
+        async with lock:
+            await client.send(answer_to(query, end, code, wanted))
+
+    pending: set[Any] = set()
+    try:
+        while True:
+            size = await asyncio.wait_for(client.until(b"", 2), IDLE_SECONDS)
+            query = client.until(b"", int.from_bytes(size, "big"))
+            data = await asyncio.wait_for(query, SECONDS)
+            if len(pending) >= MAX_QUERIES:
+                await asyncio.wait(pending, return_when=FIRST)
+            task = asyncio.ensure_future(answer(data, *parse_query(data)))
+            pending.add(task)
+            task.add_done_callback(pending.discard)
+    except asyncio.TimeoutError:
+        raise Failure("no query in time", 408) from None
+    finally:
+        for task in pending:
+            task.cancel()
+
+
+async def attend(side: Side, story: Any, sock: socket.socket) -> None:
+    """A client, to its end: what is refused can be read before the connection is closed."""
+    client, is_whole = Wire(side, sock, 400), False
+    try:
+        await story(side, client)
+        is_whole = True
+    except Failure as failure:
+        is_whole = not client.sent  # else half of an answer, or of a tunnel
+        with contextlib.suppress(Failure):
+            if is_whole and story is not serve_names:
+                await client.send(side.told(*failure.args))
+    finally:
+        with contextlib.suppress(OSError, Failure, asyncio.TimeoutError):
+            if client.upstream:
+                client.upstream.close(is_whole)
+                side.audit.record(*client.about, "closed", size=client.sent + client.upstream.sent)
+            if is_whole:
+                sock.shutdown(socket.SHUT_WR)
+                await asyncio.wait_for(client.drain(), LINGER_SECONDS)
+        client.close(is_whole)
+
+
+async def accept(side: Side, story: Any, server: socket.socket) -> None:
+    while True:
+        try:
+            sock, _ = await asyncio.get_running_loop().sock_accept(server)
+        except OSError:  # too many open files, or a client that has left
+            await asyncio.sleep(0.05)
+            continue
+        if len(side.clients) >= MAX_CLIENTS:
+            sock.close()
+            continue
+        task = asyncio.ensure_future(attend(side, story, sock))
+        side.clients.add(task)
+        task.add_done_callback(side.clients.discard)
+
+
+# --- settings ---
+
+# What a vendor's programs ask for. Package registries are not here: a guest's settings name them.
+PRESETS = {
+    "github": "github.com *.github.com *.githubusercontent.com *.githubassets.com ghcr.io",
+    "anthropic": "anthropic.com *.anthropic.com claude.ai *.claude.ai claude.com *.claude.com",
+    "openai": "openai.com *.openai.com chatgpt.com *.chatgpt.com",
+    "nodesource": "deb.nodesource.com rpm.nodesource.com",
+    "docker": "docker.com *.docker.com docker.io *.docker.io "
+    "docker-images-prod.6aa30f8b08e16409b46e0173d6de2f56.r2.cloudflarestorage.com",
+}
+
+
+def parse_proxy(url: str) -> tuple[str, int, str]:
+    """(host, port, the header with its credentials) of the host's own proxy."""
+    address = urllib.parse.urlsplit(url if "//" in url else f"//{url}", "http")
+    if address.scheme != "http" or not address.hostname:
+        raise Failure("a proxy of the environment is not http://[USER:PASSWORD@]HOST:PORT")
+    if address.username is None:
+        return address.hostname, address.port or 80, ""
+    user = f"{address.username}:{address.password or ''}"
+    token = base64.b64encode(urllib.parse.unquote_to_bytes(user)).decode()
+    return address.hostname, address.port or 80, f"proxy-authorization: Basic {token}\r\n"
+
+
+def listen_place(value: str) -> str:
+    if not re.fullmatch(r"unix:.+|127\.0\.0\.1:[0-9]{1,5}", value):
+        raise argparse.ArgumentTypeError(f"{value!r} is not unix:PATH or 127.0.0.1:PORT")
+    return value
+
+
+def allowed(value: str) -> list[tuple[str, frozenset[int]]]:
+    """The rows of a name, *.name or address, or of a preset; PORT instead of 80 and 443."""
+    if value in PRESETS:
+        return [(pattern, WEB) for pattern in PRESETS[value].split()]
+    star, text = ("*.", value[2:]) if value.startswith("*.") else ("", value)
+    try:
+        name, port = host_and_port(text.encode("idna").decode() if not text.isascii() else text, 1)
+    except (Failure, UnicodeError):
+        name, port = "", 1
+    if not name or (star and is_address(name)):
+        raise argparse.ArgumentTypeError(f"{value!r} is not HOST, *.HOST, HOST:PORT or a preset")
+    return [(star + name, frozenset([port]) if text.endswith(f":{port}") else WEB)]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="egress.py", description=__doc__)
+    # With a width it need not ask the terminal, for which it would import ten modules.
+    parser.formatter_class = functools.partial(argparse.RawDescriptionHelpFormatter, width=100)
+    add = parser.add_argument
+    add(
+        "--listen",
+        required=True,
+        metavar="PLACE",
+        type=listen_place,
+        help="unix:PATH or 127.0.0.1:PORT",
+    )
+    add("--dns", metavar="PLACE", type=listen_place, help="answer DNS over TCP there")
+    add("--internet", action="store_true", help="any public address; every port but 25")
+    add("--allow", metavar="HOST[:PORT]", type=allowed, action="append", default=[],
+        help=f"also at a private address; ports 80 and 443; or {', '.join(PRESETS)}")  # fmt: skip
+    add("--host-port", metavar="PORT", type=int, action="append", default=[],
+        help=f"a port of the host's loopback, as {HOST_NAME}:PORT")  # fmt: skip
+    add("--audit", metavar="FILE", help="append what is asked for, as JSON Lines")
+    add("--broker", choices=PROVIDERS, help="hold the credential of a model's API")
+    add("--upstream", metavar="URL", default="", help="that API's address")
+    return parser
+
+
+async def run(options: argparse.Namespace) -> None:
+    """Serve until stdin is closed, or a signal comes; then say what was refused."""
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(MAX_LOOKUPS))
+    rows = tuple(row for rows in options.allow for row in rows)
+    permissions = Permissions(options.internet, rows, frozenset(options.host_port))
+    side = Side(permissions, Audit(open_audit(options.audit) if options.audit else -1))
+    if options.host_port:  # how the guest's /etc/hosts spells it, when it does not ask DNS
+        side.given[HOST_ADDRESS] = (HOST_NAME,)
+    if options.broker:
+        side.take_credential(sys.stdin.buffer.readline(), options.broker, options.upstream)
+    stories = [(options.listen, serve_agent if options.broker else serve_guest)]
+    if options.dns:
+        stories.append((options.dns, serve_names))
+    tasks = set()
+    for where, story in stories:
+        server = listen(where)
+        name = server.getsockname()
+        os.write(1, f"{name if isinstance(name, str) else name[1]}\n".encode())
+        tasks.add(asyncio.ensure_future(accept(side, story, server)))
+    end = loop.run_in_executor(None, sys.stdin.buffer.read)
+    loop.add_signal_handler(signal.SIGTERM, end.cancel)
+    loop.add_signal_handler(signal.SIGINT, end.cancel)
+    with contextlib.suppress(asyncio.CancelledError):
+        await end
+    tasks |= side.clients
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks, timeout=1)
+    for (host, port, refused), count in side.audit.refused.items():
+        row = {"host": host, "port": port, **refused._asdict(), "count": count}
+        os.write(1, json.dumps(row).encode() + b"\n")
+    os._exit(0)  # Python would wait for its threads: one reads stdin, others look up names
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = build_parser().parse_args(argv)
+    os.umask(0o077)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, most), most))
+    try:
+        asyncio.run(run(options))
+    except (Failure, OSError) as error:
+        why = error.args[0] if isinstance(error, Failure) else error
+        print(f"egress: error: {why}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+''',
+    "guest/launch.sh": r"""#!/bin/bash -l
+# Runs what it is given in the project, with the environment of the host's terminal. Not `exec`: a
+# shell turns death by a signal into a status, and syncs so that the VM can be cut off after it. At
+# a terminal the agent is a job: Ctrl-Z stops it alone, and as nobody can resume it, it goes on.
+# usage: launch.sh PROJECT PROGRAM ARGUMENT…
+# shellcheck disable=SC1090,SC2015,SC2016
+. ~/.agent-vm/env
+. ~/.agent-vm/credential
+infocmp > /dev/null 2>&1 || export TERM=xterm-256color
+cd -- "$1" || exit 125
+shift
+command -v -- "$1" > /dev/null || set -- sh -c 'echo "$0: not found" >&2; exit 127' "$1"
+trap : HUP TERM  # of an agent's `kill 0`
+[ -t 0 ] && set -m || trap : INT
+"$@"
+status=$?
+go_on() { [ -z "$(jobs -s)" ] || { fg > /dev/null; status=$?; go_on; }; }  # a loop would be stopped
+go_on
+sync
+echo "$status" > ~/.agent-vm/status
+[ -t 0 ] || { (sleep 3; kill "$PPID") < /dev/null > /dev/null 2>&1 & }  # pipes held by what is left
+exit "$status"
+""",
+    "guest/network.sh": r"""#!/bin/bash
+# Sent by a run into its VM, as root, before the agent starts, where the host has closed the network
+# (see qemu.py). First it is seen to be closed, from in here; what is open ends the run. Then every
+# program is led to the host's egress.py, at ports of 127.0.0.1 that ssh has brought here. That is
+# convenience, for what knows no proxy: who undoes it has no network at all.
+# usage: network.sh SSH-PORT [PROXY-PORT DNS-PORT]
+set -eu -o pipefail
+
+# QEMU tells a closed-in VM neither a router nor a resolver; with them it is seen who answers.
+ip route replace default via 192.168.5.2 dev eth0
+resolvectl dns eth0 192.168.5.3 && resolvectl domain eth0 '~.' ||
+  echo "nameserver 192.168.5.3" > /etc/resolv.conf
+
+# The VM's own ssh port listens on the host's loopback: in a VM that is open it is reached there.
+python3 -IS - "$1" <<'PYTHON'
+import contextlib, select, socket, sys, time
+
+host, port = ("192.168.5.2", "10.0.2.2", "fec0::2"), int(sys.argv[1])
+elsewhere = (("192.168.5.3", 53), ("192.168.0.1", 80), ("192.168.1.1", 80), ("10.0.0.1", 80),
+             ("172.16.0.1", 80), ("169.254.169.254", 80), ("1.1.1.1", 443),
+             ("2606:4700:4700::1111", 443))
+query = b"\0\1\1\0\0\1\0\0\0\0\0\0\7example\3com\0\0\1\0\1"  # DNS: A of example.com
+stream, datagram, raw = socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_RAW
+tries = [(stream, 0, one, port, b"") for one in host] + [(stream, 0, *at, b"") for at in elsewhere]
+tries += [(datagram, 0, one, 53, query) for one in (*host, "192.168.5.3", "1.1.1.1", "8.8.8.8")]
+tries += [(datagram, 0, one, 123, b"\x1b" + bytes(47)) for one in ("192.168.5.2", "1.1.1.1")]
+tries += [(raw, 1, "1.1.1.1", 0, b"\x08\0\xf7\xfd\0\1\0\1")]  # an echo request of ICMP
+waiting = {}
+for kind, protocol, address, at, data in tries:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with contextlib.suppress(OSError):  # refused at once, or no route
+        sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
+        with contextlib.suppress(BlockingIOError):
+            sock.connect((address, at))
+        if data:
+            sock.send(data)
+        waiting[sock] = f"{address} port {at} by {kind.name[5:].lower()}"
+end, is_open = time.monotonic() + 0.7, []
+while waiting and time.monotonic() < end:
+    heard, connected, _ = select.select(waiting, waiting, [], 0.05)
+    for sock in {*heard, *connected}:
+        if sock.type != stream and sock not in heard:
+            continue  # a datagram can always be sent
+        with contextlib.suppress(OSError):  # refused
+            if sock.type == stream:
+                sock.getpeername()
+            else:
+                sock.recv(9)
+            is_open.append(waiting[sock])
+        del waiting[sock]
+    time.sleep(0.01)
+sys.exit(f"the network is not closed: {', '.join(is_open)}" if is_open else 0)
+PYTHON
+
+[ "$#" = 3 ] || exit 0  # no way out was asked for
+for tool in redsocks nft; do
+  command -v "$tool" > /dev/null || {
+    echo "the base instance has no $tool, it is older than this agent-vm: agent-vm setup"
+    exit 1
+  }
+done
+mkdir -p /run/agent-vm
+cat > /run/agent-vm/redsocks.conf <<CONF
+base { daemon = on; log_info = off; log = "file:/run/agent-vm/redsocks.log"; redirector = iptables;
+  redsocks_conn_max = 1000; rlimit_nofile = 8192; }
+redsocks { local_ip = 127.0.0.1; local_port = 47105; ip = 127.0.0.1; port = $2;
+  type = http-connect; }
+dnstc { local_ip = 127.0.0.1; local_port = 47106; }
+CONF
+redsocks -c /run/agent-vm/redsocks.conf
+# TCP that would leave the VM goes to redsocks. DNS over UDP is answered "truncated", so that it is
+# asked again over TCP, which goes to egress.py. Containers come by the second chain.
+sysctl -q -w net.ipv4.conf.all.route_localnet=1
+nft -f - <<RULES
+table ip agent-vm
+delete table ip agent-vm
+table ip agent-vm {
+  chain own {
+    type nat hook output priority -110;
+    oifname != "eth0" return
+    udp dport 53 dnat to 127.0.0.1:47106
+    tcp dport 53 dnat to 127.0.0.1:$3
+    meta l4proto tcp dnat to 127.0.0.1:47105
+  }
+  chain containers {
+    type nat hook prerouting priority -110;
+    iifname { "eth0", "lo" } return
+    fib daddr oifname != "eth0" return
+    udp dport 53 dnat to 127.0.0.1:47106
+    tcp dport 53 dnat to 127.0.0.1:$3
+    meta l4proto tcp dnat to 127.0.0.1:47105
+  }
+}
+RULES
+# For services, and for programs that do ask a proxy: it says why it refuses.
+sed -i '/_proxy=/Id' /etc/environment
+for name in http_proxy https_proxy HTTP_PROXY HTTPS_PROXY; do
+  echo "$name=http://127.0.0.1:$2"
+done >> /etc/environment
+echo "no_proxy=localhost,127.0.0.1" >> /etc/environment
+
+said=$(curl -sS -m 10 --noproxy '*' "http://127.0.0.1:$2/" 2>&1) || true
+case $said in
+  agent-vm:*) ;;  # that this is a proxy
+  *) echo "the way out does not answer: ${said:0:300}"; exit 1 ;;
+esac
+""",
+    "guest/prepare.sh": r"""#!/bin/bash
+# Sent by a run into its VM, as its user: makes it a place to work, from the files of ~/.agent-vm.
+# shellcheck disable=SC1091
+set -eu -o pipefail
+cd ~/.agent-vm
+mkdir -p ~/.claude/projects
+bash mounts
+umask 077  # not for the folders on the way to a mount
+
+. ./git-settings
+zone=/usr/share/zoneinfo/$(cat zone)
+[ ! -f "$zone" ] || sudo ln -sf "$zone" /etc/localtime
+
+# Deep-merges the JSON on stdin into a file that may not exist yet.
+merge() {
+  [ -s "$1" ] || echo '{}' > "$1"
+  jq -s '.[0] * .[1]' "$1" /dev/stdin > merged
+  cat merged > "$1"
+  rm merged
+}
+merge ~/.claude.json < claude.json
+merge ~/.claude/settings.json <<< '{"skipDangerousModePermissionPrompt": true}'
+chmod 600 ~/.claude.json
+cat briefing >> ~/.claude/CLAUDE.md
+
+# Under a locale that the guest lacks every shell warns.
+said=$( (. ./env; locale) 2>&1) || true
+case $said in
+  *'annot set LC_'* | *'annot change locale'*)
+    sed -E -i '/^export (LANG|LC_[A-Z]+)=/d' env
+    echo 'export LC_ALL=C.UTF-8' >> "./env" ;;
+esac
+""",
+    "guest/probe.sh": r"""#!/bin/bash
+# Sent by a run into its VM, as its user, before the agent starts: what the sides of the run must
+# refuse is seen to be refused, from in here. Silent then; else it says what is not, and fails.
+# ~/.agent-vm/sides has: broker (a URL, or nothing), url, repo and is_readonly of the GitHub proxy.
+# What carries the probe's secret is judged like the agent's own, but neither passed on nor counted.
+# shellcheck disable=SC1091,SC2154
+set -u
+cd ~/.agent-vm || exit
+. ./env  # the agent's
+. ./sides
+refused() {  # WHAT WORDS-OF-THE-REFUSAL CURL-ARGUMENT...
+  answer=$(curl -sS -m 20 -H 'Content-Type: application/json' \
+    -H 'Accept: application/json, text/event-stream' "${@:3}" 2>&1)
+  case $answer in
+    *"$2"*) ;;
+    *) echo "$1 is not refused as it should be: ${answer:0:300}"; exit 1 ;;
+  esac
+}
+call() {  # TOOL ARGUMENTS-AS-JSON
+  echo '{"jsonrpc": "2.0", "id": 1, "method": "tools/call",' \
+    '"params": {"name": "'"$1"'", "arguments": '"$2"'}}'
+}
+
+[ -z "$broker" ] ||
+  refused 'a wrong placeholder' 'not the placeholder' -H 'x-api-key: wrong' -d '{}' \
+    "$broker/v1/messages"
+
+[ -n "$url" ] || exit 0
+sed 's/$/-not/' probe-header > wrong-header  # in files: a secret must not be in an argv
+ours=(-H @probe-header)
+served="only $repo is served here"
+foreign=$(call get_file_contents '{"owner": "agent-vm-probe", "repo": "other", "path": "x"}')
+other="$url/git/agent-vm-probe/other.git/info/refs?service=git-upload-pack"
+refused 'another repository over MCP' "$served" "${ours[@]}" "$url/mcp" -d "$foreign"
+refused 'another repository over git' "$served" "${ours[@]}" "$other"
+refused 'a wrong secret' 'secret is missing or wrong' -H @wrong-header "$url/mcp" -d "$foreign"
+[ -n "$is_readonly" ] || exit 0
+write=$(call create_branch '{"branch": "agent-vm-probe"}')
+push="$url/git/$repo.git/info/refs?service=git-receive-pack"
+refused 'a write over MCP' 'the policy is read-only' "${ours[@]}" "$url/mcp" -d "$write"
+refused 'a push' 'the policy is read-only' "${ours[@]}" "$push"
 """,
     "provision/10-base.sh": r"""#!/bin/bash
 # Run by Lima in the guest, as root, at every boot; does its work once.
@@ -2898,7 +4135,7 @@ fi
 apt-get update --error-on=any || note "Some package lists are missing: apt-get update failed."
 
 step "installing packages"
-packages=(ca-certificates curl git jq)
+packages=(ca-certificates curl git jq nftables python3-minimal redsocks)  # see ../network.sh
 if [ "$PARAM_minimal" != true ]; then
   packages+=(
     build-essential file less openssh-client procps iproute2 rsync sudo unzip wget
@@ -2910,6 +4147,7 @@ if [ "$PARAM_minimal" != true ]; then
   ln -sf /usr/bin/fdfind /usr/local/bin/fd  # Debian's name, because another package has fd
 fi
 apt_install "${packages[@]}"
+systemctl disable --now redsocks.service  # a run starts its own
 # The value is the host's LANG, whatever that holds: only a whole line of Debian's list counts.
 if grep -sqxF -e "$PARAM_locale UTF-8" /usr/share/i18n/SUPPORTED; then
   echo "$PARAM_locale UTF-8" > /etc/locale.gen
@@ -3047,6 +4285,104 @@ fi
 
 say "the base instance is complete"
 touch "$marker"
+""",
+    "qemu.py": r'''#!/usr/bin/env python3
+"""What Lima starts in place of QEMU: QEMU itself, with the guest's network closed by the host.
+
+Lima finds this file by QEMU_SYSTEM_<ARCH>. AGENT_VM_QEMU holds JSON: {"program": "/PATH/OF/QEMU",
+"restrict": true}. Questions about QEMU's features are passed on as they are. A machine is started
+only with the one network device that Lima writes; to it `restrict=on` is added. Then QEMU itself
+passes no packet between the guest and the host, its network or the internet, whatever the guest's
+root does (QEMU's manual, "-netdev user"); what its `hostfwd` names, ssh, comes in as before.
+
+Starts:   QEMU, in its own place
+Reads:    AGENT_VM_QEMU
+Writes:   nothing
+Reaches:  nothing
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+
+# All of it, as Lima 2.2 writes it (pkg/driver/qemu/qemu.go): not a word more may be in it.
+NETDEV = re.compile(
+    r"user,id=net0,net=[0-9.]+/[0-9]+,dhcpstart=[0-9.]+,hostfwd=tcp:127\.0\.0\.1:[0-9]+-:22"
+).fullmatch
+# Other ways to a network, and options that read options from elsewhere.
+CLOSED = ("nic", "net", "readconfig", "set", "redir", "smb", "tftp", "bootp", "nodefconfig")
+
+
+class Refused(Exception):
+    """Why no machine is started."""
+
+
+# --- pure: what is started ---
+
+
+def is_question(words: list[str]) -> bool:
+    """Whether it is one of Lima's about QEMU (`-M none -netdev help`), which starts no machine."""
+    return words == ["--version"] or (len(words) <= 4 and "help" in words)
+
+
+def restricted(words: list[str]) -> list[str]:
+    """A machine's arguments with its network closed; Refused when they are not what Lima writes.
+
+    QEMU takes each option with one dash or two, and of one that is given twice both.
+    """
+    options = [re.sub("^--?", "", word) if word[:1] == "-" else "" for word in words]
+    for option in options:
+        if option in CLOSED:
+            raise Refused(f"-{option} is not one of its options")
+    places = [at for at, option in enumerate(options) if option == "netdev"]
+    if len(places) != 1:
+        raise Refused(f"it has {len(places)} network devices, not one")
+    value = "".join(words[places[0] + 1 : places[0] + 2])
+    if not NETDEV(value):
+        raise Refused(f"its network device is not the one that Lima writes: {value!a}")
+    return [*words[: places[0] + 1], f"{value},restrict=on", *words[places[0] + 2 :]]
+
+
+# --- the story: one start ---
+
+
+def main(argv: list[str]) -> int:
+    try:
+        asked = json.loads(os.environ.pop("AGENT_VM_QEMU", "{}"))
+        program, is_open = asked["program"], asked["restrict"] is False
+        words = argv if is_open or is_question(argv) else restricted(argv)
+        os.execv(program, [program, *words])
+    except (ValueError, LookupError, TypeError):
+        print("agent-vm: AGENT_VM_QEMU is not what a run of agent-vm sets", file=sys.stderr)
+    except Refused as refused:
+        print(f"agent-vm: the VM would not be confined: {refused}", file=sys.stderr)
+    except OSError as error:
+        print(f"agent-vm: QEMU cannot be started: {error}", file=sys.stderr)
+    return 1
+
+
+# --- you may stop here: what follows only calls what is above ---
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+''',
+    "registries.sh": r"""#!/bin/bash
+# Sent by setup into the base instance, as its user, when all is installed: prints the hosts of the
+# package registries that its own programs are set to. `--network allow` lets these through; no
+# registry is named anywhere in agent-vm.
+{
+  cat /etc/apt/sources.list /etc/apt/sources.list.d/* /etc/apt/mirrors/*
+  npm config get registry
+  python3 -m pip config list
+  python3 -c 'from pip._internal.models.index import PyPI as index
+print(index.simple_url, f"https://{index.file_storage_domain}/")'  # unless pip is told otherwise
+  cat ~/.cargo/config.toml /etc/uv/uv.toml ~/.config/uv/uv.toml
+  go env GOPROXY
+  go env GOSUMDB | sed 's#^#https://#'
+} 2> /dev/null | grep -oE 'https?://[^/ ",|'"'"']+' | sed -E 's#.*(//|@)##' | sort -u | tr '\n' ' '
 """,
 }
 # END GENERATED

@@ -171,6 +171,9 @@ class Sandbox:
             "TMPDIR": str(self.root / "tmp"),
             "LIMA_HOME": str(self.lima),
             "LANG": "C.UTF-8",
+            # What a run starts beside its VM is for the tests of that (test_vm_sides.py).
+            "AGENT_VM_NETWORK": "open",
+            "AGENT_VM_CREDENTIAL": "guest",
             "FAKE_LIMA_CALLS": str(self.root / "calls"),
             "FAKE_GUEST_CALLS": str(self.root / "agent-calls"),
             "FAKE_GUEST_TOOLS": str(self.root / "tool-calls"),

@@ -210,6 +210,8 @@ class AuthTest(WorldTest):
             self.assertEqual(result.status, 0)
             self.assertIn("enters the guest", result.out)
             self.assertNotIn("sk-ant", result.out + result.err)
+        brokered = self.box.run("auth", "status", AGENT_VM_CREDENTIAL="broker")
+        self.assertIn("stays on the host", brokered.out)
 
     def test_clear_forgets_it(self) -> None:
         self.box.run("auth", "set", text=TOKEN)
@@ -371,8 +373,7 @@ class DoctorTest(WorldTest):
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Of what setup starts; egress.py is no part of that yet."""
-    files = [path for path in folder.rglob("*") if path.suffix in (".yaml", ".sh")]
+    files = [path for path in folder.rglob("*") if path.suffix in (".yaml", ".sh", ".py")]
     return {str(path.relative_to(folder)): path.read_text() for path in files}
 
 

@@ -25,13 +25,14 @@ from tests.support import wait_for
 
 TOKEN = "github_pat_11NOTREAL0_abcdefghijklmnopqrstuvwxyz0123456789"
 GITHUB = GitHub(
-    repo="octo/widget", url="http://host.lima.internal:4711", secret="s3cret-" + "x" * 30,
+    repo="octo/widget", url="http://127.0.0.1:47104", secret="s3cret-" + "x" * 30,
     remote="git@github.com:Octo/Widget.git",
 )  # fmt: skip
-# A guest's git that finds the host: the name is resolved as Lima's DNS does it.
+# A guest's git that finds the side: the guest's port of it is none of this machine's.
 GUEST_GIT = """
-port=$(sed -n 's/.*internal:\\([0-9]*\\)\\/"\\]/\\1/p' ~/.agent-vm/gitconfig)
-g() { GIT_TERMINAL_PROMPT=0 git -c http.curloptResolve=host.lima.internal:$port:127.0.0.1 "$@"; }
+end=$(sed -n 's/^47104 //p' "$FAKE_GUEST_INSTANCE/sides")
+sed -i "s/127.0.0.1:47104/$end/" ~/.agent-vm/gitconfig
+g() { GIT_TERMINAL_PROMPT=0 git "$@"; }
 """
 
 
@@ -62,7 +63,7 @@ class RepositoryTest(unittest.TestCase):
             self.assertEqual(agent_vm.github_repository(url), "", url)
 
     def test_the_guests_git_goes_to_the_proxy_by_the_usual_addresses(self) -> None:
-        served = "http://host.lima.internal:4711/git/octo/widget.git"
+        served = "http://127.0.0.1:47104/git/octo/widget.git"
         for url, expected in (
             ("https://github.com/octo/widget", served), ("https://github.com/octo/widget.git", served),
             ("git@github.com:octo/widget.git", served), ("ssh://git@github.com/octo/widget", served),
@@ -105,16 +106,16 @@ class ReceiptTest(unittest.TestCase):
             {"more": 5},
         ]  # fmt: skip
         expected = [
-            "6 reads, 3 writes, 2 refused",
-            "done: git push ref=refs/heads/fix",
-            "done: create_pull_request base=main https://github.com/o/r/pull/12",
-            "refused: create_branch branch=x read-only (2 times)",
-            "and 5 more: agent-vm log",
+            "GitHub: 6 reads, 3 writes, 2 refused",
+            "GitHub: done: git push ref=refs/heads/fix",
+            "GitHub: done: create_pull_request base=main https://github.com/o/r/pull/12",
+            "GitHub: refused: create_branch branch=x read-only (2 times)",
+            "GitHub: and 5 more: agent-vm log",
         ]
         self.assertEqual(agent_vm.receipt_lines(receipt), expected)
 
     def test_a_proxy_that_died_said_nothing(self) -> None:
-        self.assertEqual(agent_vm.receipt_lines([]), ["? reads, ? writes, ? refused"])
+        self.assertEqual(agent_vm.receipt_lines([]), ["GitHub: ? reads, ? writes, ? refused"])
 
     def test_words_of_the_guest_do_not_move_the_cursor(self) -> None:
         receipt = [
@@ -122,8 +123,8 @@ class ReceiptTest(unittest.TestCase):
             self.entry("done", "x\n\x1b[2J" + "y" * 999),
         ]
         (_, told) = agent_vm.receipt_lines(receipt)
-        self.assertEqual(told[:14], "done: x??[2Jyy")
-        self.assertEqual(len(told), 300)
+        self.assertEqual(told[:22], "GitHub: done: x??[2Jyy")
+        self.assertEqual(len(told), 308)
 
     def test_what_is_shown_is_what_it_says(self) -> None:
         for text, shown in (
@@ -134,7 +135,7 @@ class ReceiptTest(unittest.TestCase):
 
 
 LOOK = """sh:cp ~/.claude.json claude.json; cp ~/.agent-vm/gitconfig gitconfig
-cp ~/.claude/CLAUDE.md briefing; git config --list --global > global
+cp ~/.claude/CLAUDE.md briefing; cp "$FAKE_GUEST_INSTANCE/sides" sides; git config --list --global > global
 stat -c '%a %n' ~/.claude.json ~/.agent-vm/* > modes
 grep -rl TOKEN_IS ~ /proc/self/environ > found || true
 """
@@ -157,14 +158,8 @@ class GitHubWorld(WorldTest):
         self.upstream.__enter__()
         self.addCleanup(self.upstream.__exit__)
         self.box.env.update(GITHUB_MCP_UPSTREAM=self.upstream.url, GITHUB_MCP_TOKEN=TOKEN)
-        curl = shutil.which("curl")
-        if not curl:
+        if not shutil.which("curl", path="/usr/bin:/bin"):
             self.skipTest("curl is not on PATH")
-        (self.box.guest_bin / "curl").unlink()
-        executable(
-            self.box.guest_bin / "curl",
-            f'exec {curl} --connect-to host.lima.internal::127.0.0.1: "$@"',
-        )
         self.git("init", "-q", "-b", "work")
         self.remote("https://github.com/octo/widget.git")
         self.choose("octo/widget")
@@ -190,7 +185,8 @@ class GitHubWorld(WorldTest):
         result = self.box.run("run", *args, "--", "-p", look, **env)
         self.assertEqual(result.status, 0, result.err)
         server = json.loads(self.guest_file("claude.json"))["mcpServers"]["github"]
-        self.port = int(server["url"].rpartition(":")[2].partition("/")[0])
+        self.assertEqual(server["url"], "http://127.0.0.1:47104/mcp")
+        self.port = int(self.guest_file("sides").rpartition(":")[2])
         self.secret = server["headers"]["Authorization"].partition(" ")[2]
         return result
 
@@ -325,8 +321,8 @@ class GitHubRunTest(GitHubWorld):
     def test_off_by_default(self) -> None:
         result = self.box.run("run", "--", "sh:cat ~/.claude.json ~/.agent-vm/*")
         self.assertEqual((result.status, result.err), (0, ""))
-        self.assertNotIn("mcp", result.out)
-        self.assertNotIn("http://host.lima.internal", result.out)
+        self.assertNotIn("mcpServers", result.out)
+        self.assertNotIn("127.0.0.1:47104", result.out)
         self.assertNotIn(TOKEN, json.dumps([call["env"] for call in self.box.calls()]))
 
     def test_auto_goes_on_without(self) -> None:
@@ -491,9 +487,10 @@ class GitHubTroubleTest(GitHubWorld):
         self.assert_refused(self.box.run("run", "--github"), "--repo OWNER/REPO")
 
     def test_a_probe_that_is_not_refused_stops_the_run(self) -> None:
+        (self.box.guest_bin / "curl").unlink()
         executable(self.box.guest_bin / "curl", "echo '{}'")
         result = self.box.run("run", "--github", "--", "-p", "x")
-        self.assert_refused(result, "does not protect", "another repository over MCP")
+        self.assert_refused(result, "is not confined", "another repository over MCP")
         self.assertEqual(self.box.agent_calls(), [])
         self.assert_nothing_left()
 
@@ -513,8 +510,7 @@ class GitHubTroubleTest(GitHubWorld):
     def test_kill_9_ends_the_proxy(self) -> None:
         process = self.box.start("run", "--github", "--", "-p", LOOK + "touch ready; sleep 60")
         self.box.wait_for_file("ready")
-        server = json.loads(self.guest_file("claude.json"))["mcpServers"]["github"]
-        port = int(server["url"].rpartition(":")[2].partition("/")[0])
+        port = int(self.guest_file("sides").rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port)):
             self.box.kill(process)
         self.assert_the_proxy_is_gone(port)
@@ -569,7 +565,7 @@ class GitOverTheProxyTest(GitHubWorld):
         git commit -q --allow-empty -m second
         g push origin HEAD:fix && echo pushed
         g push origin HEAD:main
-        g ls-remote http://host.lima.internal:$port/git/evil/secret.git
+        g ls-remote http://$end/git/evil/secret.git
         g push origin :old
         true"""
         result = self.box.run("run", "--github", "--", script)

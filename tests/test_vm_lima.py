@@ -33,8 +33,7 @@ class TemplateTest(unittest.TestCase):
     text = TEMPLATE.read_text()
 
     def test_the_copy_in_the_script_is_current(self) -> None:
-        # egress.py is not started by agent_vm.py yet, and so not carried by it.
-        files = [path for path in LIMA.rglob("*") if path.suffix in (".yaml", ".sh")]
+        files = [path for path in LIMA.rglob("*") if path.suffix in (".yaml", ".sh", ".py")]
         copies = {str(path.relative_to(LIMA)): path.read_text() for path in files}
         self.assertEqual(agent_vm.EMBEDDED, copies)
 
@@ -106,8 +105,8 @@ class ProvisionTest(unittest.TestCase):
     def test_only_vendors_are_named_in_the_sources(self) -> None:
         vendors = {"github.com", "lima-vm.io", "claude.ai"}
         vendors |= {"deb.nodesource.com", "download.docker.com"}
-        vendors |= {"api.github.com", "api.githubcopilot.com"}
-        for path in (TEMPLATE, *PROVISION, *ROOT.glob("*.py")):
+        vendors |= {"api.github.com", "api.githubcopilot.com", "api.anthropic.com"}
+        for path in (TEMPLATE, *LIMA.rglob("*.sh"), *LIMA.glob("*.py"), *ROOT.glob("*.py")):
             hosts = set(re.findall(r"https?://([a-z0-9-]+(?:\.[a-z0-9-]+)+)", path.read_text()))
             self.assertEqual(
                 hosts - vendors - {"127.0.0.1", "host.lima.internal"}, set(), path.name
@@ -220,8 +219,10 @@ class ScriptTest(unittest.TestCase):
         self.assertEqual(self.run_script("10-base.sh", minimal="true"), 0, self.output)
         installs = [call for call in self.calls("apt-get") if " install " in call]
         self.assertEqual(
-            installs, ["apt-get install -y --no-install-recommends ca-certificates curl git jq"]
-        )
+            installs,
+            ["apt-get install -y --no-install-recommends ca-certificates curl git jq"
+             " nftables python3-minimal redsocks"],
+        )  # fmt: skip
         self.assertEqual(self.calls("npm") + self.calls("docker") + self.calls("locale-gen"), [])
 
     def test_a_mirror_takes_the_images_place(self) -> None:

@@ -384,9 +384,9 @@ class GuestTest(TableTest):
         mounts = [mount("/p q", "/p q", True), mount("/main/.git", "/main/.git", True)]
         return Plan(project="/p q", argv=["claude"], mounts=mounts, **fields)
 
-    def prepare(self, **fields: Any) -> str:
+    def script(self, **fields: Any) -> str:
         plan = self.plan(**fields)
-        return agent_vm.prepare_script(plan, plan.mounts)
+        return agent_vm.confining_script(plan, agent_vm.guest_files(plan, plan.mounts), "4711")
 
     def test_the_main_checkout_of_a_worktree_is_trusted(self) -> None:
         projects = agent_vm.claude_config(self.plan())["projects"]
@@ -407,9 +407,9 @@ class GuestTest(TableTest):
     def test_a_credential_does_not_show_itself(self) -> None:
         self.assertNotIn("secret", repr(Credential("ANTHROPIC_API_KEY", "secret", "test")))
 
-    def test_the_prepare_script_is_bash(self) -> None:
+    def test_the_script_is_bash(self) -> None:
         awkward = {"user.name": "O'Neil; $(id)\n", "user.email": "a@b"}
-        script = self.prepare(git_settings=awkward, zone="UTC", variables={"A": "'\n"})
+        script = self.script(git_settings=awkward, zone="UTC", variables={"A": "'\n"})
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
     def test_variables_and_secrets_are_written_byte_for_byte(self) -> None:

@@ -766,31 +766,12 @@ class CredentialTest(WorldTest):
         self.assertEqual(env["ANTHROPIC_AUTH_TOKEN"], "gateway-key")
         self.assertNotIn("ANTHROPIC_API_KEY", env)
 
-    def test_a_gateway_has_its_token_and_is_reached_on_the_hosts_loopback(self) -> None:
-        for given, there in (
-            ("http://localhost:4000/v1", "http://host.lima.internal:4000/v1"),
-            ("http://127.0.0.1", "http://host.lima.internal"),
-            ("http://[::1]:1", "http://host.lima.internal:1"),
-            ("http://LOCALHOST:4000", "http://host.lima.internal:4000"),
-            ("http://localhost.?a=b", "http://host.lima.internal?a=b"),
-            ("http://127.1:1/", "http://host.lima.internal:1/"),
-            ("http://127.0.0.2#x", "http://host.lima.internal#x"),
-            ("http://0.0.0.0:5", "http://host.lima.internal:5"),
-            ("http://user:pw@localhost:4", "http://user:pw@host.lima.internal:4"),
-            ("http://ip6-localhost:4", "http://host.lima.internal:4"),
-            ("http://127.0.0.1.example.org", "http://127.0.0.1.example.org"),
-            ("http://localhost@evil.example", "http://localhost@evil.example"),
-            ("https://localhost.example.org/x", "https://localhost.example.org/x"),
-        ):
-            env = self.agent_env(ANTHROPIC_AUTH_TOKEN=" gateway-key\r\n", ANTHROPIC_BASE_URL=given)
-            self.assertEqual(env["ANTHROPIC_BASE_URL"], there)
-            self.assertEqual(env["ANTHROPIC_AUTH_TOKEN"], "gateway-key")
+    def test_without_a_broker_a_gateway_is_what_the_guest_is_told(self) -> None:
+        url = "http://gateway.example:4000/v1"
+        env = self.agent_env(ANTHROPIC_AUTH_TOKEN=" gateway-key\r\n", ANTHROPIC_BASE_URL=url)
+        self.assertEqual(env["ANTHROPIC_BASE_URL"], url)
+        self.assertEqual(env["ANTHROPIC_AUTH_TOKEN"], "gateway-key")
         self.assertNotIn("gateway-key", json.dumps(self.box.calls()))
-
-    def test_a_gateway_given_as_an_option_is_on_this_host_too(self) -> None:
-        gateway = ("--env", "ANTHROPIC_BASE_URL=http://localhost:4000")
-        result = self.box.run("run", *gateway, "--", 'sh:echo "$ANTHROPIC_BASE_URL"')
-        self.assertEqual(result.out, "http://host.lima.internal:4000\n")
 
     def test_all_that_is_direct_stays_so(self) -> None:
         """`*` counts only alone."""

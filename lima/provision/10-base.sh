@@ -57,7 +57,7 @@ fi
 apt-get update --error-on=any || note "Some package lists are missing: apt-get update failed."
 
 step "installing packages"
-packages=(ca-certificates curl git jq)
+packages=(ca-certificates curl git jq nftables python3-minimal redsocks)  # see ../network.sh
 if [ "$PARAM_minimal" != true ]; then
   packages+=(
     build-essential file less openssh-client procps iproute2 rsync sudo unzip wget
@@ -69,6 +69,7 @@ if [ "$PARAM_minimal" != true ]; then
   ln -sf /usr/bin/fdfind /usr/local/bin/fd  # Debian's name, because another package has fd
 fi
 apt_install "${packages[@]}"
+systemctl disable --now redsocks.service  # a run starts its own
 # The value is the host's LANG, whatever that holds: only a whole line of Debian's list counts.
 if grep -sqxF -e "$PARAM_locale UTF-8" /usr/share/i18n/SUPPORTED; then
   echo "$PARAM_locale UTF-8" > /etc/locale.gen

@@ -19,12 +19,13 @@ def block(folder: Path) -> str:
     """The dict literal, as raw strings: what the reader sees is what the guest gets."""
     lines = ["EMBEDDED: dict[str, str] = {\n"]
     for path in sorted(folder.rglob("*")):
-        if path.suffix not in (".yaml", ".sh"):
+        if path.suffix not in (".yaml", ".sh", ".py"):
             continue
         text = path.read_text()
-        if '"""' in text or not text.endswith("\n"):
+        quotes = "'''" if '"""' in text else '"""'  # as ruff formats it
+        if quotes in text or not text.endswith("\n"):
             raise SystemExit(f"{path}: cannot stand in a raw string, or has no newline at its end")
-        lines.append(f'    "{path.relative_to(folder)}": r"""{text}""",\n')  # as ruff formats it
+        lines.append(f'    "{path.relative_to(folder)}": r{quotes}{text}{quotes},\n')
     return "".join(lines) + "}\n"
 
 

@@ -1,0 +1,106 @@
+#!/bin/bash
+# Sent by a run into its VM, as root, before the agent starts, where the host has closed the network
+# (see qemu.py). First it is seen to be closed, from in here; what is open ends the run. Then every
+# program is led to the host's egress.py, at ports of 127.0.0.1 that ssh has brought here. That is
+# convenience, for what knows no proxy: who undoes it has no network at all.
+# usage: network.sh SSH-PORT [PROXY-PORT DNS-PORT]
+set -eu -o pipefail
+
+# QEMU tells a closed-in VM neither a router nor a resolver; with them it is seen who answers.
+ip route replace default via 192.168.5.2 dev eth0
+resolvectl dns eth0 192.168.5.3 && resolvectl domain eth0 '~.' ||
+  echo "nameserver 192.168.5.3" > /etc/resolv.conf
+
+# The VM's own ssh port listens on the host's loopback: in a VM that is open it is reached there.
+python3 -IS - "$1" <<'PYTHON'
+import contextlib, select, socket, sys, time
+
+host, port = ("192.168.5.2", "10.0.2.2", "fec0::2"), int(sys.argv[1])
+elsewhere = (("192.168.5.3", 53), ("192.168.0.1", 80), ("192.168.1.1", 80), ("10.0.0.1", 80),
+             ("172.16.0.1", 80), ("169.254.169.254", 80), ("1.1.1.1", 443),
+             ("2606:4700:4700::1111", 443))
+query = b"\0\1\1\0\0\1\0\0\0\0\0\0\7example\3com\0\0\1\0\1"  # DNS: A of example.com
+stream, datagram, raw = socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_RAW
+tries = [(stream, 0, one, port, b"") for one in host] + [(stream, 0, *at, b"") for at in elsewhere]
+tries += [(datagram, 0, one, 53, query) for one in (*host, "192.168.5.3", "1.1.1.1", "8.8.8.8")]
+tries += [(datagram, 0, one, 123, b"\x1b" + bytes(47)) for one in ("192.168.5.2", "1.1.1.1")]
+tries += [(raw, 1, "1.1.1.1", 0, b"\x08\0\xf7\xfd\0\1\0\1")]  # an echo request of ICMP
+waiting = {}
+for kind, protocol, address, at, data in tries:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with contextlib.suppress(OSError):  # refused at once, or no route
+        sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
+        with contextlib.suppress(BlockingIOError):
+            sock.connect((address, at))
+        if data:
+            sock.send(data)
+        waiting[sock] = f"{address} port {at} by {kind.name[5:].lower()}"
+end, is_open = time.monotonic() + 0.7, []
+while waiting and time.monotonic() < end:
+    heard, connected, _ = select.select(waiting, waiting, [], 0.05)
+    for sock in {*heard, *connected}:
+        if sock.type != stream and sock not in heard:
+            continue  # a datagram can always be sent
+        with contextlib.suppress(OSError):  # refused
+            if sock.type == stream:
+                sock.getpeername()
+            else:
+                sock.recv(9)
+            is_open.append(waiting[sock])
+        del waiting[sock]
+    time.sleep(0.01)
+sys.exit(f"the network is not closed: {', '.join(is_open)}" if is_open else 0)
+PYTHON
+
+[ "$#" = 3 ] || exit 0  # no way out was asked for
+for tool in redsocks nft; do
+  command -v "$tool" > /dev/null || {
+    echo "the base instance has no $tool, it is older than this agent-vm: agent-vm setup"
+    exit 1
+  }
+done
+mkdir -p /run/agent-vm
+cat > /run/agent-vm/redsocks.conf <<CONF
+base { daemon = on; log_info = off; log = "file:/run/agent-vm/redsocks.log"; redirector = iptables;
+  redsocks_conn_max = 1000; rlimit_nofile = 8192; }
+redsocks { local_ip = 127.0.0.1; local_port = 47105; ip = 127.0.0.1; port = $2;
+  type = http-connect; }
+dnstc { local_ip = 127.0.0.1; local_port = 47106; }
+CONF
+redsocks -c /run/agent-vm/redsocks.conf
+# TCP that would leave the VM goes to redsocks. DNS over UDP is answered "truncated", so that it is
+# asked again over TCP, which goes to egress.py. Containers come by the second chain.
+sysctl -q -w net.ipv4.conf.all.route_localnet=1
+nft -f - <<RULES
+table ip agent-vm
+delete table ip agent-vm
+table ip agent-vm {
+  chain own {
+    type nat hook output priority -110;
+    oifname != "eth0" return
+    udp dport 53 dnat to 127.0.0.1:47106
+    tcp dport 53 dnat to 127.0.0.1:$3
+    meta l4proto tcp dnat to 127.0.0.1:47105
+  }
+  chain containers {
+    type nat hook prerouting priority -110;
+    iifname { "eth0", "lo" } return
+    fib daddr oifname != "eth0" return
+    udp dport 53 dnat to 127.0.0.1:47106
+    tcp dport 53 dnat to 127.0.0.1:$3
+    meta l4proto tcp dnat to 127.0.0.1:47105
+  }
+}
+RULES
+# For services, and for programs that do ask a proxy: it says why it refuses.
+sed -i '/_proxy=/Id' /etc/environment
+for name in http_proxy https_proxy HTTP_PROXY HTTPS_PROXY; do
+  echo "$name=http://127.0.0.1:$2"
+done >> /etc/environment
+echo "no_proxy=localhost,127.0.0.1" >> /etc/environment
+
+said=$(curl -sS -m 10 --noproxy '*' "http://127.0.0.1:$2/" 2>&1) || true
+case $said in
+  agent-vm:*) ;;  # that this is a proxy
+  *) echo "the way out does not answer: ${said:0:300}"; exit 1 ;;
+esac
