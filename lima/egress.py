@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import concurrent.futures
 import contextlib
 import functools
 import hmac
@@ -34,15 +33,20 @@ import struct
 import sys
 import time
 import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from typing import NamedTuple
 
 STARTS: frozenset[str] = frozenset()
 HOST_NAME = "host.lima.internal"  # the host's loopback, in the guest
+LOOPBACK = ("127.0.0.1", "::1")  # HOST_NAME here
 WEB, SMTP, ANY_PORT = frozenset([80, 443]), 25, 0  # a name in DNS has no port yet
 SECONDS = 15.0  # for a resolver's answer, a connection, a head
+MAX_HEAD = 32 * 1024  # bytes
 CREDENTIALS = frozenset(["authorization", "x-api-key", "cookie", "proxy-authorization"])
 Addresses = tuple[str, ...]
+Place = tuple[str, str, int]  # scheme, name, port
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Failure(Exception):
@@ -122,7 +126,7 @@ def decide(
     place, flag = spelled(name, port), f"--allow {spelled(name, port, WEB | {ANY_PORT})}"
     if name == HOST_NAME:
         if port in permissions.host_ports or (port == ANY_PORT and permissions.host_ports):
-            return ("127.0.0.1", "::1")
+            return LOOPBACK
         return Refused(f"{place} is a port of the host that is not opened", f"--host-port {port}")
     if name == "localhost" or name.endswith(".localhost"):
         return Refused(f"{place} is loopback: ports of the host are at {HOST_NAME}")
@@ -146,13 +150,14 @@ def decide(
 # --- doors: sockets, the resolver, the audit's file ---
 
 
-def listen(where: str) -> socket.socket:
+async def listen(where: str, welcome: Any) -> str:
+    """Welcome who connects there; returned is the path, or the port."""
     host, _, rest = where.partition(":")
-    server = socket.socket(socket.AF_UNIX if host == "unix" else socket.AF_INET)
-    server.bind(rest if host == "unix" else (host, int(rest)))
-    server.listen(512)
-    server.setblocking(False)
-    return server
+    if host == "unix":
+        await asyncio.start_unix_server(welcome, rest, limit=MAX_HEAD, backlog=512)
+        return rest
+    server = await asyncio.start_server(welcome, host, int(rest), limit=MAX_HEAD, backlog=512)
+    return str(server.sockets[0].getsockname()[1])
 
 
 def open_audit(path: str) -> int:
@@ -171,11 +176,23 @@ def is_own(address: str) -> bool:
     return False
 
 
+def host_proxy(scheme: str, name: str, port: int) -> str:
+    """The URL of the host's own proxy; "" where it is not to be asked."""
+    is_set = any(variable.lower().endswith("_proxy") for variable in os.environ)
+    if not is_set or name in (HOST_NAME, "localhost", *LOOPBACK):
+        return ""
+    from urllib.request import getproxies_environment  # late, as it takes 50 ms
+    from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]
+
+    if proxy_bypass_environment(spelled(name, port)):
+        return ""
+    return getproxies_environment().get(scheme, "")
+
+
 async def resolve(name: str) -> Addresses:
     """The addresses that the host's resolver has for it now."""
-    ask = functools.partial(socket.getaddrinfo, name, None, type=socket.SOCK_STREAM)
+    asking = asyncio.get_running_loop().getaddrinfo(name, None, type=socket.SOCK_STREAM)
     try:
-        asking = asyncio.get_running_loop().run_in_executor(None, ask)
         found = await asyncio.wait_for(asking, SECONDS)
     except (OSError, UnicodeError, asyncio.TimeoutError) as error:
         late = not error.args or error.args[0] == socket.EAI_AGAIN
@@ -183,93 +200,77 @@ async def resolve(name: str) -> Addresses:
     return tuple(dict.fromkeys(str(row[4][0]) for row in found))[:32]
 
 
-async def dial(addresses: Addresses, port: int) -> socket.socket:
+async def dial(addresses: Addresses, port: int) -> Streams:
     """A connection to the first address that takes it."""
     why = "no address"
     for address in addresses:
         try:
-            sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
-            sock.setblocking(False)
-            opening = asyncio.get_running_loop().sock_connect(sock, (address, port))
-            await asyncio.wait_for(opening, SECONDS)
-            return sock
+            opening = asyncio.open_connection(address, port, limit=MAX_HEAD)
+            return await asyncio.wait_for(opening, SECONDS)
         except (OSError, asyncio.TimeoutError) as error:
             why = getattr(error, "strerror", "") or "no answer"
     raise Failure(f"no connection to port {port}: {why}", 502)
 
 
-async def secure(sock: socket.socket, context: ssl.SSLContext, name: str) -> Any:
-    try:
-        return await asyncio.open_connection(sock=sock, ssl=context, server_hostname=name)
-    except OSError as error:
-        raise Failure(f"no TLS with {name}: {error.strerror or error}", 502) from None
-
-
 # --- the story: a request, after which its connection is over ---
 
 
-async def judge(side: Side, scheme: str, name: str, port: int) -> tuple[str, Addresses | Refused]:
-    """(the name that counts, verdict): an address that DNS gave out counts as the name it is of."""
-    refusals = []
-    for known in (*side.given.get(name, ()), name):
-        verdict = decide(side.permissions, known, port, None)
-        if verdict == () and (is_address(known) or not side.proxy_for(scheme, known, port)):
-            found = (name,) if is_address(name) else await resolve(name)
-            verdict = decide(side.permissions, known, port, found, tuple(filter(is_own, found)))
-        if not isinstance(verdict, Refused):
-            return known, verdict
-        refusals.append((known, verdict))
-    return refusals[0]
-
-
-async def serve_guest(side: Side, client: Wire) -> None:
-    request = await client.read_request()
-    scheme = "http" if request.path else "https"
-    name, verdict = await judge(side, scheme, request.name, request.port)
+async def permit(side: Side, scheme: str, name: str, port: int) -> Addresses:
+    """The addresses that it may be reached at; none where the host's proxy is told the name."""
+    verdict = decide(side.permissions, name, port, None)
+    if verdict == () and (is_address(name) or not host_proxy(scheme, name, port)):
+        found = (name,) if is_address(name) else await resolve(name)
+        verdict = decide(side.permissions, name, port, found, tuple(filter(is_own, found)))
     if isinstance(verdict, Refused):
-        side.audit.refuse(name, request.port, verdict)
+        side.refuse(name, port, verdict)
         raise Failure("refused: " + "; ".join(filter(None, verdict)), 403)
-    upstream = await side.connect(client, scheme, name, request.port, verdict)
-    await client.lead(upstream, request, side.head_of(request, request.headers))
+    return verdict
 
 
-async def serve_agent(side: Side, client: Wire) -> None:  # to the model's API
-    request = await client.read_request()
-    if not side.passes(request):
+async def serve_guest(side: Side, request: Request, exchange: Exchange) -> None:
+    scheme = "http" if request.path else "https"
+    name = side.given.get(request.name, request.name)  # an address that DNS gave out is its name
+    addresses = await permit(side, scheme, name, request.port)
+    await exchange.lead(request, request.headers, (scheme, name, request.port), addresses)
+
+
+async def serve_agent(side: Side, request: Request, exchange: Exchange) -> None:
+    broker = side.broker  # of the credential for a model's API
+    if not broker.passes(request):
         raise Failure(f"{request.method} {request.path} is not passed on", 404)
     headers = [row for row in request.headers if row[0] not in CREDENTIALS]
     if request.method != "HEAD":  # with that, Claude Code asks whether somebody is there
-        given = dict(request.headers).get(side.header, "")
-        if not hmac.compare_digest(given.encode(), side.placeholder):
+        given = dict(request.headers).get(broker.header, "")
+        if not hmac.compare_digest(given.encode(), broker.placeholder):
             raise Failure("this is not the placeholder of the credential", 401)
-        headers.append((side.header, side.credential))
-    upstream = await side.connect(client, *side.upstream, None)
-    await client.lead(upstream, request, side.head_of(request, headers))
+        headers.append((broker.header, broker.credential))
+    await exchange.lead(request, headers, broker.place, None)  # who started it is its judge
 
 
 # --- you may stop here: what follows only calls what is above ---
 
 
-# --- pure: names, heads and DNS, strictly ---
+# --- pure: names, requests and DNS, strictly ---
 
 NAME = re.compile(r"(?=.{1,253}\Z)(?:(?!-)[a-z0-9_-]{1,63}(?<!-)(?:\.(?!\Z)|\Z))+").fullmatch
 NUMBER = re.compile(r"(.*\.)?([0-9]+|0x[0-9a-f]*)", re.ASCII).fullmatch
 PLACE = re.compile(r"(\[[^][]*\]|[^][:]*)(?::([1-9][0-9]{0,4}))?", re.ASCII).fullmatch
-FIRST_LINE = re.compile(
-    r"(?:([A-Z-]{1,30}) ([!-~]+) )?(HTTP/1\.[01])(?: ([1-5][0-9]{2}[\t -~\x80-\xff]*))?"
+# Strict, as a lenient reader can be made to see another message than the next (RFC 9112, 11.2).
+HEAD = re.compile(
+    r"([A-Z-]{1,30}) ([!-~]+) (HTTP/1\.[01])\r\n"
+    r"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n)*)\r\n"
 ).fullmatch
-ROWS = re.compile(r"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n)*").fullmatch
 URL = re.compile(r"(?i:http)://([^/?#@\\]+)((?:[/?][^#]*)?)").fullmatch
-HOP_BY_HOP = {"connection", "keep-alive", "proxy-connection", "te", "trailer", "upgrade", "expect"}
+HOP_BY_HOP = {"connection", "keep-alive", "proxy-connection", "te", "trailer", "upgrade"}
 Headers = list[tuple[str, str]]
-TTL, EDNS = 60, b"\0\0\x29\x04\xd0\0\0\0\0\0\0"  # seconds; an OPT row (RFC 6891)
+A, AAAA, SERVER_FAILED, NO_NAME, TTL = 1, 28, 2, 3, 60  # RFC 1035
 
 
 class Request(NamedTuple):
     method: str
     name: str  # in its normal form; none where the request is for a broker
     port: int
-    path: str
+    path: str  # none of CONNECT
     version: str
     headers: Headers
     length: int
@@ -300,18 +301,13 @@ def host_and_port(text: str, default: int = 0) -> tuple[str, int]:
     return normal_host(match[1]), port
 
 
-def parse_head(data: bytes) -> tuple[Any, Headers]:
-    """(the first line's match, headers); strict, as a lenient reader can be made to see another
-    message than the next one (RFC 9112, 11.2)."""
-    line, _, block = (data + b"\r\n").decode("latin-1").partition("\r\n")
-    match, rows = FIRST_LINE(line), [row.partition(":") for row in block.split("\r\n")[:-1]]
-    if not match or not ROWS(block):
-        raise Failure("a malformed head", 400)
-    return match, [(name.lower(), value.strip(" \t")) for name, _, value in rows]
-
-
 def parse_request(data: bytes, is_proxy: bool) -> Request:
-    match, headers = parse_head(data)
+    match = HEAD(data.decode("latin-1"))
+    if not match:
+        raise Failure("a malformed head", 400)
+    method, target, version, block = match.groups()
+    rows = [row.partition(":") for row in block.split("\r\n")[:-1]]
+    headers = [(name.lower(), value.strip(" \t")) for name, _, value in rows]
     once, names = dict(headers), [name for name, _ in headers]
     for name in ("host", "content-length", *CREDENTIALS):
         if names.count(name) > 1:
@@ -319,13 +315,12 @@ def parse_request(data: bytes, is_proxy: bool) -> Request:
     size = once.get("content-length", "0")
     if "transfer-encoding" in once or not re.fullmatch("[0-9]{1,15}", size, re.ASCII):
         raise Failure("a body has to say its Content-Length", 411)
-    method, target, version, _ = match.groups()
-    if not is_proxy and method:
+    if not is_proxy:
         return Request(method, "", 0, target, version, headers, int(size))
     if method == "CONNECT" and not int(size):
         name, port = host_and_port(target)
         return Request(method, name, port, "", version, headers, 0)
-    url = URL(target or "")
+    url = URL(target)
     if not url or method == "CONNECT":
         raise Failure("this is a proxy: CONNECT HOST:PORT, or a method and http://HOST/…", 400)
     name, port = host_and_port(url[1], 80)
@@ -336,11 +331,11 @@ def parse_request(data: bytes, is_proxy: bool) -> Request:
     return Request(method, name, port, path, version, headers, int(size))
 
 
-def end_to_end(headers: Headers, *dropped: str) -> str:
-    """The rest of a head, without what is for one hop (RFC 9110, 7.6.1)."""
+def end_to_end(headers: Headers) -> str:
+    """Those that are not for one hop (RFC 9110, 7.6.1), and the end of the head."""
     named = ",".join(value.lower() for name, value in headers if name == "connection")
-    gone = {*(word.strip() for word in named.split(","))} - {"content-length", "transfer-encoding"}
-    gone |= {*HOP_BY_HOP, *dropped}
+    gone = {*(word.strip() for word in named.split(","))} - {"content-length"}
+    gone |= {*HOP_BY_HOP, "host", "proxy-authorization"}
     rows = [f"{name}: {value}\r\n" for name, value in headers if name not in gone]
     return "".join([*rows, "connection: close\r\n\r\n"])
 
@@ -357,166 +352,174 @@ def parse_query(data: bytes) -> tuple[str, int, int]:
     return ".".join(labels), int.from_bytes(data[at + 1 : at + 3], "big"), at + 5
 
 
-def answer_to(query: bytes, end: int, code: int, addresses: Addresses) -> bytes:
-    rows = b""
-    for address in addresses:
-        value = ipaddress.ip_address(address).packed
-        rows += b"\xc0\x0c" + query[end - 4 : end] + struct.pack(">IH", TTL, len(value)) + value
-    head = query[:2] + bytes([0x80 | query[2] & 1, 0x80 | code])
-    head += struct.pack(">4H", 1, len(addresses), 0, query[11])
-    packet = head + query[12:end] + rows + EDNS * query[11]
+def answer_to(query: bytes, end: int, code: int, address: str) -> bytes:
+    """With the address, if there is one; end: of the question."""
+    row = b""
+    if address:
+        row = b"\xc0\x0c\0\1\0\1" + struct.pack(">IH", TTL, 4) + socket.inet_aton(address)
+    flags = bytes([0x80 | query[2] & 1, 0x80 | code])
+    counts = struct.pack(">4H", 1, 1 if row else 0, 0, 0)
+    packet = query[:2] + flags + counts + query[12:end] + row
     return struct.pack(">H", len(packet)) + packet
 
 
 # --- plumbing: connections ---
 
-CHUNK, MAX_HEAD = 256 * 1024, 32 * 1024  # bytes that one direction holds, or a head has, at most
-ANSWER_SECONDS = 600.0  # for an answer to begin: as long as Claude Code waits
-IDLE_SECONDS = 120.0  # for the next query
-HALF_SECONDS = 600.0  # one way of a tunnel has ended, and nothing comes on the other
+BUFFER = memoryview(bytearray(64 * 1024))  # of all: what has come is written before more is read
+IDLE_SECONDS = 600.0  # when one way is left, and nothing comes on it; as long as Claude Code waits
 LINGER_SECONDS = 5.0  # for a client to read what it was sent
-MAX_CLIENTS, MAX_KNOWN = 1000, 4096  # connections; addresses given out, and refusals told apart
-MAX_LOOKUPS = 32  # at once; MAX_QUERIES of a connection wait for them
-MAX_QUERIES = 64
-FIRST = asyncio.FIRST_COMPLETED
-A, AAAA, SERVER_FAILED, NO_NAME = 1, 28, 2, 3  # RFC 1035
+MAX_CLIENTS, MAX_LOOKUPS = 1000, 32  # at once
+MAX_REFUSALS, MAX_STAND_INS = 4096, 65534  # told apart; given out by DNS
+STAND_INS = ipaddress.ip_network("198.18.0.0/16")
 HOST_ADDRESS = "192.168.5.2"  # HOST_NAME in the guest
+FIRST = asyncio.FIRST_COMPLETED
 
 
-class Wire:
-    """A connection of either side, and what has come on it that nobody has read."""
+class End(asyncio.BufferedProtocol):
+    """One end of a connection: so many bytes of what comes here are written to the other end."""
 
-    def __init__(self, side: Side, sock: socket.socket, status: int) -> None:
-        self.side, self.sock, self.status = side, sock, status  # the status: of its failures
-        self.tls: Any = None  # its two streams, once it is secured
-        self.upstream: Wire | None = None
-        self.buffer, self.sent, self.about = bytearray(), 0, ("", 0)
-        with contextlib.suppress(OSError):  # a unix socket has none of this
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer  # a writer that is forgotten closes
+        self.transport: Any = writer.transport
+        self.other, self.stays_open = self, True
+        self.left, self.moved = 0, 0  # bytes that may still pass, and that did
+        self.ended = asyncio.get_running_loop().create_future()  # nothing more comes
+        self.lost = asyncio.get_running_loop().create_future()  # with an OSError, or None
 
-    async def recv(self) -> bytes:
-        """Some bytes; none when the other end has finished."""
-        if self.buffer:
-            data, self.buffer = bytes(self.buffer), bytearray()
-            return data
+    async def read_head(self, status: int, late: int) -> bytes:
         try:
-            if self.tls:
-                return bytes(await self.tls[0].read(CHUNK))
-            return await asyncio.get_running_loop().sock_recv(self.sock, CHUNK)
-        except OSError as error:
-            raise Failure(f"the connection broke: {error.strerror}", self.status) from None
-
-    async def send(self, data: bytes) -> None:
-        self.sent += len(data)
-        try:
-            if not self.tls:
-                return await asyncio.get_running_loop().sock_sendall(self.sock, data)
-            self.tls[1].write(data)
-            await self.tls[1].drain()
-        except OSError as error:
-            raise Failure(f"the connection broke: {error.strerror}", self.status) from None
-
-    async def until(self, end: bytes, limit: int) -> bytes:
-        """What comes before `end`, which is taken off; with an empty one, `limit` bytes."""
-        while (at := self.buffer.find(end, 0 if end else limit)) < 0:
-            had, self.buffer = self.buffer, bytearray()
-            data = await self.recv() if len(had) < limit else b""
-            if not data:
-                raise Failure("half a message, or one that is too long", self.status)
-            self.buffer = had + data
-        data = bytes(self.buffer[:at])
-        del self.buffer[: at + len(end)]
-        return data
-
-    async def head(self, seconds: float) -> bytes:
-        try:
-            return await asyncio.wait_for(self.until(b"\r\n\r\n", MAX_HEAD), seconds)
+            return await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), SECONDS)
         except asyncio.TimeoutError:
-            raise Failure("no head in time", 408 if self.status == 400 else 504) from None
+            raise Failure("no head in time", late) from None
+        except (EOFError, OSError, asyncio.LimitOverrunError):
+            raise Failure("half a head, or one that is too long", status) from None
 
-    async def read_status(self, seconds: float) -> tuple[str, Headers]:
+    async def take_over(self) -> bytes:
+        """Get what comes once reading is resumed; returned is what has come before."""
+        self.reader.feed_eof()
+        early = await self.reader.read()
+        self.transport.pause_reading()
+        self.transport.set_protocol(self)
+        return early
+
+    def pass_on(self, data: bytes) -> None:
+        passing = data[: self.left]
+        self.left -= len(passing)
+        self.moved += len(passing)
+        if passing and not self.other.lost.done():
+            self.other.transport.write(passing)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return BUFFER
+
+    def buffer_updated(self, size: int) -> None:
+        self.pass_on(bytes(BUFFER[:size]))  # a copy: asyncio keeps what it cannot send at once
+
+    def pause_writing(self) -> None:
+        if not self.other.lost.done():
+            self.other.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        if not self.other.lost.done():
+            self.other.transport.resume_reading()
+
+    def eof_received(self) -> bool:
+        if not self.ended.done():
+            self.ended.set_result(None)
+        return self.stays_open
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.lost.done():
+            self.lost.set_result(error)
+        self.eof_received()
+
+    async def secure(self, context: ssl.SSLContext, name: str) -> None:
+        self.stays_open = False  # TLS has no half that ends
+        start = asyncio.get_running_loop().start_tls
         try:
-            match, headers = parse_head(await self.head(seconds))
-        except Failure as failure:
-            raise Failure(f"the server: {failure.args[0]}", max(502, failure.args[1])) from None
-        if match[1] or not match[4]:
-            raise Failure("the server: no answer to a request", 502)
-        return match[4], headers
+            self.transport = await start(self.transport, self, context, server_hostname=name)
+        except OSError as error:
+            raise Failure(f"no TLS with {name}: {error.strerror or error}", 502) from None
 
-    async def read_request(self) -> Request:
-        return parse_request(await self.head(SECONDS), not self.side.routes)
-
-    async def pass_on(self, to: Wire, left: int = sys.maxsize) -> None:
-        """Pass on what comes, or so many bytes of it, and that it ends."""
-        while left and (data := await self.recv()):
-            await to.send(data[:left])
-            left -= len(data[:left])
+    def write_eof(self) -> None:
         with contextlib.suppress(OSError):
-            to.sock.shutdown(socket.SHUT_WR)
+            self.transport.write_eof()
 
-    async def pass_body(self, to: Wire, left: int) -> None:
-        """Pass on so many bytes; what follows them is no part of the request, and dropped."""
-        while left:
-            data = await self.recv()
-            if not data:
-                raise Failure("half a body", 400)
-            with contextlib.suppress(Failure):  # an early answer is an answer
-                await to.send(data[:left])
-            left -= len(data[:left])
-        await self.drain()
-        if self.side.routes:  # an agent that was interrupted: what it asked for costs money
-            raise Failure("it has left", 400)
+    def break_off(self) -> None:
+        """Close what is open yet; the other program is told that more should have come."""
+        if not self.lost.done():
+            with contextlib.suppress(OSError):
+                sock = self.transport.get_extra_info("socket")
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.transport.abort()
+            self.connection_lost(None)
 
-    async def pass_answer(self, to: Wire, method: str) -> None:
-        """Pass on an answer, event by event, under a head that is rebuilt."""
-        status, headers = await self.read_status(ANSWER_SECONDS)
-        while status.startswith("1"):  # RFC 9110, 15.2
-            status, headers = await self.read_status(ANSWER_SECONDS)
-        dropped = ["set-cookie"] if self.side.routes else []
-        await to.send(f"HTTP/1.1 {status}\r\n{end_to_end(headers, *dropped)}".encode("latin-1"))
-        size = dict(headers).get("content-length", "")  # not all servers end a connection there
-        if method == "HEAD" or status[:3] in ("204", "304"):
-            size = "0"
-        await self.pass_on(to, int(size) if re.fullmatch("[0-9]{1,15}", size) else sys.maxsize)
 
-    async def lead(self, to: Wire, request: Request, head: bytes) -> None:
-        """Both ways of a connection, until they are over, or the answer is, or one fails."""
-        if request.path:
-            await to.send(head)
-            ways = [to.pass_answer(self, request.method), self.pass_body(to, request.length)]
+class Exchange:
+    """A client's connection, and the one that its request leads to."""
+
+    def __init__(self, side: Side, client: End) -> None:
+        self.side, self.client, self.ends = side, client, [client]
+
+    async def lead(
+        self, request: Request, headers: Headers, place: Place, to: Addresses | None
+    ) -> None:
+        """Connect to what was judged, or to the host's proxy, which is told the name."""
+        (scheme, name, port), is_tunnel = place, not request.path
+        self.side.record(name, port, "allowed")
+        proxy = parse_proxy(host_proxy(scheme, name, port))
+        if proxy or to is None:
+            to = await resolve(proxy[0] if proxy else name)
+        upstream = End(*await dial(to, proxy[1] if proxy else port))
+        self.ends.append(upstream)
+        if proxy and scheme == "https":
+            asked = spelled(name, port)
+            head = f"CONNECT {asked} HTTP/1.1\r\nhost: {asked}\r\n{proxy[2]}\r\n"
+            upstream.transport.write(head.encode())
+            status = (await upstream.read_head(502, 504)).decode("latin-1").split("\r\n")[0]
+            if not re.match(r"HTTP/1\.[01] 2", status):
+                raise Failure(f"the host's proxy says {status.partition(' ')[2]}", 502)
+        early = await upstream.take_over()
+        if scheme == "https" and not is_tunnel:
+            if early:  # in clear text, it would be taken for what the API says
+                raise Failure("the host's proxy says more than it was asked", 502)
+            await upstream.secure(self.side.broker.context, name)
+        self.client.other, upstream.other = upstream, self.client
+        upstream.left = sys.maxsize
+        if is_tunnel:
+            self.client.left, early = sys.maxsize, b"HTTP/1.1 200 OK\r\n\r\n" + early
         else:
-            await self.send(b"HTTP/1.1 200 OK\r\n\r\n")
-            ways = [to.pass_on(self), self.pass_on(to)]
-        tasks = [asyncio.ensure_future(way) for way in ways]
-        last = tasks[:1] if request.path else tasks
+            self.client.left = request.length
+            upstream.transport.write(self.side.head_of(request, headers, place, proxy))
+        upstream.pass_on(early)
+        self.client.pass_on(await self.client.take_over())
+        for end in self.ends:
+            end.transport.resume_reading()
         try:
-            waiting, moved = set(tasks), -1
-            while waiting.intersection(last):
-                half = HALF_SECONDS if len(waiting) < len(last) else None
-                done, waiting = await asyncio.wait(waiting, timeout=half, return_when=FIRST)
-                for task in done:
-                    task.result()
-                if not done and moved == self.sent + to.sent:
-                    raise Failure("half of it has ended, and nothing comes on the other", 504)
-                moved = self.sent + to.sent
+            await self.wait(self.client, upstream, is_tunnel)
         finally:
-            for task in tasks:
-                task.cancel()
-            # A socket that is closed while the loop still watches it would spoil the next one.
-            await asyncio.gather(*tasks, return_exceptions=True)
+            size = self.client.moved + upstream.moved
+            self.side.record(name, port, "closed", size=size)
 
-    async def drain(self) -> None:
-        while await self.recv():
-            pass
-
-    def close(self, is_whole: bool = True) -> None:
-        """Close it; where more should have come, so that the other end is told."""
-        if self.tls:
-            self.tls[1].transport.abort()
-        elif not is_whole:
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.sock.close()
+    async def wait(self, client: End, upstream: End, is_tunnel: bool) -> None:
+        """Until both ways of a tunnel have ended, or the answer to a request has."""
+        moved = 0
+        while not upstream.ended.done() or (is_tunnel and not client.ended.done()):
+            waiting = [one for end in self.ends for one in (end.ended, end.lost) if not one.done()]
+            seconds = None if is_tunnel and len(waiting) == 4 else IDLE_SECONDS
+            done, _ = await asyncio.wait(waiting, timeout=seconds, return_when=FIRST)
+            if not done and moved == client.moved + upstream.moved:
+                raise Failure("nothing comes any more", 504)
+            moved = client.moved + upstream.moved
+            for end in self.ends:
+                if end.lost.done() and end.lost.result():
+                    raise Failure(f"the connection broke: {end.lost.result()}", 502)
+                if end.ended.done() and is_tunnel:
+                    end.other.write_eof()
+            if not is_tunnel and client.ended.done() and (client.left or self.side.broker):
+                raise Failure("the client has left", 400)
+        if not upstream.moved:
+            raise Failure("the server has ended without an answer", 502)
 
 
 # --- plumbing: what the connections share ---
@@ -534,74 +537,27 @@ ERRORS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_f
           408: "invalid_request_error", 411: "invalid_request_error"}  # fmt: skip
 
 
-class Audit:
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.refused: dict[tuple[str, int, Refused], int] = {}
+class Broker:
+    """What a guest may ask of a model's API. It has the placeholder; this has the credential."""
 
-    def record(self, host: str, port: int, verdict: str, reason: str = "", size: int = 0) -> None:
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        row = {"time": now, "host": host, "port": port, "verdict": verdict, "reason": reason}
-        try:
-            if self.fd >= 0:
-                os.write(self.fd, json.dumps({**row, "bytes": size}).encode() + b"\n")
-        except OSError as error:
-            raise Failure(f"the audit cannot be written: {error.strerror}", 503) from None
-
-    def refuse(self, host: str, port: int, refused: Refused) -> None:
-        key = (host, port, refused)
-        if key not in self.refused and len(self.refused) >= MAX_KNOWN:
-            key = ("", 0, Refused("others"))
-        self.refused[key] = self.refused.get(key, 0) + 1
-        self.record(host, port, "refused", refused.reason)
-
-
-class Side:
-    """One side of a run: what it may do, and what its connections share."""
-
-    routes: tuple[str, ...] = ()  # of a broker
-    prefix = ""
-
-    def __init__(self, permissions: Permissions, audit: Audit) -> None:
-        self.permissions, self.audit = permissions, audit
-        self.given: dict[str, tuple[str, ...]] = {}  # address: the names it was given out for
-        self.stand_ins: dict[str, str] = {}
-        self.clients: set[Any] = set()
-        self.proxies: dict[str, Any] = {}
-        env = {name.lower(): value for name, value in os.environ.items()}
-        self.no_proxy = env.get("no_proxy", "").lower().replace(",", " ").split()
-        for scheme in ("http", "https"):
-            if env.get(f"{scheme}_proxy"):
-                self.proxies[scheme] = parse_proxy(env[f"{scheme}_proxy"])
-
-    def proxy_for(self, scheme: str, name: str, port: int) -> Any:
-        """(host, port, header) of the host's own proxy; None where it is not to be asked."""
-        local = name in (HOST_NAME, "localhost") or (is_address(name) and kind_of(name, CLOSED))
-        entries = [entry.replace(f":{port}", "").lstrip("*.") for entry in self.no_proxy]
-        if local or "*" in self.no_proxy or any(f".{name}".endswith(f".{one}") for one in entries):
-            return None
-        return self.proxies.get(scheme)
-
-    def take_credential(self, line: bytes, provider: str, url: str) -> None:
-        """Become a broker. The guest has the placeholder; the credential stays in this process."""
+    def __init__(self, line: bytes, provider: str, url: str) -> None:
         default, self.routes = PROVIDERS[provider]
         address = urllib.parse.urlsplit(url or default)
         name, port = host_and_port(address.netloc, 443 if address.scheme == "https" else 80)
-        self.upstream, self.prefix = (address.scheme, name, port), address.path.rstrip("/")
+        self.place, self.prefix = (address.scheme, name, port), address.path.rstrip("/")
         if address.scheme == "https":
             self.context = ssl.create_default_context()
             if os.environ.get("NODE_EXTRA_CA_CERTS"):  # as Claude Code does
                 self.context.load_verify_locations(os.environ["NODE_EXTRA_CA_CERTS"])
-        elif address.scheme != "http" or name not in ("localhost", "127.0.0.1", "::1"):
+        elif address.scheme != "http" or name not in ("localhost", *LOOPBACK):
             raise Failure("--upstream must be https: the credential would go in clear")
         try:
             given = json.loads(line)
             self.header = {name: name for name in ("authorization", "x-api-key")}[given["header"]]
             scheme = "Bearer " if self.header == "authorization" else ""
-            if not all(
-                re.fullmatch("[!-~]{8,}", given[key]) for key in ("placeholder", "credential")
-            ):
-                raise ValueError
+            for key in ("placeholder", "credential"):
+                if not re.fullmatch("[!-~]{8,}", given[key]):
+                    raise ValueError
             self.placeholder = (scheme + given["placeholder"]).encode()
             self.credential = scheme + given["credential"]
         except (ValueError, KeyError, TypeError):
@@ -613,64 +569,60 @@ class Side:
         known = any(re.fullmatch(route.replace("*", part), asked) for route in self.routes)
         return known and re.fullmatch("[A-Za-z0-9_.~%&=,:-]*", query) is not None
 
-    def head_of(self, request: Request, headers: Headers) -> bytes:
+
+class Side:
+    """One side of a run: what it may do, and what its connections share."""
+
+    broker: Any = None
+
+    def __init__(self, permissions: Permissions, audit: int) -> None:
+        self.permissions, self.audit = permissions, audit
+        self.refused: dict[tuple[str, int, Refused], int] = {}
+        self.stand_ins: dict[str, str] = {HOST_NAME: HOST_ADDRESS}  # what DNS says of a name
+        # How the guest's /etc/hosts spells HOST_NAME, when it does not ask DNS.
+        self.given = {HOST_ADDRESS: HOST_NAME} if permissions.host_ports else {}
+        self.clients: set[Any] = set()
+        self.lookups: set[Any] = set()
+
+    def record(self, host: str, port: int, verdict: str, reason: str = "", size: int = 0) -> None:
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        row = {"time": now, "host": host, "port": port, "verdict": verdict, "reason": reason}
+        try:
+            if self.audit >= 0:
+                os.write(self.audit, json.dumps({**row, "bytes": size}).encode() + b"\n")
+        except OSError as error:
+            raise Failure(f"the audit cannot be written: {error.strerror}", 503) from None
+
+    def refuse(self, host: str, port: int, refused: Refused) -> None:
+        key = (host, port, refused)
+        if key not in self.refused and len(self.refused) >= MAX_REFUSALS:
+            key = ("", 0, Refused("others"))
+        self.refused[key] = self.refused.get(key, 0) + 1
+        self.record(host, port, "refused", refused.reason)
+
+    def stand_in(self, name: str) -> str:
+        """The address that is the name, here and from now on."""
+        if name not in self.stand_ins:
+            if len(self.given) >= MAX_STAND_INS:
+                raise Failure("all addresses are given out", 503)
+            self.stand_ins[name] = str(STAND_INS[len(self.given) + 1])
+            self.given[self.stand_ins[name]] = name
+        return self.stand_ins[name]
+
+    def head_of(self, request: Request, headers: Headers, place: Place, proxy: Any) -> bytes:
         """The head of the request that is sent on: nothing in it is for one hop."""
-        scheme, name, port = self.upstream if self.routes else ("http", *request[1:3])
+        scheme, name, port = place
         host = spelled(name, port, frozenset([443 if scheme == "https" else 80]))
-        target, more, proxy = self.prefix + request.path, "", self.proxy_for(scheme, name, port)
+        target, more = (self.broker.prefix if self.broker else "") + request.path, ""
         if proxy and scheme == "http":
             target, more = f"http://{host}{target}", proxy[2]
-        end = end_to_end(headers, "host", "proxy-authorization")
-        head = f"{request.method} {target} {request.version}\r\nhost: {host}\r\n{more}{end}"
-        return head.encode("latin-1")
-
-    async def connect(self, client: Wire, scheme: str, name: str, port: int, to: Any) -> Wire:
-        """A connection to what was judged, or to the host's proxy, which is told the name."""
-        self.audit.record(name, port, "allowed")
-        client.about = (name, port)
-        proxy = self.proxy_for(scheme, name, port)
-        if proxy or to is None:  # the judge of a broker is who started it
-            to = await resolve(proxy[0] if proxy else name)
-        upstream = Wire(self, await dial(to, proxy[1] if proxy else port), 502)
-        client.upstream = upstream
-        if proxy and scheme == "https":
-            place = spelled(name, port)
-            ask = f"CONNECT {place} HTTP/1.1\r\nhost: {place}\r\n{proxy[2]}\r\n"
-            await upstream.send(ask.encode())
-            status, _ = await upstream.read_status(2 * SECONDS)
-            if not status.startswith("2"):
-                raise Failure(f"the host's proxy says {status}", 502)
-        if self.routes and scheme == "https":
-            if upstream.buffer:  # in clear text, it would be taken for what the API says
-                raise Failure("the host's proxy says more than it was asked", 502)
-            upstream.tls = await secure(upstream.sock, self.context, name)
-        return upstream
-
-    async def addresses_of(self, name: str) -> Addresses:
-        """What DNS tells the guest; from then on each of them counts as the name."""
-        name = normal_host(name)
-        _, verdict = await judge(self, "https", name, ANY_PORT)
-        if isinstance(verdict, Refused):
-            self.audit.refuse(name, ANY_PORT, verdict)
-            return ()
-        addresses = (HOST_ADDRESS,) if name == HOST_NAME else verdict[:16]
-        if not addresses:
-            # The host's proxy will resolve it: until then, an address that is nobody's.
-            if len(self.stand_ins) > MAX_KNOWN:
-                self.stand_ins.clear()
-            stand_in = ipaddress.IPv4Address("198.18.0.1") + len(self.stand_ins)
-            addresses = (self.stand_ins.setdefault(name, str(stand_in)),)
-        for address in addresses:
-            names = (name, *self.given.pop(address, ()))
-            self.given[address] = tuple(dict.fromkeys(names))[:8]
-            if len(self.given) > MAX_KNOWN:
-                del self.given[next(iter(self.given))]
-        return addresses
+        head = f"{request.method} {target} {request.version}\r\nhost: {host}\r\n{more}"
+        return (head + end_to_end(headers)).encode("latin-1")
 
     def told(self, reason: str, status: int) -> bytes:
         """Why a request is not served: in the status line, which most programs show, and whole."""
         kind, body = "text/plain", f"agent-vm: {reason}\n"
-        if self.routes:
+        if self.broker:
             error = {"type": ERRORS.get(status, "api_error"), "message": f"agent-vm: {reason}"}
             kind, body = "application/json", json.dumps({"type": "error", "error": error}) + "\n"
         size = f"content-type: {kind}\r\ncontent-length: {len(body.encode())}\r\n"
@@ -678,74 +630,71 @@ class Side:
         return (head + body).encode()
 
 
-async def serve_names(side: Side, client: Wire) -> None:
-    """DNS over TCP (RFC 7766): a query is answered when it can be, whatever came before it."""
-    lock = asyncio.Lock()
-
-    async def answer(query: bytes, name: str, kind: int, end: int) -> None:
-        code, found = 0, Addresses()
+async def serve_request(side: Side, *streams: Any) -> None:
+    client = End(*streams)
+    exchange = Exchange(side, client)
+    try:
         try:
-            found = await side.addresses_of(name) if kind in (A, AAAA) else ()
-            code = 0 if found or kind not in (A, AAAA) else NO_NAME
+            request = parse_request(await client.read_head(400, 408), not side.broker)
+            await (serve_agent if side.broker else serve_guest)(side, request, exchange)
         except Failure as failure:
-            code = SERVER_FAILED if failure.args[1] == 504 else NO_NAME
-        wanted = tuple(address for address in found if (":" in address) == (kind == AAAA))
-        async with lock:
-            await client.send(answer_to(query, end, code, wanted))
-
-    pending: set[Any] = set()
-    try:
-        while True:
-            size = await asyncio.wait_for(client.until(b"", 2), IDLE_SECONDS)
-            query = client.until(b"", int.from_bytes(size, "big"))
-            data = await asyncio.wait_for(query, SECONDS)
-            if len(pending) >= MAX_QUERIES:
-                await asyncio.wait(pending, return_when=FIRST)
-            task = asyncio.ensure_future(answer(data, *parse_query(data)))
-            pending.add(task)
-            task.add_done_callback(pending.discard)
-    except asyncio.TimeoutError:
-        raise Failure("no query in time", 408) from None
+            for upstream in exchange.ends[1:]:
+                upstream.break_off()
+                if upstream.moved:
+                    raise  # a part of an answer, or of a tunnel
+            client.transport.write(side.told(*failure.args))
+        # Bytes that nobody has read would reset the client's connection.
+        client.left = 0
+        await client.take_over()
+        client.write_eof()
+        client.transport.resume_reading()
+        await asyncio.wait([client.ended], timeout=LINGER_SECONDS)
+        for end in exchange.ends:
+            end.transport.close()
+        await asyncio.wait([end.lost for end in exchange.ends], timeout=IDLE_SECONDS)
     finally:
-        for task in pending:
-            task.cancel()
+        for end in exchange.ends:
+            end.break_off()
 
 
-async def attend(side: Side, story: Any, sock: socket.socket) -> None:
-    """A client, to its end: what is refused can be read before the connection is closed."""
-    client, is_whole = Wire(side, sock, 400), False
-    try:
-        await story(side, client)
-        is_whole = True
-    except Failure as failure:
-        is_whole = not client.sent  # else half of an answer, or of a tunnel
-        with contextlib.suppress(Failure):
-            if is_whole and story is not serve_names:
-                await client.send(side.told(*failure.args))
-    finally:
-        with contextlib.suppress(OSError, Failure, asyncio.TimeoutError):
-            if client.upstream:
-                client.upstream.close(is_whole)
-                side.audit.record(*client.about, "closed", size=client.sent + client.upstream.sent)
-            if is_whole:
-                sock.shutdown(socket.SHUT_WR)
-                await asyncio.wait_for(client.drain(), LINGER_SECONDS)
-        client.close(is_whole)
+async def serve_names(side: Side, reader: asyncio.StreamReader, writer: Any) -> None:
+    """DNS over TCP (RFC 7766): a query is answered when it can be, whatever came before it."""
 
-
-async def accept(side: Side, story: Any, server: socket.socket) -> None:
-    while True:
+    async def answer(query: bytes, text: str, kind: int, end: int) -> None:
+        code, address = 0, ""
         try:
-            sock, _ = await asyncio.get_running_loop().sock_accept(server)
-        except OSError:  # too many open files, or a client that has left
-            await asyncio.sleep(0.05)
-            continue
-        if len(side.clients) >= MAX_CLIENTS:
-            sock.close()
-            continue
-        task = asyncio.ensure_future(attend(side, story, sock))
-        side.clients.add(task)
-        task.add_done_callback(side.clients.discard)
+            if kind in (A, AAAA):
+                name = normal_host(text)
+                await permit(side, "https", name, ANY_PORT)
+                address = side.stand_in(name)
+        except Failure as failure:
+            code = SERVER_FAILED if failure.args[1] in (503, 504) else NO_NAME
+        writer.write(answer_to(query, end, code, address if kind == A else ""))
+
+    while True:
+        size = await asyncio.wait_for(reader.readexactly(2), IDLE_SECONDS)
+        asked = reader.readexactly(int.from_bytes(size, "big"))
+        query = await asyncio.wait_for(asked, SECONDS)
+        if len(side.lookups) >= MAX_LOOKUPS:
+            await asyncio.wait(side.lookups, return_when=FIRST)
+        task = asyncio.ensure_future(answer(query, *parse_query(query)))
+        side.lookups.add(task)
+        task.add_done_callback(side.lookups.discard)
+        await writer.drain()
+
+
+async def attend(side: Side, story: Any, reader: asyncio.StreamReader, writer: Any) -> None:
+    """A client, to its end."""
+    task = asyncio.current_task()
+    side.clients.add(task)
+    try:
+        if len(side.clients) <= MAX_CLIENTS:
+            await story(side, reader, writer)
+    except (Failure, EOFError, OSError, asyncio.TimeoutError):
+        pass  # it has been told, or has left
+    finally:
+        writer.transport.abort()
+        side.clients.discard(task)
 
 
 # --- settings ---
@@ -761,11 +710,13 @@ PRESETS = {
 }
 
 
-def parse_proxy(url: str) -> tuple[str, int, str]:
-    """(host, port, the header with its credentials) of the host's own proxy."""
+def parse_proxy(url: str) -> tuple[str, int, str] | None:
+    """(host, port, the header with its credentials) of the host's own proxy, if it has one."""
+    if not url:
+        return None
     address = urllib.parse.urlsplit(url if "//" in url else f"//{url}", "http")
     if address.scheme != "http" or not address.hostname:
-        raise Failure("a proxy of the environment is not http://[USER:PASSWORD@]HOST:PORT")
+        raise Failure("a proxy of the environment is not http://[USER:PASSWORD@]HOST:PORT", 502)
     if address.username is None:
         return address.hostname, address.port or 80, ""
     user = f"{address.username}:{address.password or ''}"
@@ -796,16 +747,11 @@ def allowed(value: str) -> list[tuple[str, frozenset[int]]]:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="egress.py", description=__doc__)
     # With a width it need not ask the terminal, for which it would import ten modules.
-    parser.formatter_class = functools.partial(argparse.RawDescriptionHelpFormatter, width=100)
+    parser.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100)
     add = parser.add_argument
-    add(
-        "--listen",
-        required=True,
-        metavar="PLACE",
-        type=listen_place,
-        help="unix:PATH or 127.0.0.1:PORT",
-    )
-    add("--dns", metavar="PLACE", type=listen_place, help="answer DNS over TCP there")
+    place = {"metavar": "PLACE", "type": listen_place}
+    add("--listen", **place, required=True, help="unix:PATH or 127.0.0.1:PORT")
+    add("--dns", **place, help="answer DNS over TCP there")
     add("--internet", action="store_true", help="any public address; every port but 25")
     add("--allow", metavar="HOST[:PORT]", type=allowed, action="append", default=[],
         help=f"also at a private address; ports 80 and 443; or {', '.join(PRESETS)}")  # fmt: skip
@@ -820,33 +766,26 @@ def build_parser() -> argparse.ArgumentParser:
 async def run(options: argparse.Namespace) -> None:
     """Serve until stdin is closed, or a signal comes; then say what was refused."""
     loop = asyncio.get_running_loop()
-    loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(MAX_LOOKUPS))
+    loop.set_default_executor(ThreadPoolExecutor(MAX_LOOKUPS))
     rows = tuple(row for rows in options.allow for row in rows)
     permissions = Permissions(options.internet, rows, frozenset(options.host_port))
-    side = Side(permissions, Audit(open_audit(options.audit) if options.audit else -1))
-    if options.host_port:  # how the guest's /etc/hosts spells it, when it does not ask DNS
-        side.given[HOST_ADDRESS] = (HOST_NAME,)
+    side = Side(permissions, open_audit(options.audit) if options.audit else -1)
     if options.broker:
-        side.take_credential(sys.stdin.buffer.readline(), options.broker, options.upstream)
-    stories = [(options.listen, serve_agent if options.broker else serve_guest)]
-    if options.dns:
-        stories.append((options.dns, serve_names))
-    tasks = set()
-    for where, story in stories:
-        server = listen(where)
-        name = server.getsockname()
-        os.write(1, f"{name if isinstance(name, str) else name[1]}\n".encode())
-        tasks.add(asyncio.ensure_future(accept(side, story, server)))
+        side.broker = Broker(sys.stdin.buffer.readline(), options.broker, options.upstream)
+    for where, story in ((options.listen, serve_request), (options.dns, serve_names)):
+        if where:
+            place = await listen(where, functools.partial(attend, side, story))
+            os.write(1, f"{place}\n".encode())
     end = loop.run_in_executor(None, sys.stdin.buffer.read)
     loop.add_signal_handler(signal.SIGTERM, end.cancel)
     loop.add_signal_handler(signal.SIGINT, end.cancel)
     with contextlib.suppress(asyncio.CancelledError):
         await end
-    tasks |= side.clients
-    for task in tasks:
+    for task in side.clients:
         task.cancel()
-    await asyncio.wait(tasks, timeout=1)
-    for (host, port, refused), count in side.audit.refused.items():
+    if side.clients:
+        await asyncio.wait(side.clients, timeout=1)
+    for (host, port, refused), count in side.refused.items():
         row = {"host": host, "port": port, **refused._asdict(), "count": count}
         os.write(1, json.dumps(row).encode() + b"\n")
     os._exit(0)  # Python would wait for its threads: one reads stdin, others look up names

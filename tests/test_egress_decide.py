@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import struct
 import unittest
 from typing import Any
+from unittest import mock
 
 from lima import egress
 
@@ -231,7 +233,8 @@ class HeadTest(unittest.TestCase):
             ("GET http://a/ HTTP/1.0", ("GET", "a", 80, "/")),
         ):
             with self.subTest(text):
-                self.assertEqual(egress.parse_request(text.encode(), True)[:4], wanted)
+                data = text.encode() + b"\r\n\r\n"
+                self.assertEqual(egress.parse_request(data, True)[:4], wanted)
 
     def test_requests_that_two_readers_could_read_in_two_ways(self) -> None:
         get = "GET http://a/ HTTP/1.1\r\nHost: a\r\n"
@@ -251,14 +254,14 @@ class HeadTest(unittest.TestCase):
             ("GET http://a\\@b/ HTTP/1.1\r\nHost: a", "proxy"), ("GET http:///x HTTP/1.1\r\nHost: a",
             "proxy"), ("GET  http://a/ HTTP/1.1\r\nHost: a", "malformed"),
             ("GET http://a/ HTTP/2.0\r\nHost: a", "malformed"), ("get http://a/ HTTP/1.1", "malformed"),
-            ("GET http://a/ x HTTP/1.1\r\nHost: a", "malformed"), ("HTTP/1.1 200 OK", "proxy"),
+            ("GET http://a/ x HTTP/1.1\r\nHost: a", "malformed"), ("HTTP/1.1 200 OK", "malformed"),
             ("GET http://a/\x01 HTTP/1.1", "malformed"), ("CONNECT a HTTP/1.1", "HOST:PORT"),
             ("CONNECT http://a:80/ HTTP/1.1", "HOST:PORT"), ("CONNECT u@a:80 HTTP/1.1", "name"),
             ("CONNECT a:80 HTTP/1.1\r\nContent-Length: 4", "proxy"), ("", "malformed"),
             ("CONNECT a:80 HTTP/1.1\r\nTransfer-Encoding: chunked", "Content-Length"),
         ):  # fmt: skip
             with self.subTest(text), self.assertRaisesRegex(egress.Failure, re.escape(word)):
-                egress.parse_request(text.encode("latin-1"), True)
+                egress.parse_request(text.encode("latin-1") + b"\r\n\r\n", True)
 
     def test_what_is_for_one_hop_is_dropped(self) -> None:
         headers = [("connection", "X-A, close"), ("x-a", "1"), ("te", "x"), ("upgrade", "h2c"),
@@ -298,11 +301,12 @@ class QueryTest(unittest.TestCase):
 
     def test_answers(self) -> None:
         asked = query("a", 1, tail=b"\0\0\x29\x10\0\0\0\0\0\0\0", more=1)
-        answer = egress.answer_to(asked, egress.parse_query(asked)[2], 0, (PUBLIC,))
+        answer = egress.answer_to(asked, egress.parse_query(asked)[2], 0, PUBLIC)
         self.assertEqual(struct.unpack(">H", answer[:2])[0], len(answer) - 2)
-        self.assertEqual(answer[2:14], b"\0\7\x81\x80\0\1\0\1\0\0\0\1")
+        self.assertEqual(answer[2:14], b"\0\7\x81\x80\0\1\0\1\0\0\0\0")
         self.assertIn(b"\xc0\x0c\0\1\0\1\0\0\0\x3c\0\4\x5d\xb8\xd8\x22", answer)
-        refused = egress.answer_to(asked, 19, 3, ())
+        self.assertEqual(egress.answer_to(asked, 19, 0, "")[4:14], b"\x81\x80\0\1\0\0\0\0\0\0")
+        refused = egress.answer_to(asked, 19, 3, "")
         self.assertEqual(refused[4:6], b"\x81\x83")
 
 
@@ -311,6 +315,7 @@ class ProxyTest(unittest.TestCase):
         for url, found in (
             ("http://p.corp:3128", ("p.corp", 3128, "")),
             ("p.corp", ("p.corp", 80, "")),
+            ("", None),
             ("http://u:p%40@p.corp:1/", ("p.corp", 1, "proxy-authorization: Basic dTpwQA==\r\n")),
         ):
             self.assertEqual(egress.parse_proxy(url), found)
@@ -319,18 +324,22 @@ class ProxyTest(unittest.TestCase):
                 egress.parse_proxy(url)
 
     def test_what_is_reached_without_it(self) -> None:
-        side = egress.Side(egress.Permissions(), egress.Audit(-1))
-        side.proxies = {"https": ("p", 1, "")}
-        side.no_proxy = [".corp", "a.example", "b.example:8443", "*.c.example", "10.1.1.1"]
-        for name, port, direct in (
-            ("x.corp", 443, True), ("corp", 443, True), ("xcorp", 443, False),
-            ("a.example", 1, True), ("x.a.example", 1, True), ("b.example", 8443, True),
-            ("b.example", 443, False), ("x.c.example", 443, True), ("10.1.1.1", 443, True),
-            ("10.1.1.2", 443, False), ("host.lima.internal", 443, True), ("127.0.0.1", 80, True),
-            ("other.example", 443, False),
+        """The rules are urllib's, as those of the other scripts are."""
+        direct = ".corp, a.example,b.example:8443,10.1.1.1"
+        env = {"HTTPS_PROXY": "http://p.corp:1", "NO_PROXY": direct}
+        for name, port, url in (
+            ("x.corp", 443, ""), ("corp", 443, ""), ("xcorp", 443, "http://p.corp:1"),
+            ("a.example", 1, ""), ("x.a.example", 1, ""), ("b.example", 8443, ""),
+            ("b.example", 443, "http://p.corp:1"), ("10.1.1.1", 443, ""), ("::1", 443, ""),
+            ("10.1.1.2", 443, "http://p.corp:1"), ("host.lima.internal", 443, ""),
+            ("127.0.0.1", 80, ""), ("localhost", 80, ""), ("2606::1", 443, "http://p.corp:1"),
         ):  # fmt: skip
-            with self.subTest(name, port=port):
-                self.assertEqual(side.proxy_for("https", name, port) is None, direct)
+            with self.subTest(name, port=port), mock.patch.dict(os.environ, env, clear=True):
+                self.assertEqual(egress.host_proxy("https", name, port), url)
+                self.assertEqual(egress.host_proxy("http", name, port), "")
+        for env in ({}, {"NO_PROXY": "*", "HTTPS_PROXY": "http://p"}, {"HTTPS_PROXY": ""}):
+            with mock.patch.dict(os.environ, env, clear=True):
+                self.assertEqual(egress.host_proxy("https", "a.example", 443), "")
 
 
 if __name__ == "__main__":
