@@ -365,7 +365,7 @@ def answer_to(query: bytes, end: int, code: int, address: str) -> bytes:
 
 # --- plumbing: connections ---
 
-BUFFER = memoryview(bytearray(64 * 1024))  # of all: what has come is written before more is read
+BUFFER = memoryview(bytearray(512 * 1024))  # of all: it is empty before more is read
 IDLE_SECONDS = 600.0  # when one way is left, and nothing comes on it; as long as Claude Code waits
 LINGER_SECONDS = 5.0  # for a client to read what it was sent
 MAX_CLIENTS, MAX_LOOKUPS = 1000, 32  # at once
@@ -402,11 +402,14 @@ class End(asyncio.BufferedProtocol):
         self.transport.set_protocol(self)
         return early
 
+    def is_open(self) -> bool:
+        return not self.lost.done() and not self.transport.is_closing()
+
     def pass_on(self, data: bytes) -> None:
         passing = data[: self.left]
         self.left -= len(passing)
         self.moved += len(passing)
-        if passing and not self.other.lost.done():
+        if passing and self.other.is_open():
             self.other.transport.write(passing)
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -416,11 +419,11 @@ class End(asyncio.BufferedProtocol):
         self.pass_on(bytes(BUFFER[:size]))  # a copy: asyncio keeps what it cannot send at once
 
     def pause_writing(self) -> None:
-        if not self.other.lost.done():
+        if self.other.is_open():
             self.other.transport.pause_reading()
 
     def resume_writing(self) -> None:
-        if not self.other.lost.done():
+        if self.other.is_open():
             self.other.transport.resume_reading()
 
     def eof_received(self) -> bool:
@@ -749,7 +752,7 @@ def build_parser() -> argparse.ArgumentParser:
     # With a width it need not ask the terminal, for which it would import ten modules.
     parser.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100)
     add = parser.add_argument
-    place = {"metavar": "PLACE", "type": listen_place}
+    place: dict[str, Any] = {"metavar": "PLACE", "type": listen_place}
     add("--listen", **place, required=True, help="unix:PATH or 127.0.0.1:PORT")
     add("--dns", **place, help="answer DNS over TCP there")
     add("--internet", action="store_true", help="any public address; every port but 25")
