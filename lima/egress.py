@@ -331,13 +331,14 @@ def parse_request(data: bytes, is_proxy: bool) -> Request:
     return Request(method, name, port, path, version, headers, int(size))
 
 
-def end_to_end(headers: Headers) -> str:
-    """Those that are not for one hop (RFC 9110, 7.6.1), and the end of the head."""
+def head_of(request: Request, headers: Headers, target: str, host: str, more: str = "") -> bytes:
+    """The head of the request that is sent on: nothing in it is for one hop (RFC 9110, 7.6.1)."""
     named = ",".join(value.lower() for name, value in headers if name == "connection")
     gone = {*(word.strip() for word in named.split(","))} - {"content-length"}
     gone |= {*HOP_BY_HOP, "host", "proxy-authorization"}
     rows = [f"{name}: {value}\r\n" for name, value in headers if name not in gone]
-    return "".join([*rows, "connection: close\r\n\r\n"])
+    first = f"{request.method} {target} {request.version}\r\nhost: {host}\r\n{more}"
+    return "".join([first, *rows, "connection: close\r\n\r\n"]).encode("latin-1")
 
 
 def parse_query(data: bytes) -> tuple[str, int, int]:
@@ -493,7 +494,11 @@ class Exchange:
             self.client.left, early = sys.maxsize, b"HTTP/1.1 200 OK\r\n\r\n" + early
         else:
             self.client.left = request.length
-            upstream.transport.write(self.side.head_of(request, headers, place, proxy))
+            host = spelled(name, port, frozenset([443 if scheme == "https" else 80]))
+            target, more = self.side.prefix + request.path, ""
+            if proxy and scheme == "http":
+                target, more = f"http://{host}{target}", proxy[2]
+            upstream.transport.write(head_of(request, headers, target, host, more))
         upstream.pass_on(early)
         self.client.pass_on(await self.client.take_over())
         for end in self.ends:
@@ -577,6 +582,7 @@ class Side:
     """One side of a run: what it may do, and what its connections share."""
 
     broker: Any = None
+    prefix = ""  # of an API's paths
 
     def __init__(self, permissions: Permissions, audit: int) -> None:
         self.permissions, self.audit = permissions, audit
@@ -611,16 +617,6 @@ class Side:
             self.stand_ins[name] = str(STAND_INS[len(self.given) + 1])
             self.given[self.stand_ins[name]] = name
         return self.stand_ins[name]
-
-    def head_of(self, request: Request, headers: Headers, place: Place, proxy: Any) -> bytes:
-        """The head of the request that is sent on: nothing in it is for one hop."""
-        scheme, name, port = place
-        host = spelled(name, port, frozenset([443 if scheme == "https" else 80]))
-        target, more = (self.broker.prefix if self.broker else "") + request.path, ""
-        if proxy and scheme == "http":
-            target, more = f"http://{host}{target}", proxy[2]
-        head = f"{request.method} {target} {request.version}\r\nhost: {host}\r\n{more}"
-        return (head + end_to_end(headers)).encode("latin-1")
 
     def told(self, reason: str, status: int) -> bytes:
         """Why a request is not served: in the status line, which most programs show, and whole."""
@@ -693,8 +689,9 @@ async def attend(side: Side, story: Any, reader: asyncio.StreamReader, writer: A
     try:
         if len(side.clients) <= MAX_CLIENTS:
             await story(side, reader, writer)
-    except (Failure, EOFError, OSError, asyncio.TimeoutError):
-        pass  # it has been told, or has left
+    # It has been told, or has left; of a cancelled task Python 3.11 and 3.12 would complain.
+    except (Failure, EOFError, OSError, asyncio.TimeoutError, asyncio.CancelledError):
+        pass
     finally:
         writer.transport.abort()
         side.clients.discard(task)
@@ -775,6 +772,7 @@ async def run(options: argparse.Namespace) -> None:
     side = Side(permissions, open_audit(options.audit) if options.audit else -1)
     if options.broker:
         side.broker = Broker(sys.stdin.buffer.readline(), options.broker, options.upstream)
+        side.prefix = side.broker.prefix
     for where, story in ((options.listen, serve_request), (options.dns, serve_names)):
         if where:
             place = await listen(where, functools.partial(attend, side, story))

@@ -267,10 +267,13 @@ class HeadTest(unittest.TestCase):
         headers = [("connection", "X-A, close"), ("x-a", "1"), ("te", "x"), ("upgrade", "h2c"),
                    ("keep-alive", "1"), ("set-cookie", "a"), ("set-cookie", "b"),
                    ("proxy-connection", "close"), ("content-length", "1")]  # fmt: skip
-        kept = "set-cookie: a\r\nset-cookie: b\r\ncontent-length: 1\r\nconnection: close\r\n\r\n"
-        self.assertEqual(egress.end_to_end(headers), kept)
-        named = [("connection", "content-length"), ("content-length", "1")]
-        self.assertIn("content-length: 1", egress.end_to_end(named))
+        request = egress.parse_request(b"GET http://a/ HTTP/1.1\r\nHost: a\r\n\r\n", True)
+        kept = b"set-cookie: a\r\nset-cookie: b\r\ncontent-length: 1\r\nconnection: close\r\n\r\n"
+        first = b"GET /x HTTP/1.1\r\nhost: a\r\n"
+        self.assertEqual(egress.head_of(request, headers, "/x", "a"), first + kept)
+        named = [("connection", "content-length"), ("content-length", "1"), ("host", "b")]
+        kept = b"more: 1\r\ncontent-length: 1\r\nconnection: close\r\n\r\n"
+        self.assertEqual(egress.head_of(request, named, "/x", "a", "more: 1\r\n"), first + kept)
 
 
 def query(name: str, kind: int = 1, tail: bytes = b"", **fields: Any) -> bytes:
