@@ -3020,7 +3020,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import concurrent.futures
 import contextlib
 import functools
 import hmac
@@ -3036,15 +3035,19 @@ import struct
 import sys
 import time
 import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from typing import NamedTuple
 
 STARTS: frozenset[str] = frozenset()
-HOST_NAME = "host.lima.internal"  # the host's loopback, in the guest
+HOST_NAME, HOST_ADDRESS = "host.lima.internal", "192.168.5.2"  # of the host, in the guest
+LOOPBACK = ("127.0.0.1", "::1")  # what they are here
 WEB, SMTP, ANY_PORT = frozenset([80, 443]), 25, 0  # a name in DNS has no port yet
 SECONDS = 15.0  # for a resolver's answer, a connection, a head
+MAX_HEAD, CHUNK = 32 * 1024, 1024 * 1024  # bytes
 CREDENTIALS = frozenset(["authorization", "x-api-key", "cookie", "proxy-authorization"])
 Addresses = tuple[str, ...]
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Failure(Exception):
@@ -3124,7 +3127,7 @@ def decide(
     place, flag = spelled(name, port), f"--allow {spelled(name, port, WEB | {ANY_PORT})}"
     if name == HOST_NAME:
         if port in permissions.host_ports or (port == ANY_PORT and permissions.host_ports):
-            return ("127.0.0.1", "::1")
+            return LOOPBACK
         return Refused(f"{place} is a port of the host that is not opened", f"--host-port {port}")
     if name == "localhost" or name.endswith(".localhost"):
         return Refused(f"{place} is loopback: ports of the host are at {HOST_NAME}")
@@ -3148,13 +3151,16 @@ def decide(
 # --- doors: sockets, the resolver, the audit's file ---
 
 
-def listen(where: str) -> socket.socket:
+async def listen(where: str, welcome: Any) -> str:
+    """Welcome who connects there; returned is the path, or the port."""
     host, _, rest = where.partition(":")
-    server = socket.socket(socket.AF_UNIX if host == "unix" else socket.AF_INET)
-    server.bind(rest if host == "unix" else (host, int(rest)))
-    server.listen(512)
-    server.setblocking(False)
-    return server
+    if host not in ("unix", "127.0.0.1"):
+        raise Failure(f"{where} is not unix:PATH or 127.0.0.1:PORT")
+    if host == "unix":
+        await asyncio.start_unix_server(welcome, rest, limit=MAX_HEAD, backlog=512)
+        return rest
+    server = await asyncio.start_server(welcome, host, int(rest), limit=MAX_HEAD, backlog=512)
+    return str(server.sockets[0].getsockname()[1])
 
 
 def open_audit(path: str) -> int:
@@ -3175,9 +3181,8 @@ def is_own(address: str) -> bool:
 
 async def resolve(name: str) -> Addresses:
     """The addresses that the host's resolver has for it now."""
-    ask = functools.partial(socket.getaddrinfo, name, None, type=socket.SOCK_STREAM)
+    asking = asyncio.get_running_loop().getaddrinfo(name, None, type=socket.SOCK_STREAM)
     try:
-        asking = asyncio.get_running_loop().run_in_executor(None, ask)
         found = await asyncio.wait_for(asking, SECONDS)
     except (OSError, UnicodeError, asyncio.TimeoutError) as error:
         late = not error.args or error.args[0] == socket.EAI_AGAIN
@@ -3189,92 +3194,87 @@ async def dial(addresses: Addresses, port: int) -> socket.socket:
     """A connection to the first address that takes it."""
     why = "no address"
     for address in addresses:
+        sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+        sock.setblocking(False)
         try:
-            sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
-            sock.setblocking(False)
-            opening = asyncio.get_running_loop().sock_connect(sock, (address, port))
-            await asyncio.wait_for(opening, SECONDS)
+            connecting = asyncio.get_running_loop().sock_connect(sock, (address, port))
+            await asyncio.wait_for(connecting, SECONDS)
             return sock
         except (OSError, asyncio.TimeoutError) as error:
+            sock.close()
             why = getattr(error, "strerror", "") or "no answer"
     raise Failure(f"no connection to port {port}: {why}", 502)
 
 
-async def secure(sock: socket.socket, context: ssl.SSLContext, name: str) -> Any:
-    try:
-        return await asyncio.open_connection(sock=sock, ssl=context, server_hostname=name)
-    except OSError as error:
-        raise Failure(f"no TLS with {name}: {error.strerror or error}", 502) from None
+async def secure(sock: socket.socket, context: ssl.SSLContext | None, name: str) -> Streams:
+    server = name if context else None
+    return await asyncio.open_connection(
+        sock=sock, ssl=context, server_hostname=server, limit=CHUNK
+    )
 
 
-# --- the story: a request, after which its connection is over ---
+# --- the story: how a request is judged ---
 
 
-async def judge(side: Side, scheme: str, name: str, port: int) -> tuple[str, Addresses | Refused]:
-    """(the name that counts, verdict): an address that DNS gave out counts as the name it is of."""
-    refusals = []
-    for known in (*side.given.get(name, ()), name):
-        verdict = decide(side.permissions, known, port, None)
-        if verdict == () and (is_address(known) or not side.proxy_for(scheme, known, port)):
-            found = (name,) if is_address(name) else await resolve(name)
-            verdict = decide(side.permissions, known, port, found, tuple(filter(is_own, found)))
-        if not isinstance(verdict, Refused):
-            return known, verdict
-        refusals.append((known, verdict))
-    return refusals[0]
-
-
-async def serve_guest(side: Side, client: Wire) -> None:
-    request = await client.read_request()
-    scheme = "http" if request.path else "https"
-    name, verdict = await judge(side, scheme, request.name, request.port)
+async def permit(side: Side, scheme: str, name: str, port: int) -> Addresses:
+    """The addresses that it may be reached at; none where the host's proxy is told the name."""
+    verdict = decide(side.permissions, name, port, None)
+    if verdict == () and (is_address(name) or not side.proxy_for(scheme, name, port)):
+        found = (name,) if is_address(name) else await resolve(name)
+        verdict = decide(side.permissions, name, port, found, tuple(filter(is_own, found)))
     if isinstance(verdict, Refused):
-        side.audit.refuse(name, request.port, verdict)
+        side.refuse(name, port, verdict)
         raise Failure("refused: " + "; ".join(filter(None, verdict)), 403)
-    upstream = await side.connect(client, scheme, name, request.port, verdict)
-    await client.lead(upstream, request, side.head_of(request, request.headers))
+    return verdict
 
 
-async def serve_agent(side: Side, client: Wire) -> None:  # to the model's API
-    request = await client.read_request()
-    if not side.passes(request):
+async def judge(side: Side, request: Request) -> tuple[Request, Addresses]:
+    """What is passed on, after which its connection is over; and at which addresses."""
+    broker = side.broker
+    if not broker:
+        name = side.names.get(request.name, request.name)  # of an address that DNS gave out
+        to = await permit(side, request.scheme, name, request.port)
+        return request._replace(name=name), to
+    if not broker.passes(request):
         raise Failure(f"{request.method} {request.path} is not passed on", 404)
     headers = [row for row in request.headers if row[0] not in CREDENTIALS]
     if request.method != "HEAD":  # with that, Claude Code asks whether somebody is there
-        given = dict(request.headers).get(side.header, "")
-        if not hmac.compare_digest(given.encode(), side.placeholder):
+        given = dict(request.headers).get(broker.header, "")
+        if not hmac.compare_digest(given.encode(), broker.placeholder):
             raise Failure("this is not the placeholder of the credential", 401)
-        headers.append((side.header, side.credential))
-    upstream = await side.connect(client, *side.upstream, None)
-    await client.lead(upstream, request, side.head_of(request, headers))
+        headers.append((broker.header, broker.credential))
+    return broker.addressed(request._replace(headers=headers)), ()  # who started it is its judge
 
 
 # --- you may stop here: what follows only calls what is above ---
 
 
-# --- pure: names, heads and DNS, strictly ---
+# --- pure: names, requests and DNS, strictly ---
 
 NAME = re.compile(r"(?=.{1,253}\Z)(?:(?!-)[a-z0-9_-]{1,63}(?<!-)(?:\.(?!\Z)|\Z))+").fullmatch
 NUMBER = re.compile(r"(.*\.)?([0-9]+|0x[0-9a-f]*)", re.ASCII).fullmatch
 PLACE = re.compile(r"(\[[^][]*\]|[^][:]*)(?::([1-9][0-9]{0,4}))?", re.ASCII).fullmatch
-FIRST_LINE = re.compile(
-    r"(?:([A-Z-]{1,30}) ([!-~]+) )?(HTTP/1\.[01])(?: ([1-5][0-9]{2}[\t -~\x80-\xff]*))?"
+# Strict, as a lenient reader can be made to see another message than the next (RFC 9112, 11.2).
+HEAD = re.compile(
+    r"([A-Z-]{1,30}) ([!-~]+) (HTTP/1\.[01])\r\n"
+    r"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n)*)\r\n"
 ).fullmatch
-ROWS = re.compile(r"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n)*").fullmatch
 URL = re.compile(r"(?i:http)://([^/?#@\\]+)((?:[/?][^#]*)?)").fullmatch
-HOP_BY_HOP = {"connection", "keep-alive", "proxy-connection", "te", "trailer", "upgrade", "expect"}
+HOP_BY_HOP = {"connection", "keep-alive", "proxy-connection", "te", "trailer", "upgrade"}
+ERRORS = {401: "authentication_error", 404: "not_found_error", 502: "api_error", 504: "api_error"}
+A, AAAA, SERVER_FAILED, NO_NAME, TTL = 1, 28, 2, 3, 60  # RFC 1035
 Headers = list[tuple[str, str]]
-TTL, EDNS = 60, b"\0\0\x29\x04\xd0\0\0\0\0\0\0"  # seconds; an OPT row (RFC 6891)
 
 
 class Request(NamedTuple):
     method: str
     name: str  # in its normal form; none where the request is for a broker
     port: int
-    path: str
+    path: str  # none of CONNECT
     version: str
     headers: Headers
     length: int
+    scheme: str = "http"
 
 
 def normal_host(text: str) -> str:
@@ -3302,18 +3302,13 @@ def host_and_port(text: str, default: int = 0) -> tuple[str, int]:
     return normal_host(match[1]), port
 
 
-def parse_head(data: bytes) -> tuple[Any, Headers]:
-    """(the first line's match, headers); strict, as a lenient reader can be made to see another
-    message than the next one (RFC 9112, 11.2)."""
-    line, _, block = (data + b"\r\n").decode("latin-1").partition("\r\n")
-    match, rows = FIRST_LINE(line), [row.partition(":") for row in block.split("\r\n")[:-1]]
-    if not match or not ROWS(block):
-        raise Failure("a malformed head", 400)
-    return match, [(name.lower(), value.strip(" \t")) for name, _, value in rows]
-
-
 def parse_request(data: bytes, is_proxy: bool) -> Request:
-    match, headers = parse_head(data)
+    match = HEAD(data.decode("latin-1"))
+    if not match:
+        raise Failure("a malformed head", 400)
+    method, target, version, block = match.groups()
+    rows = [row.partition(":") for row in block.split("\r\n")[:-1]]
+    headers = [(name.lower(), value.strip(" \t")) for name, _, value in rows]
     once, names = dict(headers), [name for name, _ in headers]
     for name in ("host", "content-length", *CREDENTIALS):
         if names.count(name) > 1:
@@ -3321,13 +3316,12 @@ def parse_request(data: bytes, is_proxy: bool) -> Request:
     size = once.get("content-length", "0")
     if "transfer-encoding" in once or not re.fullmatch("[0-9]{1,15}", size, re.ASCII):
         raise Failure("a body has to say its Content-Length", 411)
-    method, target, version, _ = match.groups()
-    if not is_proxy and method:
+    if not is_proxy:
         return Request(method, "", 0, target, version, headers, int(size))
     if method == "CONNECT" and not int(size):
         name, port = host_and_port(target)
-        return Request(method, name, port, "", version, headers, 0)
-    url = URL(target or "")
+        return Request(method, name, port, "", version, headers, 0, "https")
+    url = URL(target)
     if not url or method == "CONNECT":
         raise Failure("this is a proxy: CONNECT HOST:PORT, or a method and http://HOST/…", 400)
     name, port = host_and_port(url[1], 80)
@@ -3338,13 +3332,14 @@ def parse_request(data: bytes, is_proxy: bool) -> Request:
     return Request(method, name, port, path, version, headers, int(size))
 
 
-def end_to_end(headers: Headers, *dropped: str) -> str:
-    """The rest of a head, without what is for one hop (RFC 9110, 7.6.1)."""
+def head_of(request: Request, headers: Headers, target: str, host: str, more: str = "") -> bytes:
+    """The head of the request that is sent on: nothing in it is for one hop (RFC 9110, 7.6.1)."""
     named = ",".join(value.lower() for name, value in headers if name == "connection")
-    gone = {*(word.strip() for word in named.split(","))} - {"content-length", "transfer-encoding"}
-    gone |= {*HOP_BY_HOP, *dropped}
+    gone = {*(word.strip() for word in named.split(","))} - {"content-length"}
+    gone |= {*HOP_BY_HOP, "host", "proxy-authorization"}
     rows = [f"{name}: {value}\r\n" for name, value in headers if name not in gone]
-    return "".join([*rows, "connection: close\r\n\r\n"])
+    first = f"{request.method} {target} {request.version}\r\nhost: {host}\r\n{more}"
+    return "".join([first, *rows, "connection: close\r\n\r\n"]).encode("latin-1")
 
 
 def parse_query(data: bytes) -> tuple[str, int, int]:
@@ -3359,169 +3354,29 @@ def parse_query(data: bytes) -> tuple[str, int, int]:
     return ".".join(labels), int.from_bytes(data[at + 1 : at + 3], "big"), at + 5
 
 
-def answer_to(query: bytes, end: int, code: int, addresses: Addresses) -> bytes:
-    rows = b""
-    for address in addresses:
-        value = ipaddress.ip_address(address).packed
-        rows += b"\xc0\x0c" + query[end - 4 : end] + struct.pack(">IH", TTL, len(value)) + value
-    head = query[:2] + bytes([0x80 | query[2] & 1, 0x80 | code])
-    head += struct.pack(">4H", 1, len(addresses), 0, query[11])
-    packet = head + query[12:end] + rows + EDNS * query[11]
+def answer_to(query: bytes, end: int, code: int, address: str) -> bytes:
+    """With the address, if there is one; end: of the question."""
+    row = b""
+    if address:
+        row = b"\xc0\x0c\0\1\0\1" + struct.pack(">IH", TTL, 4) + socket.inet_aton(address)
+    flags = bytes([0x80 | query[2] & 1, 0x80 | code])
+    counts = struct.pack(">4H", 1, 1 if row else 0, 0, 0)
+    packet = query[:2] + flags + counts + query[12:end] + row
     return struct.pack(">H", len(packet)) + packet
 
 
-# --- plumbing: connections ---
-
-CHUNK, MAX_HEAD = 256 * 1024, 32 * 1024  # bytes that one direction holds, or a head has, at most
-ANSWER_SECONDS = 600.0  # for an answer to begin: as long as Claude Code waits
-IDLE_SECONDS = 120.0  # for the next query
-HALF_SECONDS = 600.0  # one way of a tunnel has ended, and nothing comes on the other
-LINGER_SECONDS = 5.0  # for a client to read what it was sent
-MAX_CLIENTS, MAX_KNOWN = 1000, 4096  # connections; addresses given out, and refusals told apart
-MAX_LOOKUPS = 32  # at once; MAX_QUERIES of a connection wait for them
-MAX_QUERIES = 64
-FIRST = asyncio.FIRST_COMPLETED
-A, AAAA, SERVER_FAILED, NO_NAME = 1, 28, 2, 3  # RFC 1035
-HOST_ADDRESS = "192.168.5.2"  # HOST_NAME in the guest
+def told(reason: str, status: int, is_api: bool) -> bytes:
+    """Why a request is not served: in the status line, which most programs show, and whole."""
+    kind, body = "text/plain", f"agent-vm: {reason}\n"
+    if is_api:
+        error = {"type": ERRORS.get(status, "invalid_request_error"), "message": body.strip()}
+        kind, body = "application/json", json.dumps({"type": "error", "error": error}) + "\n"
+    size = f"content-type: {kind}\r\ncontent-length: {len(body.encode())}\r\n"
+    head = f"HTTP/1.1 {status} {ascii(reason)[1:-1]}\r\n{size}connection: close\r\n\r\n"
+    return (head + body).encode()
 
 
-class Wire:
-    """A connection of either side, and what has come on it that nobody has read."""
-
-    def __init__(self, side: Side, sock: socket.socket, status: int) -> None:
-        self.side, self.sock, self.status = side, sock, status  # the status: of its failures
-        self.tls: Any = None  # its two streams, once it is secured
-        self.upstream: Wire | None = None
-        self.buffer, self.sent, self.about = bytearray(), 0, ("", 0)
-        with contextlib.suppress(OSError):  # a unix socket has none of this
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    async def recv(self) -> bytes:
-        """Some bytes; none when the other end has finished."""
-        if self.buffer:
-            data, self.buffer = bytes(self.buffer), bytearray()
-            return data
-        try:
-            if self.tls:
-                return bytes(await self.tls[0].read(CHUNK))
-            return await asyncio.get_running_loop().sock_recv(self.sock, CHUNK)
-        except OSError as error:
-            raise Failure(f"the connection broke: {error.strerror}", self.status) from None
-
-    async def send(self, data: bytes) -> None:
-        self.sent += len(data)
-        try:
-            if not self.tls:
-                return await asyncio.get_running_loop().sock_sendall(self.sock, data)
-            self.tls[1].write(data)
-            await self.tls[1].drain()
-        except OSError as error:
-            raise Failure(f"the connection broke: {error.strerror}", self.status) from None
-
-    async def until(self, end: bytes, limit: int) -> bytes:
-        """What comes before `end`, which is taken off; with an empty one, `limit` bytes."""
-        while (at := self.buffer.find(end, 0 if end else limit)) < 0:
-            had, self.buffer = self.buffer, bytearray()
-            data = await self.recv() if len(had) < limit else b""
-            if not data:
-                raise Failure("half a message, or one that is too long", self.status)
-            self.buffer = had + data
-        data = bytes(self.buffer[:at])
-        del self.buffer[: at + len(end)]
-        return data
-
-    async def head(self, seconds: float) -> bytes:
-        try:
-            return await asyncio.wait_for(self.until(b"\r\n\r\n", MAX_HEAD), seconds)
-        except asyncio.TimeoutError:
-            raise Failure("no head in time", 408 if self.status == 400 else 504) from None
-
-    async def read_status(self, seconds: float) -> tuple[str, Headers]:
-        try:
-            match, headers = parse_head(await self.head(seconds))
-        except Failure as failure:
-            raise Failure(f"the server: {failure.args[0]}", max(502, failure.args[1])) from None
-        if match[1] or not match[4]:
-            raise Failure("the server: no answer to a request", 502)
-        return match[4], headers
-
-    async def read_request(self) -> Request:
-        return parse_request(await self.head(SECONDS), not self.side.routes)
-
-    async def pass_on(self, to: Wire, left: int = sys.maxsize) -> None:
-        """Pass on what comes, or so many bytes of it, and that it ends."""
-        while left and (data := await self.recv()):
-            await to.send(data[:left])
-            left -= len(data[:left])
-        with contextlib.suppress(OSError):
-            to.sock.shutdown(socket.SHUT_WR)
-
-    async def pass_body(self, to: Wire, left: int) -> None:
-        """Pass on so many bytes; what follows them is no part of the request, and dropped."""
-        while left:
-            data = await self.recv()
-            if not data:
-                raise Failure("half a body", 400)
-            with contextlib.suppress(Failure):  # an early answer is an answer
-                await to.send(data[:left])
-            left -= len(data[:left])
-        await self.drain()
-        if self.side.routes:  # an agent that was interrupted: what it asked for costs money
-            raise Failure("it has left", 400)
-
-    async def pass_answer(self, to: Wire, method: str) -> None:
-        """Pass on an answer, event by event, under a head that is rebuilt."""
-        status, headers = await self.read_status(ANSWER_SECONDS)
-        while status.startswith("1"):  # RFC 9110, 15.2
-            status, headers = await self.read_status(ANSWER_SECONDS)
-        dropped = ["set-cookie"] if self.side.routes else []
-        await to.send(f"HTTP/1.1 {status}\r\n{end_to_end(headers, *dropped)}".encode("latin-1"))
-        size = dict(headers).get("content-length", "")  # not all servers end a connection there
-        if method == "HEAD" or status[:3] in ("204", "304"):
-            size = "0"
-        await self.pass_on(to, int(size) if re.fullmatch("[0-9]{1,15}", size) else sys.maxsize)
-
-    async def lead(self, to: Wire, request: Request, head: bytes) -> None:
-        """Both ways of a connection, until they are over, or the answer is, or one fails."""
-        if request.path:
-            await to.send(head)
-            ways = [to.pass_answer(self, request.method), self.pass_body(to, request.length)]
-        else:
-            await self.send(b"HTTP/1.1 200 OK\r\n\r\n")
-            ways = [to.pass_on(self), self.pass_on(to)]
-        tasks = [asyncio.ensure_future(way) for way in ways]
-        last = tasks[:1] if request.path else tasks
-        try:
-            waiting, moved = set(tasks), -1
-            while waiting.intersection(last):
-                half = HALF_SECONDS if len(waiting) < len(last) else None
-                done, waiting = await asyncio.wait(waiting, timeout=half, return_when=FIRST)
-                for task in done:
-                    task.result()
-                if not done and moved == self.sent + to.sent:
-                    raise Failure("half of it has ended, and nothing comes on the other", 504)
-                moved = self.sent + to.sent
-        finally:
-            for task in tasks:
-                task.cancel()
-            # A socket that is closed while the loop still watches it would spoil the next one.
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def drain(self) -> None:
-        while await self.recv():
-            pass
-
-    def close(self, is_whole: bool = True) -> None:
-        """Close it; where more should have come, so that the other end is told."""
-        if self.tls:
-            self.tls[1].transport.abort()
-        elif not is_whole:
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.sock.close()
-
-
-# --- plumbing: what the connections share ---
+# --- what the connections share ---
 
 # What Claude Code 2.1.332 asks ANTHROPIC_BASE_URL for; * is one part of a path.
 PROVIDERS = {
@@ -3532,80 +3387,34 @@ PROVIDERS = {
          "GET /v1/files/*", "GET /v1/files/*/content"),
     )
 }  # fmt: skip
-ERRORS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
-          408: "invalid_request_error", 411: "invalid_request_error"}  # fmt: skip
+MAX_REFUSALS, MAX_STAND_INS = 4096, 65534  # told apart; given out by DNS
 
 
-class Audit:
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.refused: dict[tuple[str, int, Refused], int] = {}
+class Broker:
+    """What a guest may ask of a model's API. It has the placeholder; this has the credential."""
 
-    def record(self, host: str, port: int, verdict: str, reason: str = "", size: int = 0) -> None:
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        row = {"time": now, "host": host, "port": port, "verdict": verdict, "reason": reason}
-        try:
-            if self.fd >= 0:
-                os.write(self.fd, json.dumps({**row, "bytes": size}).encode() + b"\n")
-        except OSError as error:
-            raise Failure(f"the audit cannot be written: {error.strerror}", 503) from None
+    context: ssl.SSLContext | None = None
 
-    def refuse(self, host: str, port: int, refused: Refused) -> None:
-        key = (host, port, refused)
-        if key not in self.refused and len(self.refused) >= MAX_KNOWN:
-            key = ("", 0, Refused("others"))
-        self.refused[key] = self.refused.get(key, 0) + 1
-        self.record(host, port, "refused", refused.reason)
-
-
-class Side:
-    """One side of a run: what it may do, and what its connections share."""
-
-    routes: tuple[str, ...] = ()  # of a broker
-    prefix = ""
-
-    def __init__(self, permissions: Permissions, audit: Audit) -> None:
-        self.permissions, self.audit = permissions, audit
-        self.given: dict[str, tuple[str, ...]] = {}  # address: the names it was given out for
-        self.stand_ins: dict[str, str] = {}
-        self.clients: set[Any] = set()
-        self.proxies: dict[str, Any] = {}
-        env = {name.lower(): value for name, value in os.environ.items()}
-        self.no_proxy = env.get("no_proxy", "").lower().replace(",", " ").split()
-        for scheme in ("http", "https"):
-            if env.get(f"{scheme}_proxy"):
-                self.proxies[scheme] = parse_proxy(env[f"{scheme}_proxy"])
-
-    def proxy_for(self, scheme: str, name: str, port: int) -> Any:
-        """(host, port, header) of the host's own proxy; None where it is not to be asked."""
-        local = name in (HOST_NAME, "localhost") or (is_address(name) and kind_of(name, CLOSED))
-        entries = [entry.replace(f":{port}", "").lstrip("*.") for entry in self.no_proxy]
-        if local or "*" in self.no_proxy or any(f".{name}".endswith(f".{one}") for one in entries):
-            return None
-        return self.proxies.get(scheme)
-
-    def take_credential(self, line: bytes, provider: str, url: str) -> None:
-        """Become a broker. The guest has the placeholder; the credential stays in this process."""
+    def __init__(self, line: bytes, provider: str, url: str) -> None:
         default, self.routes = PROVIDERS[provider]
         address = urllib.parse.urlsplit(url or default)
         name, port = host_and_port(address.netloc, 443 if address.scheme == "https" else 80)
-        self.upstream, self.prefix = (address.scheme, name, port), address.path.rstrip("/")
+        self.place, self.prefix = (address.scheme, name, port), address.path.rstrip("/")
         if address.scheme == "https":
             self.context = ssl.create_default_context()
             if os.environ.get("NODE_EXTRA_CA_CERTS"):  # as Claude Code does
                 self.context.load_verify_locations(os.environ["NODE_EXTRA_CA_CERTS"])
-        elif address.scheme != "http" or name not in ("localhost", "127.0.0.1", "::1"):
+        elif address.scheme != "http" or name not in ("localhost", *LOOPBACK):
             raise Failure("--upstream must be https: the credential would go in clear")
         try:
             given = json.loads(line)
-            self.header = {name: name for name in ("authorization", "x-api-key")}[given["header"]]
-            scheme = "Bearer " if self.header == "authorization" else ""
-            if not all(
-                re.fullmatch("[!-~]{8,}", given[key]) for key in ("placeholder", "credential")
-            ):
-                raise ValueError
-            self.placeholder = (scheme + given["placeholder"]).encode()
+            schemes = {"authorization": "Bearer ", "x-api-key": ""}
+            self.header, scheme = given["header"], schemes[given["header"]]
             self.credential = scheme + given["credential"]
+            self.placeholder = (scheme + given["placeholder"]).encode()
+            for word in (given["credential"], given["placeholder"]):
+                if not re.fullmatch("[!-~]{8,}", word):
+                    raise ValueError
         except (ValueError, KeyError, TypeError):
             raise Failure("stdin holds no placeholder, credential and header") from None
 
@@ -3615,139 +3424,261 @@ class Side:
         known = any(re.fullmatch(route.replace("*", part), asked) for route in self.routes)
         return known and re.fullmatch("[A-Za-z0-9_.~%&=,:-]*", query) is not None
 
-    def head_of(self, request: Request, headers: Headers) -> bytes:
-        """The head of the request that is sent on: nothing in it is for one hop."""
-        scheme, name, port = self.upstream if self.routes else ("http", *request[1:3])
-        host = spelled(name, port, frozenset([443 if scheme == "https" else 80]))
-        target, more, proxy = self.prefix + request.path, "", self.proxy_for(scheme, name, port)
-        if proxy and scheme == "http":
-            target, more = f"http://{host}{target}", proxy[2]
-        end = end_to_end(headers, "host", "proxy-authorization")
-        head = f"{request.method} {target} {request.version}\r\nhost: {host}\r\n{more}{end}"
-        return head.encode("latin-1")
-
-    async def connect(self, client: Wire, scheme: str, name: str, port: int, to: Any) -> Wire:
-        """A connection to what was judged, or to the host's proxy, which is told the name."""
-        self.audit.record(name, port, "allowed")
-        client.about = (name, port)
-        proxy = self.proxy_for(scheme, name, port)
-        if proxy or to is None:  # the judge of a broker is who started it
-            to = await resolve(proxy[0] if proxy else name)
-        upstream = Wire(self, await dial(to, proxy[1] if proxy else port), 502)
-        client.upstream = upstream
-        if proxy and scheme == "https":
-            place = spelled(name, port)
-            ask = f"CONNECT {place} HTTP/1.1\r\nhost: {place}\r\n{proxy[2]}\r\n"
-            await upstream.send(ask.encode())
-            status, _ = await upstream.read_status(2 * SECONDS)
-            if not status.startswith("2"):
-                raise Failure(f"the host's proxy says {status}", 502)
-        if self.routes and scheme == "https":
-            if upstream.buffer:  # in clear text, it would be taken for what the API says
-                raise Failure("the host's proxy says more than it was asked", 502)
-            upstream.tls = await secure(upstream.sock, self.context, name)
-        return upstream
-
-    async def addresses_of(self, name: str) -> Addresses:
-        """What DNS tells the guest; from then on each of them counts as the name."""
-        name = normal_host(name)
-        _, verdict = await judge(self, "https", name, ANY_PORT)
-        if isinstance(verdict, Refused):
-            self.audit.refuse(name, ANY_PORT, verdict)
-            return ()
-        addresses = (HOST_ADDRESS,) if name == HOST_NAME else verdict[:16]
-        if not addresses:
-            # The host's proxy will resolve it: until then, an address that is nobody's.
-            if len(self.stand_ins) > MAX_KNOWN:
-                self.stand_ins.clear()
-            stand_in = ipaddress.IPv4Address("198.18.0.1") + len(self.stand_ins)
-            addresses = (self.stand_ins.setdefault(name, str(stand_in)),)
-        for address in addresses:
-            names = (name, *self.given.pop(address, ()))
-            self.given[address] = tuple(dict.fromkeys(names))[:8]
-            if len(self.given) > MAX_KNOWN:
-                del self.given[next(iter(self.given))]
-        return addresses
-
-    def told(self, reason: str, status: int) -> bytes:
-        """Why a request is not served: in the status line, which most programs show, and whole."""
-        kind, body = "text/plain", f"agent-vm: {reason}\n"
-        if self.routes:
-            error = {"type": ERRORS.get(status, "api_error"), "message": f"agent-vm: {reason}"}
-            kind, body = "application/json", json.dumps({"type": "error", "error": error}) + "\n"
-        size = f"content-type: {kind}\r\ncontent-length: {len(body.encode())}\r\n"
-        head = f"HTTP/1.1 {status} {ascii(reason)[1:-1]}\r\n{size}connection: close\r\n\r\n"
-        return (head + body).encode()
+    def addressed(self, request: Request) -> Request:
+        scheme, name, port = self.place
+        return request._replace(
+            scheme=scheme, name=name, port=port, path=self.prefix + request.path
+        )
 
 
-async def serve_names(side: Side, client: Wire) -> None:
-    """DNS over TCP (RFC 7766): a query is answered when it can be, whatever came before it."""
-    lock = asyncio.Lock()
+class Side:
+    """One side of a run: what it may do, and what its connections share."""
 
-    async def answer(query: bytes, name: str, kind: int, end: int) -> None:
-        code, found = 0, Addresses()
+    def __init__(self, permissions: Permissions, audit: int, broker: Broker | None) -> None:
+        self.permissions, self.audit, self.broker = permissions, audit, broker
+        self.refused: dict[tuple[str, int, Refused], int] = {}
+        # Both ways: what DNS gives out for a name, and what it means from then on.
+        self.stand_ins, self.names = {HOST_NAME: HOST_ADDRESS}, {HOST_ADDRESS: HOST_NAME}
+        self.clients: set[Any] = set()
+        self.has_proxy = any(name.lower().endswith("_proxy") for name in os.environ)
+
+    def proxy_for(self, scheme: str, name: str, port: int) -> tuple[str, int, str] | None:
+        """(host, port, header) of the host's own proxy; None where it is not to be asked."""
+        if not self.has_proxy or name in (HOST_NAME, "localhost", *LOOPBACK):
+            return None
+        from urllib.request import getproxies_environment  # late, as it takes 50 ms
+        from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]
+
+        is_direct = proxy_bypass_environment(spelled(name, port))
+        return None if is_direct else parse_proxy(getproxies_environment().get(scheme, ""))
+
+    def record(self, host: str, port: int, verdict: str, reason: str = "", size: int = 0) -> None:
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        row = {"time": now, "host": host, "port": port, "verdict": verdict, "reason": reason}
         try:
-            found = await side.addresses_of(name) if kind in (A, AAAA) else ()
-            code = 0 if found or kind not in (A, AAAA) else NO_NAME
-        except Failure as failure:
-            code = SERVER_FAILED if failure.args[1] == 504 else NO_NAME
-        wanted = tuple(address for address in found if (":" in address) == (kind == AAAA))
-        async with lock:
-            await client.send(answer_to(query, end, code, wanted))
+            if self.audit >= 0:
+                os.write(self.audit, json.dumps({**row, "bytes": size}).encode() + b"\n")
+        except OSError as error:
+            raise Failure(f"the audit cannot be written: {error.strerror}", 503) from None
 
-    pending: set[Any] = set()
+    def refuse(self, host: str, port: int, refused: Refused) -> None:
+        key = (host, port, refused)
+        if key not in self.refused and len(self.refused) >= MAX_REFUSALS:
+            key = ("", 0, Refused("others"))
+        self.refused[key] = self.refused.get(key, 0) + 1
+        self.record(host, port, "refused", refused.reason)
+
+    def stand_in(self, name: str) -> str:
+        """An address that nobody has, and that is the name here from now on."""
+        if name not in self.stand_ins:
+            if len(self.names) > MAX_STAND_INS:
+                raise Failure("all addresses are given out", 503)
+            address = str(ipaddress.IPv4Address("198.18.0.0") + len(self.names))
+            self.stand_ins[name], self.names[address] = address, name
+        return self.stand_ins[name]
+
+
+# --- connections ---
+
+IDLE_SECONDS = 600.0  # for an answer, as Claude Code waits; for more on a way that is left alone
+LINGER_SECONDS = 5.0  # for a client to read what it was sent
+MAX_CLIENTS, MAX_LOOKUPS = 1000, 32  # at once
+FIRST = asyncio.FIRST_COMPLETED
+UP, DOWN = 0, 1  # how many bytes have passed to the upstream, and from there
+
+
+async def read_head(reader: asyncio.StreamReader) -> bytes:
     try:
-        while True:
-            size = await asyncio.wait_for(client.until(b"", 2), IDLE_SECONDS)
-            query = client.until(b"", int.from_bytes(size, "big"))
-            data = await asyncio.wait_for(query, SECONDS)
-            if len(pending) >= MAX_QUERIES:
-                await asyncio.wait(pending, return_when=FIRST)
-            task = asyncio.ensure_future(answer(data, *parse_query(data)))
-            pending.add(task)
-            task.add_done_callback(pending.discard)
+        return await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), SECONDS)
     except asyncio.TimeoutError:
-        raise Failure("no query in time", 408) from None
-    finally:
-        for task in pending:
-            task.cancel()
+        raise Failure("no head in time", 408) from None
+    except (EOFError, asyncio.LimitOverrunError):
+        raise Failure("half a head, or one that is too long", 400) from None
 
 
-async def attend(side: Side, story: Any, sock: socket.socket) -> None:
-    """A client, to its end: what is refused can be read before the connection is closed."""
-    client, is_whole = Wire(side, sock, 400), False
+async def connect(side: Side, request: Request, to: Addresses) -> Streams:
+    """A connection to what was judged, or to the host's proxy; a request's head has been sent."""
+    scheme, name, port = request.scheme, request.name, request.port
+    proxy = side.proxy_for(scheme, name, port)
+    if proxy or not to:
+        to = await resolve(proxy[0] if proxy else name)
+    sock = await dial(to, proxy[1] if proxy else port)
     try:
-        await story(side, client)
-        is_whole = True
-    except Failure as failure:
-        is_whole = not client.sent  # else half of an answer, or of a tunnel
-        with contextlib.suppress(Failure):
-            if is_whole and story is not serve_names:
-                await client.send(side.told(*failure.args))
+        if proxy and scheme == "https":
+            await ask_proxy(sock, spelled(name, port), proxy[2])
+        upstream = await secure(sock, side.broker.context if side.broker else None, name)
+    except BaseException as error:
+        sock.close()
+        if isinstance(error, OSError):
+            raise Failure(f"no TLS with {name}: {error.strerror or error}", 502) from None
+        raise
+    upstream[1].transport.set_write_buffer_limits(0)
+    if request.path:
+        host = spelled(name, port, frozenset([443 if scheme == "https" else 80]))
+        whole, more = (f"http://{host}", proxy[2]) if proxy and scheme == "http" else ("", "")
+        upstream[1].write(head_of(request, request.headers, whole + request.path, host, more))
+    return upstream
+
+
+async def ask_proxy(sock: socket.socket, place: str, header: str) -> None:
+    """Let the host's proxy connect to a place; read no byte of what is behind its answer."""
+    loop, said = asyncio.get_running_loop(), b""
+    head = f"CONNECT {place} HTTP/1.1\r\nhost: {place}\r\n{header}\r\n"
+    await loop.sock_sendall(sock, head.encode())
+    while not said.endswith(b"\r\n\r\n"):
+        byte = await asyncio.wait_for(loop.sock_recv(sock, 1), SECONDS)
+        if not byte or len(said) > MAX_HEAD:
+            raise Failure("the host's proxy does not answer", 502)
+        said += byte
+    if not re.match(rb"HTTP/1\.[01] 2", said):
+        status = said.decode("latin-1").split("\r\n")[0].partition(" ")[2]
+        raise Failure(f"the host's proxy says {status}", 502)
+
+
+async def pump(
+    source: asyncio.StreamReader, target: asyncio.StreamWriter, passed: list[int], way: int,
+    left: int = sys.maxsize,
+) -> None:  # fmt: skip
+    """Pass on what comes, or so many bytes of it, until it ends."""
+    while left and (data := await source.read(min(left, CHUNK))):
+        target.write(data)
+        await target.drain()
+        passed[way] += len(data)
+        left -= len(data)
+
+
+def finish(writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        writer.write_eof()
+
+
+def reset(writer: asyncio.StreamWriter) -> None:
+    """Close it so that the other end is told that more should have come."""
+    with contextlib.suppress(OSError):
+        sock = writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+async def drain(reader: asyncio.StreamReader) -> None:
+    while await reader.read(CHUNK):
+        pass
+
+
+async def exchange(
+    side: Side, request: Request, client: Streams, upstream: Streams, passed: list[int]
+) -> None:
+    """Both ways of a tunnel, until both have ended; or the body of a request, and the answer."""
+    is_tunnel = not request.path
+
+    async def down() -> None:
+        await pump(upstream[0], client[1], passed, DOWN)
+        if is_tunnel:
+            finish(client[1])
+        elif not passed[DOWN]:
+            raise Failure("the server has ended without an answer", 502)
+
+    async def up() -> None:
+        if is_tunnel:
+            await pump(client[0], upstream[1], passed, UP)
+            finish(upstream[1])
+            return
+        with contextlib.suppress(OSError):  # an early answer is an answer
+            await pump(client[0], upstream[1], passed, UP, request.length)
+            if passed[UP] < request.length:
+                raise Failure("half a body", 400)
+        if side.broker:  # what an agent asked for that was interrupted costs money
+            await drain(client[0])
+            raise Failure("the client has left", 400)
+
+    ways = [asyncio.ensure_future(down()), asyncio.ensure_future(up())]
+    waiting, last, seen = set(ways), set(ways if is_tunnel else ways[:1]), -1
+    try:
+        while waiting & last:
+            seconds = None if is_tunnel and len(waiting) == 2 else IDLE_SECONDS
+            done, waiting = await asyncio.wait(waiting, timeout=seconds, return_when=FIRST)
+            for way in done:
+                way.result()
+            if not done and seen == sum(passed):
+                raise Failure("nothing comes any more", 504)
+            seen = sum(passed)
     finally:
-        with contextlib.suppress(OSError, Failure, asyncio.TimeoutError):
-            if client.upstream:
-                client.upstream.close(is_whole)
-                side.audit.record(*client.about, "closed", size=client.sent + client.upstream.sent)
-            if is_whole:
-                sock.shutdown(socket.SHUT_WR)
-                await asyncio.wait_for(client.drain(), LINGER_SECONDS)
-        client.close(is_whole)
+        for way in ways:
+            way.cancel()
+        await asyncio.gather(*ways, return_exceptions=True)
 
 
-async def accept(side: Side, story: Any, server: socket.socket) -> None:
-    while True:
+async def serve_request(side: Side, client: Streams) -> None:
+    """What is refused can be read; what was cut off is seen to be."""
+    passed, upstream = [0, 0], None
+    try:
+        request = parse_request(await read_head(client[0]), is_proxy=not side.broker)
+        request, addresses = await judge(side, request)
+        side.record(request.name, request.port, "allowed")
         try:
-            sock, _ = await asyncio.get_running_loop().sock_accept(server)
-        except OSError:  # too many open files, or a client that has left
-            await asyncio.sleep(0.05)
-            continue
-        if len(side.clients) >= MAX_CLIENTS:
-            sock.close()
-            continue
-        task = asyncio.ensure_future(attend(side, story, sock))
-        side.clients.add(task)
-        task.add_done_callback(side.clients.discard)
+            upstream = await connect(side, request, addresses)
+            if not request.path:
+                client[1].write(b"HTTP/1.1 200 OK\r\n\r\n")
+            await exchange(side, request, client, upstream, passed)
+        except (OSError, Failure):
+            if upstream and (passed[DOWN] or not request.path):
+                reset(client[1])
+            raise
+        finally:
+            side.record(request.name, request.port, "closed", size=sum(passed))
+    except (OSError, Failure) as error:
+        if upstream:
+            reset(upstream[1])
+        reason, status = error.args if isinstance(error, Failure) else (str(error), 502)
+        client[1].write(told(reason, status, is_api=side.broker is not None))
+    finally:
+        if upstream:
+            upstream[1].close()
+    finish(client[1])
+    await asyncio.wait_for(drain(client[0]), LINGER_SECONDS)
+
+
+async def serve_names(side: Side, client: Streams) -> None:
+    """DNS over TCP (RFC 7766): a query is answered when it can be, whatever came before it."""
+    lookups: set[Any] = set()
+
+    async def answer(query: bytes, text: str, kind: int, at: int) -> None:
+        code, address = 0, ""
+        try:
+            if kind in (A, AAAA):
+                name = normal_host(text)
+                await permit(side, "https", name, ANY_PORT)
+                address = side.stand_in(name) if kind == A else ""
+        except Failure as failure:
+            code = SERVER_FAILED if failure.args[1] in (503, 504) else NO_NAME
+        client[1].write(answer_to(query, at, code, address))
+
+    while True:
+        size = await asyncio.wait_for(client[0].readexactly(2), IDLE_SECONDS)
+        asked = client[0].readexactly(int.from_bytes(size, "big"))
+        query = await asyncio.wait_for(asked, SECONDS)
+        if len(lookups) >= MAX_LOOKUPS:
+            await asyncio.wait(lookups, return_when=FIRST)
+        task = asyncio.ensure_future(answer(query, *parse_query(query)))
+        lookups.add(task)
+        task.add_done_callback(lookups.discard)
+        await client[1].drain()
+
+
+async def attend(side: Side, story: Any, *client: Any) -> None:
+    """A client, to its end."""
+    task = asyncio.current_task()
+    side.clients.add(task)
+    client[1].transport.set_write_buffer_limits(0)  # what is drained has left
+    try:
+        if len(side.clients) <= MAX_CLIENTS:
+            await story(side, client)
+    # It has been told, or has left; of a cancelled task Python 3.11 and 3.12 would complain.
+    except (Failure, EOFError, OSError, asyncio.TimeoutError, asyncio.CancelledError):
+        pass
+    finally:
+        client[1].close()
+        side.clients.discard(task)
 
 
 # --- settings ---
@@ -3763,22 +3694,18 @@ PRESETS = {
 }
 
 
-def parse_proxy(url: str) -> tuple[str, int, str]:
-    """(host, port, the header with its credentials) of the host's own proxy."""
+def parse_proxy(url: str) -> tuple[str, int, str] | None:
+    """(host, port, the header with its credentials) of the host's own proxy, if it has one."""
+    if not url:
+        return None
     address = urllib.parse.urlsplit(url if "//" in url else f"//{url}", "http")
     if address.scheme != "http" or not address.hostname:
-        raise Failure("a proxy of the environment is not http://[USER:PASSWORD@]HOST:PORT")
+        raise Failure("a proxy of the environment is not http://[USER:PASSWORD@]HOST:PORT", 502)
     if address.username is None:
         return address.hostname, address.port or 80, ""
     user = f"{address.username}:{address.password or ''}"
     token = base64.b64encode(urllib.parse.unquote_to_bytes(user)).decode()
     return address.hostname, address.port or 80, f"proxy-authorization: Basic {token}\r\n"
-
-
-def listen_place(value: str) -> str:
-    if not re.fullmatch(r"unix:.+|127\.0\.0\.1:[0-9]{1,5}", value):
-        raise argparse.ArgumentTypeError(f"{value!r} is not unix:PATH or 127.0.0.1:PORT")
-    return value
 
 
 def allowed(value: str) -> list[tuple[str, frozenset[int]]]:
@@ -3798,16 +3725,10 @@ def allowed(value: str) -> list[tuple[str, frozenset[int]]]:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="egress.py", description=__doc__)
     # With a width it need not ask the terminal, for which it would import ten modules.
-    parser.formatter_class = functools.partial(argparse.RawDescriptionHelpFormatter, width=100)
+    parser.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100)
     add = parser.add_argument
-    add(
-        "--listen",
-        required=True,
-        metavar="PLACE",
-        type=listen_place,
-        help="unix:PATH or 127.0.0.1:PORT",
-    )
-    add("--dns", metavar="PLACE", type=listen_place, help="answer DNS over TCP there")
+    add("--listen", metavar="PLACE", required=True, help="unix:PATH or 127.0.0.1:PORT")
+    add("--dns", metavar="PLACE", help="answer DNS over TCP there")
     add("--internet", action="store_true", help="any public address; every port but 25")
     add("--allow", metavar="HOST[:PORT]", type=allowed, action="append", default=[],
         help=f"also at a private address; ports 80 and 443; or {', '.join(PRESETS)}")  # fmt: skip
@@ -3822,33 +3743,27 @@ def build_parser() -> argparse.ArgumentParser:
 async def run(options: argparse.Namespace) -> None:
     """Serve until stdin is closed, or a signal comes; then say what was refused."""
     loop = asyncio.get_running_loop()
-    loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(MAX_LOOKUPS))
+    loop.set_default_executor(ThreadPoolExecutor(MAX_LOOKUPS))
     rows = tuple(row for rows in options.allow for row in rows)
     permissions = Permissions(options.internet, rows, frozenset(options.host_port))
-    side = Side(permissions, Audit(open_audit(options.audit) if options.audit else -1))
-    if options.host_port:  # how the guest's /etc/hosts spells it, when it does not ask DNS
-        side.given[HOST_ADDRESS] = (HOST_NAME,)
+    broker = None
     if options.broker:
-        side.take_credential(sys.stdin.buffer.readline(), options.broker, options.upstream)
-    stories = [(options.listen, serve_agent if options.broker else serve_guest)]
-    if options.dns:
-        stories.append((options.dns, serve_names))
-    tasks = set()
-    for where, story in stories:
-        server = listen(where)
-        name = server.getsockname()
-        os.write(1, f"{name if isinstance(name, str) else name[1]}\n".encode())
-        tasks.add(asyncio.ensure_future(accept(side, story, server)))
+        broker = Broker(sys.stdin.buffer.readline(), options.broker, options.upstream)
+    side = Side(permissions, open_audit(options.audit) if options.audit else -1, broker)
+    for where, story in ((options.listen, serve_request), (options.dns, serve_names)):
+        if where:
+            place = await listen(where, functools.partial(attend, side, story))
+            os.write(1, f"{place}\n".encode())
     end = loop.run_in_executor(None, sys.stdin.buffer.read)
     loop.add_signal_handler(signal.SIGTERM, end.cancel)
     loop.add_signal_handler(signal.SIGINT, end.cancel)
     with contextlib.suppress(asyncio.CancelledError):
         await end
-    tasks |= side.clients
-    for task in tasks:
+    for task in side.clients:
         task.cancel()
-    await asyncio.wait(tasks, timeout=1)
-    for (host, port, refused), count in side.audit.refused.items():
+    if side.clients:
+        await asyncio.wait(side.clients, timeout=1)
+    for (host, port, refused), count in side.refused.items():
         row = {"host": host, "port": port, **refused._asdict(), "count": count}
         os.write(1, json.dumps(row).encode() + b"\n")
     os._exit(0)  # Python would wait for its threads: one reads stdin, others look up names

@@ -38,14 +38,13 @@ from typing import Any
 from typing import NamedTuple
 
 STARTS: frozenset[str] = frozenset()
-HOST_NAME = "host.lima.internal"  # the host's loopback, in the guest
-LOOPBACK = ("127.0.0.1", "::1")  # HOST_NAME here
+HOST_NAME, HOST_ADDRESS = "host.lima.internal", "192.168.5.2"  # of the host, in the guest
+LOOPBACK = ("127.0.0.1", "::1")  # what they are here
 WEB, SMTP, ANY_PORT = frozenset([80, 443]), 25, 0  # a name in DNS has no port yet
 SECONDS = 15.0  # for a resolver's answer, a connection, a head
-MAX_HEAD = 32 * 1024  # bytes
+MAX_HEAD, CHUNK = 32 * 1024, 1024 * 1024  # bytes
 CREDENTIALS = frozenset(["authorization", "x-api-key", "cookie", "proxy-authorization"])
 Addresses = tuple[str, ...]
-Place = tuple[str, str, int]  # scheme, name, port
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
@@ -153,6 +152,8 @@ def decide(
 async def listen(where: str, welcome: Any) -> str:
     """Welcome who connects there; returned is the path, or the port."""
     host, _, rest = where.partition(":")
+    if host not in ("unix", "127.0.0.1"):
+        raise Failure(f"{where} is not unix:PATH or 127.0.0.1:PORT")
     if host == "unix":
         await asyncio.start_unix_server(welcome, rest, limit=MAX_HEAD, backlog=512)
         return rest
@@ -176,19 +177,6 @@ def is_own(address: str) -> bool:
     return False
 
 
-def host_proxy(scheme: str, name: str, port: int) -> str:
-    """The URL of the host's own proxy; "" where it is not to be asked."""
-    is_set = any(variable.lower().endswith("_proxy") for variable in os.environ)
-    if not is_set or name in (HOST_NAME, "localhost", *LOOPBACK):
-        return ""
-    from urllib.request import getproxies_environment  # late, as it takes 50 ms
-    from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]
-
-    if proxy_bypass_environment(spelled(name, port)):
-        return ""
-    return getproxies_environment().get(scheme, "")
-
-
 async def resolve(name: str) -> Addresses:
     """The addresses that the host's resolver has for it now."""
     asking = asyncio.get_running_loop().getaddrinfo(name, None, type=socket.SOCK_STREAM)
@@ -200,25 +188,36 @@ async def resolve(name: str) -> Addresses:
     return tuple(dict.fromkeys(str(row[4][0]) for row in found))[:32]
 
 
-async def dial(addresses: Addresses, port: int) -> Streams:
+async def dial(addresses: Addresses, port: int) -> socket.socket:
     """A connection to the first address that takes it."""
     why = "no address"
     for address in addresses:
+        sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+        sock.setblocking(False)
         try:
-            opening = asyncio.open_connection(address, port, limit=MAX_HEAD)
-            return await asyncio.wait_for(opening, SECONDS)
+            connecting = asyncio.get_running_loop().sock_connect(sock, (address, port))
+            await asyncio.wait_for(connecting, SECONDS)
+            return sock
         except (OSError, asyncio.TimeoutError) as error:
+            sock.close()
             why = getattr(error, "strerror", "") or "no answer"
     raise Failure(f"no connection to port {port}: {why}", 502)
 
 
-# --- the story: a request, after which its connection is over ---
+async def secure(sock: socket.socket, context: ssl.SSLContext | None, name: str) -> Streams:
+    server = name if context else None
+    return await asyncio.open_connection(
+        sock=sock, ssl=context, server_hostname=server, limit=CHUNK
+    )
+
+
+# --- the story: how a request is judged ---
 
 
 async def permit(side: Side, scheme: str, name: str, port: int) -> Addresses:
     """The addresses that it may be reached at; none where the host's proxy is told the name."""
     verdict = decide(side.permissions, name, port, None)
-    if verdict == () and (is_address(name) or not host_proxy(scheme, name, port)):
+    if verdict == () and (is_address(name) or not side.proxy_for(scheme, name, port)):
         found = (name,) if is_address(name) else await resolve(name)
         verdict = decide(side.permissions, name, port, found, tuple(filter(is_own, found)))
     if isinstance(verdict, Refused):
@@ -227,15 +226,13 @@ async def permit(side: Side, scheme: str, name: str, port: int) -> Addresses:
     return verdict
 
 
-async def serve_guest(side: Side, request: Request, exchange: Exchange) -> None:
-    scheme = "http" if request.path else "https"
-    name = side.given.get(request.name, request.name)  # an address that DNS gave out is its name
-    addresses = await permit(side, scheme, name, request.port)
-    await exchange.lead(request, request.headers, (scheme, name, request.port), addresses)
-
-
-async def serve_agent(side: Side, request: Request, exchange: Exchange) -> None:
-    broker = side.broker  # of the credential for a model's API
+async def judge(side: Side, request: Request) -> tuple[Request, Addresses]:
+    """What is passed on, after which its connection is over; and at which addresses."""
+    broker = side.broker
+    if not broker:
+        name = side.names.get(request.name, request.name)  # of an address that DNS gave out
+        to = await permit(side, request.scheme, name, request.port)
+        return request._replace(name=name), to
     if not broker.passes(request):
         raise Failure(f"{request.method} {request.path} is not passed on", 404)
     headers = [row for row in request.headers if row[0] not in CREDENTIALS]
@@ -244,7 +241,7 @@ async def serve_agent(side: Side, request: Request, exchange: Exchange) -> None:
         if not hmac.compare_digest(given.encode(), broker.placeholder):
             raise Failure("this is not the placeholder of the credential", 401)
         headers.append((broker.header, broker.credential))
-    await exchange.lead(request, headers, broker.place, None)  # who started it is its judge
+    return broker.addressed(request._replace(headers=headers)), ()  # who started it is its judge
 
 
 # --- you may stop here: what follows only calls what is above ---
@@ -262,8 +259,9 @@ HEAD = re.compile(
 ).fullmatch
 URL = re.compile(r"(?i:http)://([^/?#@\\]+)((?:[/?][^#]*)?)").fullmatch
 HOP_BY_HOP = {"connection", "keep-alive", "proxy-connection", "te", "trailer", "upgrade"}
-Headers = list[tuple[str, str]]
+ERRORS = {401: "authentication_error", 404: "not_found_error", 502: "api_error", 504: "api_error"}
 A, AAAA, SERVER_FAILED, NO_NAME, TTL = 1, 28, 2, 3, 60  # RFC 1035
+Headers = list[tuple[str, str]]
 
 
 class Request(NamedTuple):
@@ -274,6 +272,7 @@ class Request(NamedTuple):
     version: str
     headers: Headers
     length: int
+    scheme: str = "http"
 
 
 def normal_host(text: str) -> str:
@@ -319,7 +318,7 @@ def parse_request(data: bytes, is_proxy: bool) -> Request:
         return Request(method, "", 0, target, version, headers, int(size))
     if method == "CONNECT" and not int(size):
         name, port = host_and_port(target)
-        return Request(method, name, port, "", version, headers, 0)
+        return Request(method, name, port, "", version, headers, 0, "https")
     url = URL(target)
     if not url or method == "CONNECT":
         raise Failure("this is a proxy: CONNECT HOST:PORT, or a method and http://HOST/…", 400)
@@ -364,173 +363,18 @@ def answer_to(query: bytes, end: int, code: int, address: str) -> bytes:
     return struct.pack(">H", len(packet)) + packet
 
 
-# --- plumbing: connections ---
-
-BUFFER = memoryview(bytearray(512 * 1024))  # of all: it is empty before more is read
-IDLE_SECONDS = 600.0  # when one way is left, and nothing comes on it; as long as Claude Code waits
-LINGER_SECONDS = 5.0  # for a client to read what it was sent
-MAX_CLIENTS, MAX_LOOKUPS = 1000, 32  # at once
-MAX_REFUSALS, MAX_STAND_INS = 4096, 65534  # told apart; given out by DNS
-STAND_INS = ipaddress.ip_network("198.18.0.0/16")
-HOST_ADDRESS = "192.168.5.2"  # HOST_NAME in the guest
-FIRST = asyncio.FIRST_COMPLETED
-
-
-class End(asyncio.BufferedProtocol):
-    """One end of a connection: so many bytes of what comes here are written to the other end."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader, self.writer = reader, writer  # a writer that is forgotten closes
-        self.transport: Any = writer.transport
-        self.other, self.stays_open = self, True
-        self.left, self.moved = 0, 0  # bytes that may still pass, and that did
-        self.ended = asyncio.get_running_loop().create_future()  # nothing more comes
-        self.lost = asyncio.get_running_loop().create_future()  # with an OSError, or None
-
-    async def read_head(self, status: int, late: int) -> bytes:
-        try:
-            return await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), SECONDS)
-        except asyncio.TimeoutError:
-            raise Failure("no head in time", late) from None
-        except (EOFError, OSError, asyncio.LimitOverrunError):
-            raise Failure("half a head, or one that is too long", status) from None
-
-    async def take_over(self) -> bytes:
-        """Get what comes once reading is resumed; returned is what has come before."""
-        self.reader.feed_eof()
-        early = await self.reader.read()
-        self.transport.pause_reading()
-        self.transport.set_protocol(self)
-        return early
-
-    def is_open(self) -> bool:
-        return not self.lost.done() and not self.transport.is_closing()
-
-    def pass_on(self, data: bytes) -> None:
-        passing = data[: self.left]
-        self.left -= len(passing)
-        self.moved += len(passing)
-        if passing and self.other.is_open():
-            self.other.transport.write(passing)
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return BUFFER
-
-    def buffer_updated(self, size: int) -> None:
-        self.pass_on(bytes(BUFFER[:size]))  # a copy: asyncio keeps what it cannot send at once
-
-    def pause_writing(self) -> None:
-        if self.other.is_open():
-            self.other.transport.pause_reading()
-
-    def resume_writing(self) -> None:
-        if self.other.is_open():
-            self.other.transport.resume_reading()
-
-    def eof_received(self) -> bool:
-        if not self.ended.done():
-            self.ended.set_result(None)
-        return self.stays_open
-
-    def connection_lost(self, error: Exception | None) -> None:
-        if not self.lost.done():
-            self.lost.set_result(error)
-        self.eof_received()
-
-    async def secure(self, context: ssl.SSLContext, name: str) -> None:
-        self.stays_open = False  # TLS has no half that ends
-        start = asyncio.get_running_loop().start_tls
-        try:
-            self.transport = await start(self.transport, self, context, server_hostname=name)
-        except OSError as error:
-            raise Failure(f"no TLS with {name}: {error.strerror or error}", 502) from None
-
-    def write_eof(self) -> None:
-        with contextlib.suppress(OSError):
-            self.transport.write_eof()
-
-    def break_off(self) -> None:
-        """Close what is open yet; the other program is told that more should have come."""
-        if not self.lost.done():
-            with contextlib.suppress(OSError):
-                sock = self.transport.get_extra_info("socket")
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.transport.abort()
-            self.connection_lost(None)
+def told(reason: str, status: int, is_api: bool) -> bytes:
+    """Why a request is not served: in the status line, which most programs show, and whole."""
+    kind, body = "text/plain", f"agent-vm: {reason}\n"
+    if is_api:
+        error = {"type": ERRORS.get(status, "invalid_request_error"), "message": body.strip()}
+        kind, body = "application/json", json.dumps({"type": "error", "error": error}) + "\n"
+    size = f"content-type: {kind}\r\ncontent-length: {len(body.encode())}\r\n"
+    head = f"HTTP/1.1 {status} {ascii(reason)[1:-1]}\r\n{size}connection: close\r\n\r\n"
+    return (head + body).encode()
 
 
-class Exchange:
-    """A client's connection, and the one that its request leads to."""
-
-    def __init__(self, side: Side, client: End) -> None:
-        self.side, self.client, self.ends = side, client, [client]
-
-    async def lead(
-        self, request: Request, headers: Headers, place: Place, to: Addresses | None
-    ) -> None:
-        """Connect to what was judged, or to the host's proxy, which is told the name."""
-        (scheme, name, port), is_tunnel = place, not request.path
-        self.side.record(name, port, "allowed")
-        proxy = parse_proxy(host_proxy(scheme, name, port))
-        if proxy or to is None:
-            to = await resolve(proxy[0] if proxy else name)
-        upstream = End(*await dial(to, proxy[1] if proxy else port))
-        self.ends.append(upstream)
-        if proxy and scheme == "https":
-            asked = spelled(name, port)
-            head = f"CONNECT {asked} HTTP/1.1\r\nhost: {asked}\r\n{proxy[2]}\r\n"
-            upstream.transport.write(head.encode())
-            status = (await upstream.read_head(502, 504)).decode("latin-1").split("\r\n")[0]
-            if not re.match(r"HTTP/1\.[01] 2", status):
-                raise Failure(f"the host's proxy says {status.partition(' ')[2]}", 502)
-        early = await upstream.take_over()
-        if scheme == "https" and not is_tunnel:
-            if early:  # in clear text, it would be taken for what the API says
-                raise Failure("the host's proxy says more than it was asked", 502)
-            await upstream.secure(self.side.broker.context, name)
-        self.client.other, upstream.other = upstream, self.client
-        upstream.left = sys.maxsize
-        if is_tunnel:
-            self.client.left, early = sys.maxsize, b"HTTP/1.1 200 OK\r\n\r\n" + early
-        else:
-            self.client.left = request.length
-            host = spelled(name, port, frozenset([443 if scheme == "https" else 80]))
-            target, more = self.side.prefix + request.path, ""
-            if proxy and scheme == "http":
-                target, more = f"http://{host}{target}", proxy[2]
-            upstream.transport.write(head_of(request, headers, target, host, more))
-        upstream.pass_on(early)
-        self.client.pass_on(await self.client.take_over())
-        for end in self.ends:
-            end.transport.resume_reading()
-        try:
-            await self.wait(self.client, upstream, is_tunnel)
-        finally:
-            size = self.client.moved + upstream.moved
-            self.side.record(name, port, "closed", size=size)
-
-    async def wait(self, client: End, upstream: End, is_tunnel: bool) -> None:
-        """Until both ways of a tunnel have ended, or the answer to a request has."""
-        moved = 0
-        while not upstream.ended.done() or (is_tunnel and not client.ended.done()):
-            waiting = [one for end in self.ends for one in (end.ended, end.lost) if not one.done()]
-            seconds = None if is_tunnel and len(waiting) == 4 else IDLE_SECONDS
-            done, _ = await asyncio.wait(waiting, timeout=seconds, return_when=FIRST)
-            if not done and moved == client.moved + upstream.moved:
-                raise Failure("nothing comes any more", 504)
-            moved = client.moved + upstream.moved
-            for end in self.ends:
-                if end.lost.done() and end.lost.result():
-                    raise Failure(f"the connection broke: {end.lost.result()}", 502)
-                if end.ended.done() and is_tunnel:
-                    end.other.write_eof()
-            if not is_tunnel and client.ended.done() and (client.left or self.side.broker):
-                raise Failure("the client has left", 400)
-        if not upstream.moved:
-            raise Failure("the server has ended without an answer", 502)
-
-
-# --- plumbing: what the connections share ---
+# --- what the connections share ---
 
 # What Claude Code 2.1.332 asks ANTHROPIC_BASE_URL for; * is one part of a path.
 PROVIDERS = {
@@ -541,12 +385,13 @@ PROVIDERS = {
          "GET /v1/files/*", "GET /v1/files/*/content"),
     )
 }  # fmt: skip
-ERRORS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
-          408: "invalid_request_error", 411: "invalid_request_error"}  # fmt: skip
+MAX_REFUSALS, MAX_STAND_INS = 4096, 65534  # told apart; given out by DNS
 
 
 class Broker:
     """What a guest may ask of a model's API. It has the placeholder; this has the credential."""
+
+    context: ssl.SSLContext | None = None
 
     def __init__(self, line: bytes, provider: str, url: str) -> None:
         default, self.routes = PROVIDERS[provider]
@@ -561,13 +406,13 @@ class Broker:
             raise Failure("--upstream must be https: the credential would go in clear")
         try:
             given = json.loads(line)
-            self.header = {name: name for name in ("authorization", "x-api-key")}[given["header"]]
-            scheme = "Bearer " if self.header == "authorization" else ""
-            for key in ("placeholder", "credential"):
-                if not re.fullmatch("[!-~]{8,}", given[key]):
-                    raise ValueError
-            self.placeholder = (scheme + given["placeholder"]).encode()
+            schemes = {"authorization": "Bearer ", "x-api-key": ""}
+            self.header, scheme = given["header"], schemes[given["header"]]
             self.credential = scheme + given["credential"]
+            self.placeholder = (scheme + given["placeholder"]).encode()
+            for word in (given["credential"], given["placeholder"]):
+                if not re.fullmatch("[!-~]{8,}", word):
+                    raise ValueError
         except (ValueError, KeyError, TypeError):
             raise Failure("stdin holds no placeholder, credential and header") from None
 
@@ -577,21 +422,33 @@ class Broker:
         known = any(re.fullmatch(route.replace("*", part), asked) for route in self.routes)
         return known and re.fullmatch("[A-Za-z0-9_.~%&=,:-]*", query) is not None
 
+    def addressed(self, request: Request) -> Request:
+        scheme, name, port = self.place
+        return request._replace(
+            scheme=scheme, name=name, port=port, path=self.prefix + request.path
+        )
+
 
 class Side:
     """One side of a run: what it may do, and what its connections share."""
 
-    broker: Any = None
-    prefix = ""  # of an API's paths
-
-    def __init__(self, permissions: Permissions, audit: int) -> None:
-        self.permissions, self.audit = permissions, audit
+    def __init__(self, permissions: Permissions, audit: int, broker: Broker | None) -> None:
+        self.permissions, self.audit, self.broker = permissions, audit, broker
         self.refused: dict[tuple[str, int, Refused], int] = {}
-        self.stand_ins: dict[str, str] = {HOST_NAME: HOST_ADDRESS}  # what DNS says of a name
-        # How the guest's /etc/hosts spells HOST_NAME, when it does not ask DNS.
-        self.given = {HOST_ADDRESS: HOST_NAME} if permissions.host_ports else {}
+        # Both ways: what DNS gives out for a name, and what it means from then on.
+        self.stand_ins, self.names = {HOST_NAME: HOST_ADDRESS}, {HOST_ADDRESS: HOST_NAME}
         self.clients: set[Any] = set()
-        self.lookups: set[Any] = set()
+        self.has_proxy = any(name.lower().endswith("_proxy") for name in os.environ)
+
+    def proxy_for(self, scheme: str, name: str, port: int) -> tuple[str, int, str] | None:
+        """(host, port, header) of the host's own proxy; None where it is not to be asked."""
+        if not self.has_proxy or name in (HOST_NAME, "localhost", *LOOPBACK):
+            return None
+        from urllib.request import getproxies_environment  # late, as it takes 50 ms
+        from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]
+
+        is_direct = proxy_bypass_environment(spelled(name, port))
+        return None if is_direct else parse_proxy(getproxies_environment().get(scheme, ""))
 
     def record(self, host: str, port: int, verdict: str, reason: str = "", size: int = 0) -> None:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -610,90 +467,215 @@ class Side:
         self.record(host, port, "refused", refused.reason)
 
     def stand_in(self, name: str) -> str:
-        """The address that is the name, here and from now on."""
+        """An address that nobody has, and that is the name here from now on."""
         if name not in self.stand_ins:
-            if len(self.given) >= MAX_STAND_INS:
+            if len(self.names) > MAX_STAND_INS:
                 raise Failure("all addresses are given out", 503)
-            self.stand_ins[name] = str(STAND_INS[len(self.given) + 1])
-            self.given[self.stand_ins[name]] = name
+            address = str(ipaddress.IPv4Address("198.18.0.0") + len(self.names))
+            self.stand_ins[name], self.names[address] = address, name
         return self.stand_ins[name]
 
-    def told(self, reason: str, status: int) -> bytes:
-        """Why a request is not served: in the status line, which most programs show, and whole."""
-        kind, body = "text/plain", f"agent-vm: {reason}\n"
-        if self.broker:
-            error = {"type": ERRORS.get(status, "api_error"), "message": f"agent-vm: {reason}"}
-            kind, body = "application/json", json.dumps({"type": "error", "error": error}) + "\n"
-        size = f"content-type: {kind}\r\ncontent-length: {len(body.encode())}\r\n"
-        head = f"HTTP/1.1 {status} {ascii(reason)[1:-1]}\r\n{size}connection: close\r\n\r\n"
-        return (head + body).encode()
+
+# --- connections ---
+
+IDLE_SECONDS = 600.0  # for an answer, as Claude Code waits; for more on a way that is left alone
+LINGER_SECONDS = 5.0  # for a client to read what it was sent
+MAX_CLIENTS, MAX_LOOKUPS = 1000, 32  # at once
+FIRST = asyncio.FIRST_COMPLETED
+UP, DOWN = 0, 1  # how many bytes have passed to the upstream, and from there
 
 
-async def serve_request(side: Side, *streams: Any) -> None:
-    client = End(*streams)
-    exchange = Exchange(side, client)
+async def read_head(reader: asyncio.StreamReader) -> bytes:
     try:
-        try:
-            request = parse_request(await client.read_head(400, 408), not side.broker)
-            await (serve_agent if side.broker else serve_guest)(side, request, exchange)
-        except Failure as failure:
-            for upstream in exchange.ends[1:]:
-                upstream.break_off()
-                if upstream.moved:
-                    raise  # a part of an answer, or of a tunnel
-            client.transport.write(side.told(*failure.args))
-        # Bytes that nobody has read would reset the client's connection.
-        client.left = 0
-        await client.take_over()
-        client.write_eof()
-        client.transport.resume_reading()
-        await asyncio.wait([client.ended], timeout=LINGER_SECONDS)
-        for end in exchange.ends:
-            end.transport.close()
-        await asyncio.wait([end.lost for end in exchange.ends], timeout=IDLE_SECONDS)
+        return await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), SECONDS)
+    except asyncio.TimeoutError:
+        raise Failure("no head in time", 408) from None
+    except (EOFError, asyncio.LimitOverrunError):
+        raise Failure("half a head, or one that is too long", 400) from None
+
+
+async def connect(side: Side, request: Request, to: Addresses) -> Streams:
+    """A connection to what was judged, or to the host's proxy; a request's head has been sent."""
+    scheme, name, port = request.scheme, request.name, request.port
+    proxy = side.proxy_for(scheme, name, port)
+    if proxy or not to:
+        to = await resolve(proxy[0] if proxy else name)
+    sock = await dial(to, proxy[1] if proxy else port)
+    try:
+        if proxy and scheme == "https":
+            await ask_proxy(sock, spelled(name, port), proxy[2])
+        upstream = await secure(sock, side.broker.context if side.broker else None, name)
+    except BaseException as error:
+        sock.close()
+        if isinstance(error, OSError):
+            raise Failure(f"no TLS with {name}: {error.strerror or error}", 502) from None
+        raise
+    upstream[1].transport.set_write_buffer_limits(0)
+    if request.path:
+        host = spelled(name, port, frozenset([443 if scheme == "https" else 80]))
+        whole, more = (f"http://{host}", proxy[2]) if proxy and scheme == "http" else ("", "")
+        upstream[1].write(head_of(request, request.headers, whole + request.path, host, more))
+    return upstream
+
+
+async def ask_proxy(sock: socket.socket, place: str, header: str) -> None:
+    """Let the host's proxy connect to a place; read no byte of what is behind its answer."""
+    loop, said = asyncio.get_running_loop(), b""
+    head = f"CONNECT {place} HTTP/1.1\r\nhost: {place}\r\n{header}\r\n"
+    await loop.sock_sendall(sock, head.encode())
+    while not said.endswith(b"\r\n\r\n"):
+        byte = await asyncio.wait_for(loop.sock_recv(sock, 1), SECONDS)
+        if not byte or len(said) > MAX_HEAD:
+            raise Failure("the host's proxy does not answer", 502)
+        said += byte
+    if not re.match(rb"HTTP/1\.[01] 2", said):
+        status = said.decode("latin-1").split("\r\n")[0].partition(" ")[2]
+        raise Failure(f"the host's proxy says {status}", 502)
+
+
+async def pump(
+    source: asyncio.StreamReader, target: asyncio.StreamWriter, passed: list[int], way: int,
+    left: int = sys.maxsize,
+) -> None:  # fmt: skip
+    """Pass on what comes, or so many bytes of it, until it ends."""
+    while left and (data := await source.read(min(left, CHUNK))):
+        target.write(data)
+        await target.drain()
+        passed[way] += len(data)
+        left -= len(data)
+
+
+def finish(writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        writer.write_eof()
+
+
+def reset(writer: asyncio.StreamWriter) -> None:
+    """Close it so that the other end is told that more should have come."""
+    with contextlib.suppress(OSError):
+        sock = writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+async def drain(reader: asyncio.StreamReader) -> None:
+    while await reader.read(CHUNK):
+        pass
+
+
+async def exchange(
+    side: Side, request: Request, client: Streams, upstream: Streams, passed: list[int]
+) -> None:
+    """Both ways of a tunnel, until both have ended; or the body of a request, and the answer."""
+    is_tunnel = not request.path
+
+    async def down() -> None:
+        await pump(upstream[0], client[1], passed, DOWN)
+        if is_tunnel:
+            finish(client[1])
+        elif not passed[DOWN]:
+            raise Failure("the server has ended without an answer", 502)
+
+    async def up() -> None:
+        if is_tunnel:
+            await pump(client[0], upstream[1], passed, UP)
+            finish(upstream[1])
+            return
+        with contextlib.suppress(OSError):  # an early answer is an answer
+            await pump(client[0], upstream[1], passed, UP, request.length)
+            if passed[UP] < request.length:
+                raise Failure("half a body", 400)
+        if side.broker:  # what an agent asked for that was interrupted costs money
+            await drain(client[0])
+            raise Failure("the client has left", 400)
+
+    ways = [asyncio.ensure_future(down()), asyncio.ensure_future(up())]
+    waiting, last, seen = set(ways), set(ways if is_tunnel else ways[:1]), -1
+    try:
+        while waiting & last:
+            seconds = None if is_tunnel and len(waiting) == 2 else IDLE_SECONDS
+            done, waiting = await asyncio.wait(waiting, timeout=seconds, return_when=FIRST)
+            for way in done:
+                way.result()
+            if not done and seen == sum(passed):
+                raise Failure("nothing comes any more", 504)
+            seen = sum(passed)
     finally:
-        for end in exchange.ends:
-            end.break_off()
+        for way in ways:
+            way.cancel()
+        await asyncio.gather(*ways, return_exceptions=True)
 
 
-async def serve_names(side: Side, reader: asyncio.StreamReader, writer: Any) -> None:
+async def serve_request(side: Side, client: Streams) -> None:
+    """What is refused can be read; what was cut off is seen to be."""
+    passed, upstream = [0, 0], None
+    try:
+        request = parse_request(await read_head(client[0]), is_proxy=not side.broker)
+        request, addresses = await judge(side, request)
+        side.record(request.name, request.port, "allowed")
+        try:
+            upstream = await connect(side, request, addresses)
+            if not request.path:
+                client[1].write(b"HTTP/1.1 200 OK\r\n\r\n")
+            await exchange(side, request, client, upstream, passed)
+        except (OSError, Failure):
+            if upstream and (passed[DOWN] or not request.path):
+                reset(client[1])
+            raise
+        finally:
+            side.record(request.name, request.port, "closed", size=sum(passed))
+    except (OSError, Failure) as error:
+        if upstream:
+            reset(upstream[1])
+        reason, status = error.args if isinstance(error, Failure) else (str(error), 502)
+        client[1].write(told(reason, status, is_api=side.broker is not None))
+    finally:
+        if upstream:
+            upstream[1].close()
+    finish(client[1])
+    await asyncio.wait_for(drain(client[0]), LINGER_SECONDS)
+
+
+async def serve_names(side: Side, client: Streams) -> None:
     """DNS over TCP (RFC 7766): a query is answered when it can be, whatever came before it."""
+    lookups: set[Any] = set()
 
-    async def answer(query: bytes, text: str, kind: int, end: int) -> None:
+    async def answer(query: bytes, text: str, kind: int, at: int) -> None:
         code, address = 0, ""
         try:
             if kind in (A, AAAA):
                 name = normal_host(text)
                 await permit(side, "https", name, ANY_PORT)
-                address = side.stand_in(name)
+                address = side.stand_in(name) if kind == A else ""
         except Failure as failure:
             code = SERVER_FAILED if failure.args[1] in (503, 504) else NO_NAME
-        writer.write(answer_to(query, end, code, address if kind == A else ""))
+        client[1].write(answer_to(query, at, code, address))
 
     while True:
-        size = await asyncio.wait_for(reader.readexactly(2), IDLE_SECONDS)
-        asked = reader.readexactly(int.from_bytes(size, "big"))
+        size = await asyncio.wait_for(client[0].readexactly(2), IDLE_SECONDS)
+        asked = client[0].readexactly(int.from_bytes(size, "big"))
         query = await asyncio.wait_for(asked, SECONDS)
-        if len(side.lookups) >= MAX_LOOKUPS:
-            await asyncio.wait(side.lookups, return_when=FIRST)
+        if len(lookups) >= MAX_LOOKUPS:
+            await asyncio.wait(lookups, return_when=FIRST)
         task = asyncio.ensure_future(answer(query, *parse_query(query)))
-        side.lookups.add(task)
-        task.add_done_callback(side.lookups.discard)
-        await writer.drain()
+        lookups.add(task)
+        task.add_done_callback(lookups.discard)
+        await client[1].drain()
 
 
-async def attend(side: Side, story: Any, reader: asyncio.StreamReader, writer: Any) -> None:
+async def attend(side: Side, story: Any, *client: Any) -> None:
     """A client, to its end."""
     task = asyncio.current_task()
     side.clients.add(task)
+    client[1].transport.set_write_buffer_limits(0)  # what is drained has left
     try:
         if len(side.clients) <= MAX_CLIENTS:
-            await story(side, reader, writer)
+            await story(side, client)
     # It has been told, or has left; of a cancelled task Python 3.11 and 3.12 would complain.
     except (Failure, EOFError, OSError, asyncio.TimeoutError, asyncio.CancelledError):
         pass
     finally:
-        writer.transport.abort()
+        client[1].close()
         side.clients.discard(task)
 
 
@@ -724,12 +706,6 @@ def parse_proxy(url: str) -> tuple[str, int, str] | None:
     return address.hostname, address.port or 80, f"proxy-authorization: Basic {token}\r\n"
 
 
-def listen_place(value: str) -> str:
-    if not re.fullmatch(r"unix:.+|127\.0\.0\.1:[0-9]{1,5}", value):
-        raise argparse.ArgumentTypeError(f"{value!r} is not unix:PATH or 127.0.0.1:PORT")
-    return value
-
-
 def allowed(value: str) -> list[tuple[str, frozenset[int]]]:
     """The rows of a name, *.name or address, or of a preset; PORT instead of 80 and 443."""
     if value in PRESETS:
@@ -749,9 +725,8 @@ def build_parser() -> argparse.ArgumentParser:
     # With a width it need not ask the terminal, for which it would import ten modules.
     parser.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100)
     add = parser.add_argument
-    place: dict[str, Any] = {"metavar": "PLACE", "type": listen_place}
-    add("--listen", **place, required=True, help="unix:PATH or 127.0.0.1:PORT")
-    add("--dns", **place, help="answer DNS over TCP there")
+    add("--listen", metavar="PLACE", required=True, help="unix:PATH or 127.0.0.1:PORT")
+    add("--dns", metavar="PLACE", help="answer DNS over TCP there")
     add("--internet", action="store_true", help="any public address; every port but 25")
     add("--allow", metavar="HOST[:PORT]", type=allowed, action="append", default=[],
         help=f"also at a private address; ports 80 and 443; or {', '.join(PRESETS)}")  # fmt: skip
@@ -769,10 +744,10 @@ async def run(options: argparse.Namespace) -> None:
     loop.set_default_executor(ThreadPoolExecutor(MAX_LOOKUPS))
     rows = tuple(row for rows in options.allow for row in rows)
     permissions = Permissions(options.internet, rows, frozenset(options.host_port))
-    side = Side(permissions, open_audit(options.audit) if options.audit else -1)
+    broker = None
     if options.broker:
-        side.broker = Broker(sys.stdin.buffer.readline(), options.broker, options.upstream)
-        side.prefix = side.broker.prefix
+        broker = Broker(sys.stdin.buffer.readline(), options.broker, options.upstream)
+    side = Side(permissions, open_audit(options.audit) if options.audit else -1, broker)
     for where, story in ((options.listen, serve_request), (options.dns, serve_names)):
         if where:
             place = await listen(where, functools.partial(attend, side, story))

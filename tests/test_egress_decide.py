@@ -338,11 +338,14 @@ class ProxyTest(unittest.TestCase):
             ("127.0.0.1", 80, ""), ("localhost", 80, ""), ("2606::1", 443, "http://p.corp:1"),
         ):  # fmt: skip
             with self.subTest(name, port=port), mock.patch.dict(os.environ, env, clear=True):
-                self.assertEqual(egress.host_proxy("https", name, port), url)
-                self.assertEqual(egress.host_proxy("http", name, port), "")
+                side = egress.Side(INTERNET, -1, None)
+                wanted = ("p.corp", 1, "") if url else None
+                self.assertEqual(side.proxy_for("https", name, port), wanted)
+                self.assertIsNone(side.proxy_for("http", name, port))
         for env in ({}, {"NO_PROXY": "*", "HTTPS_PROXY": "http://p"}, {"HTTPS_PROXY": ""}):
             with mock.patch.dict(os.environ, env, clear=True):
-                self.assertEqual(egress.host_proxy("https", "a.example", 443), "")
+                side = egress.Side(INTERNET, -1, None)
+                self.assertIsNone(side.proxy_for("https", "a.example", 443))
 
 
 if __name__ == "__main__":

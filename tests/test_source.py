@@ -33,7 +33,7 @@ BUDGETS = {
     "agent_vm.py": (2987, 1519),
     "github_mcp_proxy.py": (2940, 1600),
     "github_app_token.py": (1555, 1005),
-    "lima/egress.py": (810, 250),
+    "lima/egress.py": (785, 250),
 }
 README_BUDGET = 200
 LIMA_BUDGET = 490  # without the two scripts that have a budget of their own
@@ -60,7 +60,12 @@ SOCKETS = set(
     http.server.HTTPServer http.server.ThreadingHTTPServer
     """.split()
 )
-OPEN_NOTHING = {"urllib.request.getproxies", "urllib.request.proxy_bypass"}
+OPEN_NOTHING = set(
+    """
+    urllib.request.getproxies urllib.request.proxy_bypass
+    urllib.request.getproxies_environment urllib.request.proxy_bypass_environment
+    """.split()
+)
 SOCKET_METHODS = set(
     """
     create_server create_unix_server create_connection create_unix_connection
@@ -877,10 +882,11 @@ class RuleTest(unittest.TestCase):
             self.assertEqual(self.found(rule), "", rule.__name__)
 
     def test_budgets(self) -> None:
-        long = "\n" * 1500 + BANNER + "\n" * 1300
-        self.assert_finds(total_lines, BANNER, long, "at most 2987")
-        self.assert_finds(must_read_lines, BANNER, long, "at most 1420")
-        copy = f"{GENERATED} by make\n" + "X = 1\n" * 3000
+        most, most_above = BUDGETS["agent_vm.py"]
+        long = "\n" * (most_above + 1) + BANNER + "\n" * (most - most_above)
+        self.assert_finds(total_lines, BANNER, long, f"at most {most}")
+        self.assert_finds(must_read_lines, BANNER, long, f"at most {most_above}")
+        copy = f"{GENERATED} by make\n" + "X = 1\n" * most
         self.assertEqual(self.found(total_lines, "if __name__", f"{copy}\nif __name__"), "")
 
     def test_the_banner(self) -> None:
