@@ -63,7 +63,7 @@ GIB = 1 << 30
 LOOK_SECONDS = 2  # between two looks at a VM, and at its sides, while its agent works
 
 # Ports of the guest's own 127.0.0.1, where it reaches the sides of its run. lima/agent-vm.yaml
-# keeps Lima from forwarding them, lima/network.sh has two more.
+# keeps Lima from forwarding them, lima/guest/network.sh has two more.
 EGRESS_PORT, DNS_PORT, BROKER_PORT, GITHUB_PORT = range(47101, 47105)
 API_KEY = "ANTHROPIC_API_KEY"
 
@@ -1224,8 +1224,8 @@ def disposable(host: Host, plan: Plan) -> Iterator[str]:
         signals.closing = True
         if keep:
             host.leases.take(name, plan.project, folders, keep=True)
-            reach = f"agent-vm start {name}, limactl shell {name}; remove it: agent-vm rm {name}"
-            log.info(f"kept {name}; reach it: {reach}")
+            reach = f"limactl shell {name}; later agent-vm start {name}, as limactl start would"
+            log.info(f"kept {name}: {reach} open its network; remove it: agent-vm rm {name}")
         else:
             remove_instance(host, name)
 
@@ -1446,12 +1446,13 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
         log.progress(f"starting {name}")
         planned, mode = lima_mounts(mounts, links), plan.network.mode
         make_private_folder(links)
-        kept = {"mounts": planned, "network": mode}
-        write_file(links / "run.json", json.dumps(kept))  # for `start`
+        write_file(links / "run.json", json.dumps({"mounts": planned, "network": mode}))
         for mount, entry in zip(mounts, planned):
             if entry["location"] != mount.source.path:
                 os.symlink(mount.source.path, entry["location"])
         expression = clone_expression(planned, mount_type, plan.forward)
+        if mode != "open":  # Lima would copy the host's proxies, with their passwords
+            expression += " | .propagateProxyEnv = false"
         lima.clone(base.name, name, expression, *plan.sizes)
         for stale in (folders.lima_home / name).glob("*.log"):  # the base instance's
             stale.unlink()
@@ -1462,12 +1463,11 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
         sides: list[Side] = []  # their sockets lie in the clone's folder
         if mode in ("internet", "allow"):
             registries = read_line(str(base.dir / REGISTRIES)).split() if mode == "allow" else ()
-            way_out = egress_sides(host, plan.network, name, registries)
-            sides += stack.enter_context(way_out)
+            sides += stack.enter_context(egress_sides(host, plan.network, name, registries))
         if plan.broker:
             placeholder, broker = stack.enter_context(broker_side(host, plan, name))
-            gateway = {"ANTHROPIC_BASE_URL": f"http://127.0.0.1:{BROKER_PORT}"}
-            variables = {**plan.variables, **gateway}
+            url = f"http://127.0.0.1:{BROKER_PORT}"
+            variables = {**plan.variables, "ANTHROPIC_BASE_URL": url}
             plan = plan._replace(credential=placeholder, variables=variables)
             sides.append(broker)
         if plan.github:
@@ -1637,10 +1637,12 @@ SETTINGS = {
                      "DIR[:ro|:rw][:GUESTPATH]", many=True),
     "env": Setting(variable, (), "pass a variable (repeatable)", "NAME[=VALUE]", many=True),
     "network": Setting(network_mode, "", "what the VM reaches: internet, all that is public; allow,"
-                       " what --allow lists and its package registries; off, nothing; open, your"
-                       " LAN and this host's ports, too (default internet; under vz open)", "MODE"),
+                       " what --allow lists and its package registries; off, only the model and"
+                       " GitHub; open, your LAN and this host's ports, too (default internet; under"
+                       " vz open)", "MODE"),
     "allow": Setting(reachable, (), "let the VM reach a host, also one in your LAN (repeatable):"
-                     " HOST, *.HOST, HOST:PORT; github, anthropic, openai, nodesource, docker",
+                     " HOST, *.HOST (ports 80 and 443), HOST:PORT; github, anthropic, openai,"
+                     " nodesource, docker",
                      "HOST[:PORT]", many=True),
     "host-port": Setting(port_number, (), "let the VM reach this port of the host's loopback, as"
                          " host.lima.internal:PORT (repeatable)", "PORT", many=True),
@@ -1938,6 +1940,10 @@ def plan_network(settings: Settings, base: Instance, without: Sequence[str]) -> 
             problem = f"the network of {base.name} cannot be held: it is no VM of QEMU's"
             raise AgentVMError(problem, "agent-vm setup --vm-type qemu, or --network open")
         log.info("the VM's network is open, your LAN and this host's ports too: it is not QEMU's")
+    if mode in ("off", "open"):
+        if "flag" in (settings.find("allow")[1], settings.find("host-port")[1]):
+            raise AgentVMError(f"--allow and --host-port say nothing under --network {mode}")
+        return Network(mode)
     allow = (*settings.get("allow"), *(without if mode == "allow" else ()))
     return Network(mode, allow, settings.get("host-port"))
 
@@ -1969,9 +1975,9 @@ NETWORK_BRIEFINGS = {
 NETWORK_BRIEFING = """
 # The network of this VM
 {mode} Other hosts, the user's own network and machine are closed, from outside of the VM.{ports}
-A refusal is a 403 that begins "agent-vm: refused:" and names the flag that would allow it; programs
-that ask no proxy see a connection that is closed at once, or a name that is not found. It is a
-decision, not a fault: tell the user, look for no way round.
+A refusal is a 403 whose reason names the flag that would allow it (curl -v shows it); programs that
+ask no proxy see a connection that is closed at once, or a name that is not found. It is a decision,
+not a fault: tell the user, look for no way round.
 """
 GITHUB_BRIEFING = """
 # GitHub in this VM
@@ -2678,7 +2684,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
         try:
             level, message, fix = "ok", look(), ""
         except AgentVMError as error:
-            needed = name not in ("firmware", "leftovers")
+            needed = name not in ("network", "firmware", "leftovers")
             level, message, fix = "fail" if needed else "warn", str(error), error.hint
         failed = failed or level == "fail"
         if args.json:
@@ -2718,6 +2724,13 @@ def looks(
         printed = first_line_of(host.lima.binary, "--version") or "no version"
         return f"{printable(printed[:80])} ({host.lima.binary})"
 
+    def network() -> str:
+        base = usable_base(host, base_name(settings))
+        if base.vm_type != "qemu":
+            fix = "setup --vm-type qemu"
+            raise AgentVMError("open, your LAN and this host's ports too: no QEMU to close it", fix)
+        return str(settings.get("network") or "internet")
+
     def firmware() -> str:
         qemu = shutil.which(f"qemu-system-{os.uname().machine}")
         prefixes = {Path(qemu).parent.parent if qemu else Path("/usr"), Path("/usr")}
@@ -2741,6 +2754,7 @@ def looks(
         "host": ready_host,
         "lima": lima,
         "base instance": lambda: usable_base(host, base_name(settings)).name,
+        "network": network,
         "firmware": firmware,
         "leftovers": leftovers,
     }
@@ -2790,9 +2804,10 @@ examples:
   agent_vm.py shell-init >> ~/.bashrc       defines claude-vm, claude-vm-shell, claude-vm-setup
 
 environment:
-  CLAUDE_CODE_OAUTH_TOKEN, ANTHROPIC_API_KEY, ANTHROPIC_AUTH_TOKEN  the model's, GITHUB_MCP_TOKEN
-                                              the GitHub proxy's: they stay on the host
-  ANTHROPIC_BASE_URL                          the API, or a gateway, that the broker talks to
+  CLAUDE_CODE_OAUTH_TOKEN, ANTHROPIC_API_KEY, ANTHROPIC_AUTH_TOKEN  the model's: with the broker
+                                              it stays on the host
+  GITHUB_MCP_TOKEN                            the GitHub proxy's: it stays on the host
+  ANTHROPIC_BASE_URL                          where the broker, or without one the agent, finds it
   ANTHROPIC_CUSTOM_HEADERS, ANTHROPIC_MODEL, LANG, COLORTERM …  passed to the agent
   AGENT_VM_<SETTING>                          a setting, e.g. AGENT_VM_MEMORY=16
   LIMA_HOME, XDG_STATE_HOME, XDG_CONFIG_HOME, XDG_DATA_HOME
@@ -3132,6 +3147,8 @@ def decide(
     if name == "localhost" or name.endswith(".localhost"):
         return Refused(f"{place} is loopback: ports of the host are at {HOST_NAME}")
     listed = is_listed(permissions, name, port)
+    if is_address(name) and kind_of(name, CLOSED):
+        return Refused(f"{place} is not public: {kind_of(name, CLOSED)}")
     if not listed and not permissions.internet:
         return Refused(f"{place} is not listed", flag)
     if not listed and port == SMTP:
@@ -3413,7 +3430,7 @@ class Broker:
             self.credential = scheme + given["credential"]
             self.placeholder = (scheme + given["placeholder"]).encode()
             for word in (given["credential"], given["placeholder"]):
-                if not re.fullmatch("[!-~]{8,}", word):
+                if not re.fullmatch("[!-~]+", word):
                     raise ValueError
         except (ValueError, KeyError, TypeError):
             raise Failure("stdin holds no placeholder, credential and header") from None

@@ -130,6 +130,8 @@ def decide(
     if name == "localhost" or name.endswith(".localhost"):
         return Refused(f"{place} is loopback: ports of the host are at {HOST_NAME}")
     listed = is_listed(permissions, name, port)
+    if is_address(name) and kind_of(name, CLOSED):
+        return Refused(f"{place} is not public: {kind_of(name, CLOSED)}")
     if not listed and not permissions.internet:
         return Refused(f"{place} is not listed", flag)
     if not listed and port == SMTP:
@@ -411,7 +413,7 @@ class Broker:
             self.credential = scheme + given["credential"]
             self.placeholder = (scheme + given["placeholder"]).encode()
             for word in (given["credential"], given["placeholder"]):
-                if not re.fullmatch("[!-~]{8,}", word):
+                if not re.fullmatch("[!-~]+", word):
                     raise ValueError
         except (ValueError, KeyError, TypeError):
             raise Failure("stdin holds no placeholder, credential and header") from None

@@ -286,7 +286,7 @@ class BrokerTest(unittest.TestCase):
     def test_what_comes_on_stdin(self) -> None:
         for given in (
             "{}", "[]", "no", "", line(header="cookie"), line(credential="a\r\nb: c"),
-            line(credential="short"), line(placeholder=""), line(placeholder="é" * 20),
+            line(credential=""), line(placeholder=""), line(placeholder="é" * 20),
         ):  # fmt: skip
             with self.subTest(given), self.assertRaises(egress.Failure) as caught:
                 egress.Broker(given.encode(), "anthropic", "")

@@ -156,7 +156,7 @@ class DecideTest(unittest.TestCase):
         self.assertEqual(self.verdict(opened, "Host.Lima.Internal.:8080"), loopback)
         for place, word in (
             ("host.lima.internal:8081", "not opened"),
-            ("127.0.0.1:8080", "not listed"),
+            ("127.0.0.1:8080", "loopback"),
             ("localhost:8080", "loopback"),
             ("x.host.lima.internal:8080", "not listed"),
             ("a.example:8080", "not listed"),

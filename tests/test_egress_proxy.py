@@ -290,7 +290,7 @@ class AllowTest(WorldTest):
             ("good.example:22", "--allow good.example:22"), ("other.example:443", "--allow other.example"),
             (f"{PUBLIC}:443", "not listed"), ("mirror.corp:443", "--allow mirror.corp"),
             ("sub.example:443", "not listed"), ("1.1.1.1:853", "not listed"), ("good.example:25", "listed"),
-            ("good.example.evil.example:443", "not listed"), ("127.0.0.1:80", "not listed"),
+            ("good.example.evil.example:443", "not listed"), ("127.0.0.1:80", "not public: loopback"),
         ):  # fmt: skip
             with self.subTest(place):
                 self.assertIn(word, self.connect(place))

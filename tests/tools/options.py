@@ -24,7 +24,8 @@ TOP = """\
 
 Made from the parsers by `make docs`; `--help` says the same. A flag of `agent_vm.py` replaces the
 variable `AGENT_VM_NAME` (dashes made underscores), which replaces the key in
-`~/.config/agent-vm/config.ini`, section `[agent-vm]`; `agent-vm doctor -v` shows what holds.
+`~/.config/agent-vm/config.ini`, section `[/PATH/OF/THE/PROJECT]`, then `[agent-vm]`; `agent-vm
+doctor -v` shows what holds.
 """
 SCRIPTS = (
     ("agent_vm.py", agent_vm.build_parser()),
