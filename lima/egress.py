@@ -243,7 +243,8 @@ async def judge(side: Side, request: Request) -> tuple[Request, Addresses]:
         if not hmac.compare_digest(given.encode(), broker.placeholder):
             raise Failure("this is not the placeholder of the credential", 401)
         headers.append((broker.header, broker.credential))
-    return broker.addressed(request._replace(headers=headers)), ()  # who started it is its judge
+    path = broker.prefix + request.path  # of a place that who started it has judged
+    return request._replace(headers=headers, path=path, **broker.place), ()
 
 
 # --- you may stop here: what follows only calls what is above ---
@@ -399,7 +400,8 @@ class Broker:
         default, self.routes = PROVIDERS[provider]
         address = urllib.parse.urlsplit(url or default)
         name, port = host_and_port(address.netloc, 443 if address.scheme == "https" else 80)
-        self.place, self.prefix = (address.scheme, name, port), address.path.rstrip("/")
+        self.place: dict[str, Any] = {"scheme": address.scheme, "name": name, "port": port}
+        self.prefix = address.path.rstrip("/")
         if address.scheme == "https":
             self.context = ssl.create_default_context()
             if os.environ.get("NODE_EXTRA_CA_CERTS"):  # as Claude Code does
@@ -423,12 +425,6 @@ class Broker:
         asked, part = f"{request.method} {path}", "[A-Za-z0-9_][A-Za-z0-9._:-]*"
         known = any(re.fullmatch(route.replace("*", part), asked) for route in self.routes)
         return known and re.fullmatch("[A-Za-z0-9_.~%&=,:-]*", query) is not None
-
-    def addressed(self, request: Request) -> Request:
-        scheme, name, port = self.place
-        return request._replace(
-            scheme=scheme, name=name, port=port, path=self.prefix + request.path
-        )
 
 
 class Side:
@@ -610,30 +606,26 @@ async def exchange(
 
 async def serve_request(side: Side, client: Streams) -> None:
     """What is refused can be read; what was cut off is seen to be."""
-    passed, upstream = [0, 0], None
+    passed, upstream, is_tunnel = [0, 0], None, False
     try:
         request = parse_request(await read_head(client[0]), is_proxy=not side.broker)
         request, addresses = await judge(side, request)
         side.record(request.name, request.port, "allowed")
-        try:
-            upstream = await connect(side, request, addresses)
-            if not request.path:
-                client[1].write(b"HTTP/1.1 200 OK\r\n\r\n")
-            await exchange(side, request, client, upstream, passed)
-        except (OSError, Failure):
-            if upstream and (passed[DOWN] or not request.path):
-                reset(client[1])
-            raise
-        finally:
-            side.record(request.name, request.port, "closed", size=sum(passed))
+        upstream, is_tunnel = await connect(side, request, addresses), not request.path
+        if is_tunnel:
+            client[1].write(b"HTTP/1.1 200 OK\r\n\r\n")
+        await exchange(side, request, client, upstream, passed)
     except (OSError, Failure) as error:
         if upstream:
             reset(upstream[1])
+        if passed[DOWN] or is_tunnel:
+            reset(client[1])
         reason, status = error.args if isinstance(error, Failure) else (str(error), 502)
         client[1].write(told(reason, status, is_api=side.broker is not None))
     finally:
         if upstream:
             upstream[1].close()
+            side.record(request.name, request.port, "closed", size=sum(passed))
     finish(client[1])
     await asyncio.wait_for(drain(client[0]), LINGER_SECONDS)
 
