@@ -3826,10 +3826,8 @@ exit "$status"
 # usage: network.sh SSH-PORT [PROXY-PORT DNS-PORT]
 set -eu -o pipefail
 
-# QEMU tells a closed-in VM neither a router nor a resolver; with them it is seen who answers.
+# QEMU tells a closed-in VM no router; with one it is seen who answers.
 ip route replace default via 192.168.5.2 dev eth0
-resolvectl dns eth0 192.168.5.3 && resolvectl domain eth0 '~.' ||
-  echo "nameserver 192.168.5.3" > /etc/resolv.conf
 
 # The VM's own ssh port listens on the host's loopback: in a VM that is open it is reached there.
 python3 -IS - "$1" <<'PYTHON'
@@ -3872,7 +3870,7 @@ while waiting and time.monotonic() < end:
 sys.exit(f"the network is not closed: {', '.join(is_open)}" if is_open else 0)
 PYTHON
 
-[ "$#" = 3 ] || exit 0  # no way out was asked for
+[ "$#" = 3 ] || { ip route del default; exit 0; }  # no way out: programs need not wait for it
 for tool in redsocks nft; do
   command -v "$tool" > /dev/null || {
     echo "the base instance has no $tool, it is older than this agent-vm: agent-vm setup"
@@ -3888,6 +3886,8 @@ redsocks { local_ip = 127.0.0.1; local_port = 47105; ip = 127.0.0.1; port = $2;
 dnstc { local_ip = 127.0.0.1; local_port = 47106; }
 CONF
 redsocks -c /run/agent-vm/redsocks.conf
+resolvectl dns eth0 192.168.5.3 && resolvectl domain eth0 '~.' ||
+  echo "nameserver 192.168.5.3" > /etc/resolv.conf  # an address that the rules below lead
 # TCP that would leave the VM goes to redsocks. DNS over UDP is answered "truncated", so that it is
 # asked again over TCP, which goes to egress.py. Containers come by the second chain.
 sysctl -q -w net.ipv4.conf.all.route_localnet=1
