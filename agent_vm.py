@@ -130,7 +130,7 @@ class Instance(NamedTuple):
     vm_type: str = ""
     mount_type: str = ""
     mounts: tuple[tuple[str, bool], ...] = ()  # (location, writable), Lima's defaults merged in
-    forward_agent: bool = False
+    forward_agent: bool = False  # or X11: the host's screen and keyboard
     writes_host: bool = False  # copyToHost, or a forward that makes a socket on the host
     home: str = ""
 
@@ -335,7 +335,7 @@ def isolation_faults(instance: Instance, expected: Sequence[Mapping[str, Any]]) 
     if instance.mount_type != CONFINED_MOUNT_TYPE.get(instance.vm_type):
         faults.append(f"uses the mount type {instance.mount_type or 'unknown'}")
     if instance.forward_agent:
-        faults.append("forwards the ssh agent")
+        faults.append("forwards the ssh agent, or X11")
     if instance.writes_host:
         faults.append("copies files or sockets to the host")
     return faults
@@ -384,7 +384,7 @@ def parse_instances(stdout: str) -> list[Instance]:
 
 def instance_from(fields: Mapping[str, Any]) -> Instance:
     config = fields.get("config") or {}
-    forwards = config.get("portForwards") or ()
+    forwards, ssh = config.get("portForwards") or (), config.get("ssh") or {}
     return Instance(
         name=str(fields["name"]),
         status=str(fields["status"]),
@@ -393,7 +393,7 @@ def instance_from(fields: Mapping[str, Any]) -> Instance:
         vm_type=str(fields.get("vmType") or ""),
         mount_type=str(config.get("mountType") or ""),
         mounts=tuple((m["location"], bool(m.get("writable"))) for m in config.get("mounts") or ()),
-        forward_agent=bool((config.get("ssh") or {}).get("forwardAgent")),
+        forward_agent=bool(ssh.get("forwardAgent") or ssh.get("forwardX11")),
         writes_host=bool(config.get("copyToHost"))
         or any(rule.get("hostSocket") or rule.get("reverse") for rule in forwards),
         home=str((config.get("user") or {}).get("home") or ""),

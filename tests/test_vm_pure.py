@@ -203,6 +203,15 @@ class IsolationTest(TableTest):
             with self.subTest(fault=fault):
                 self.assertIn(fault, self.faults(**fields))
 
+    def test_what_of_limas_configuration_counts(self) -> None:
+        for config in (
+            {"ssh": {"forwardAgent": True}}, {"ssh": {"forwardX11": True}}, {"copyToHost": [{}]},
+            {"portForwards": [{"hostSocket": "/s"}]}, {"portForwards": [{"reverse": True}]},
+        ):  # fmt: skip
+            fields = {"name": "n", "status": "Stopped", "dir": "/l/n", "config": config}
+            instance = agent_vm.instance_from(fields)
+            self.assertTrue(instance.forward_agent or instance.writes_host, config)
+
 
 class MountTest(TableTest):
     def test_overlapping_paths(self) -> None:
