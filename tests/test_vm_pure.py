@@ -196,7 +196,7 @@ class IsolationTest(TableTest):
             ({"mount_type": "reverse-sshfs"}, "uses the mount type reverse-sshfs"),
             ({"mount_type": ""}, "uses the mount type unknown"),
             ({"mount_type": "virtiofs"}, "uses the mount type virtiofs"),  # under QEMU
-            ({"forward_agent": True}, "forwards the ssh agent"),
+            ({"forward_agent": True}, "forwards the ssh agent, or X11"),
             ({"writes_host": True}, "copies files or sockets to the host"),
         ]
         for fields, fault in rows:
@@ -204,10 +204,11 @@ class IsolationTest(TableTest):
                 self.assertIn(fault, self.faults(**fields))
 
     def test_what_of_limas_configuration_counts(self) -> None:
-        for config in (
+        configs: list[dict[str, Any]] = [
             {"ssh": {"forwardAgent": True}}, {"ssh": {"forwardX11": True}}, {"copyToHost": [{}]},
             {"portForwards": [{"hostSocket": "/s"}]}, {"portForwards": [{"reverse": True}]},
-        ):  # fmt: skip
+        ]  # fmt: skip
+        for config in configs:
             fields = {"name": "n", "status": "Stopped", "dir": "/l/n", "config": config}
             instance = agent_vm.instance_from(fields)
             self.assertTrue(instance.forward_agent or instance.writes_host, config)
