@@ -42,8 +42,10 @@ HOST_NAME, HOST_ADDRESS = "host.lima.internal", "192.168.5.2"  # of the host, in
 LOOPBACK = ("127.0.0.1", "::1")  # what they are here
 WEB, SMTP, ANY_PORT = frozenset([80, 443]), 25, 0  # a name in DNS has no port yet
 SECONDS = 15.0  # for a resolver's answer, a connection, a head
-MAX_HEAD, CHUNK = 32 * 1024, 1024 * 1024  # bytes
-CREDENTIALS = frozenset(["authorization", "x-api-key", "cookie", "proxy-authorization"])
+MAX_HEAD, CHUNK = 32 * 1024, 64 * 1024  # bytes; a reader holds some chunks that nobody takes
+DROPPED = re.compile(  # the last are another method, path or host for some gateways
+    "(proxy-)?authorization|x-api-key|cookie|forwarded|x-(http-)?(method|original|rewrite|forw).*"
+).fullmatch
 Addresses = tuple[str, ...]
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -79,8 +81,7 @@ CLOSED = {  # never reached, whatever is listed; both tables are from IANA's reg
 }
 EMBEDDING = networks("::/96 ::ffff:0:0/96 64:ff9b::/96")  # IPv4 in the last 32 bits
 NOT_PUBLIC = {  # these only by a name that is listed
-    "private": networks("10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7 fec0::/10"),
-    "carrier-grade NAT": networks("100.64.0.0/10"),
+    "private": networks("10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 100.64.0.0/10 fc00::/7 fec0::/10"),
     "benchmark": networks("198.18.0.0/15 2001:2::/48"),
     "documentation": networks("192.0.2.0/24 198.51.100.0/24 203.0.113.0/24 2001:db8::/32"),
     "IPv4 in IPv6": (*EMBEDDING, *networks("64:ff9b:1::/48 2002::/16 2001::/32")),
@@ -126,12 +127,13 @@ def decide(
     if name == HOST_NAME:
         if port in permissions.host_ports or (port == ANY_PORT and permissions.host_ports):
             return LOOPBACK
-        return Refused(f"{place} is a port of the host that is not opened", f"--host-port {port}")
-    if name == "localhost" or name.endswith(".localhost"):
-        return Refused(f"{place} is loopback: ports of the host are at {HOST_NAME}")
+        flag = f"--host-port {port or 'PORT'}"
+        return Refused(f"{place} is a port of the host that is not opened", flag)
+    is_local = f".{name}".endswith(".localhost")
+    closed = "loopback" if is_local else kind_of(name, CLOSED) if is_address(name) else ""
+    if closed:
+        return Refused(f"{place} is not public: {closed}")
     listed = is_listed(permissions, name, port)
-    if is_address(name) and kind_of(name, CLOSED):
-        return Refused(f"{place} is not public: {kind_of(name, CLOSED)}")
     if not listed and not permissions.internet:
         return Refused(f"{place} is not listed", flag)
     if not listed and port == SMTP:
@@ -154,8 +156,6 @@ def decide(
 async def listen(where: str, welcome: Any) -> str:
     """Welcome who connects there; returned is the path, or the port."""
     host, _, rest = where.partition(":")
-    if host not in ("unix", "127.0.0.1"):
-        raise Failure(f"{where} is not unix:PATH or 127.0.0.1:PORT")
     if host == "unix":
         await asyncio.start_unix_server(welcome, rest, limit=MAX_HEAD, backlog=512)
         return rest
@@ -179,15 +179,17 @@ def is_own(address: str) -> bool:
     return False
 
 
-async def resolve(name: str) -> Addresses:
-    """The addresses that the host's resolver has for it now."""
+async def resolve(name: str, has_to: bool = True) -> Addresses:
+    """The addresses that the host's resolver has for it now; none where it does not have to."""
     asking = asyncio.get_running_loop().getaddrinfo(name, None, type=socket.SOCK_STREAM)
     try:
         found = await asyncio.wait_for(asking, SECONDS)
     except (OSError, UnicodeError, asyncio.TimeoutError) as error:
         late = not error.args or error.args[0] == socket.EAI_AGAIN
+        if not has_to:
+            return ()
         raise Failure(f"the host knows no address of {name}", 504 if late else 502) from None
-    return tuple(dict.fromkeys(str(row[4][0]) for row in found))[:32]
+    return tuple(dict.fromkeys(str(row[4][0]) for row in found))[:4]
 
 
 async def dial(addresses: Addresses, port: int) -> socket.socket:
@@ -206,11 +208,8 @@ async def dial(addresses: Addresses, port: int) -> socket.socket:
     raise Failure(f"no connection to port {port}: {why}", 502)
 
 
-async def secure(sock: socket.socket, context: ssl.SSLContext | None, name: str) -> Streams:
-    server = name if context else None
-    return await asyncio.open_connection(
-        sock=sock, ssl=context, server_hostname=server, limit=CHUNK
-    )
+async def secure(sock: socket.socket, context: ssl.SSLContext | None, name: str | None) -> Streams:
+    return await asyncio.open_connection(sock=sock, ssl=context, server_hostname=name, limit=CHUNK)
 
 
 # --- the story: how a request is judged ---
@@ -219,32 +218,33 @@ async def secure(sock: socket.socket, context: ssl.SSLContext | None, name: str)
 async def permit(side: Side, scheme: str, name: str, port: int) -> Addresses:
     """The addresses that it may be reached at; none where the host's proxy is told the name."""
     verdict = decide(side.permissions, name, port, None)
-    if verdict == () and (is_address(name) or not side.proxy_for(scheme, name, port)):
-        found = (name,) if is_address(name) else await resolve(name)
-        verdict = decide(side.permissions, name, port, found, tuple(filter(is_own, found)))
+    proxy = side.proxy_for(scheme, name, port)
+    # What a proxy elsewhere finds is there; one on this host could be led to this host's loopback.
+    is_here = not proxy or is_address(name) or proxy[0] in ("localhost", *LOOPBACK)
+    if verdict == () and is_here:
+        found = (name,) if is_address(name) else await resolve(name, has_to=not proxy)
+        verdict = decide(side.permissions, name, port, found or None, tuple(filter(is_own, found)))
     if isinstance(verdict, Refused):
         side.refuse(name, port, verdict)
         raise Failure("refused: " + "; ".join(filter(None, verdict)), 403)
-    return verdict
+    return () if proxy else verdict
 
 
 async def judge(side: Side, request: Request) -> tuple[Request, Addresses]:
-    """What is passed on, after which its connection is over; and at which addresses."""
+    """What is passed on, and at which addresses; () for a broker's place, which is a setting."""
     broker = side.broker
     if not broker:
         name = side.names.get(request.name, request.name)  # of an address that DNS gave out
-        to = await permit(side, request.scheme, name, request.port)
-        return request._replace(name=name), to
+        return request._replace(name=name), await permit(side, request.scheme, name, request.port)
     if not broker.passes(request):
         raise Failure(f"{request.method} {request.path} is not passed on", 404)
-    headers = [row for row in request.headers if row[0] not in CREDENTIALS]
+    headers = [row for row in request.headers if not DROPPED(row[0])]
     if request.method != "HEAD":  # with that, Claude Code asks whether somebody is there
         given = dict(request.headers).get(broker.header, "")
         if not hmac.compare_digest(given.encode(), broker.placeholder):
             raise Failure("this is not the placeholder of the credential", 401)
         headers.append((broker.header, broker.credential))
-    path = broker.prefix + request.path  # of a place that who started it has judged
-    return request._replace(headers=headers, path=path, **broker.place), ()
+    return request._replace(headers=headers, path=broker.prefix + request.path, **broker.place), ()
 
 
 # --- you may stop here: what follows only calls what is above ---
@@ -311,8 +311,8 @@ def parse_request(data: bytes, is_proxy: bool) -> Request:
     rows = [row.partition(":") for row in block.split("\r\n")[:-1]]
     headers = [(name.lower(), value.strip(" \t")) for name, _, value in rows]
     once, names = dict(headers), [name for name, _ in headers]
-    for name in ("host", "content-length", *CREDENTIALS):
-        if names.count(name) > 1:
+    for name in names:
+        if names.count(name) > 1 and (name in ("host", "content-length") or DROPPED(name)):
             raise Failure(f"{name} is given twice", 400)
     size = once.get("content-length", "0")
     if "transfer-encoding" in once or not re.fullmatch("[0-9]{1,15}", size, re.ASCII):
@@ -404,8 +404,11 @@ class Broker:
         self.prefix = address.path.rstrip("/")
         if address.scheme == "https":
             self.context = ssl.create_default_context()
-            if os.environ.get("NODE_EXTRA_CA_CERTS"):  # as Claude Code does
-                self.context.load_verify_locations(os.environ["NODE_EXTRA_CA_CERTS"])
+            more = os.environ.get("NODE_EXTRA_CA_CERTS")  # as Claude Code does
+            try:
+                self.context.load_verify_locations(more) if more else None
+            except OSError as error:
+                raise Failure(f"NODE_EXTRA_CA_CERTS, {more}: {error.strerror or error}") from None
         elif address.scheme != "http" or name not in ("localhost", *LOOPBACK):
             raise Failure("--upstream must be https: the credential would go in clear")
         try:
@@ -437,6 +440,8 @@ class Side:
         self.stand_ins, self.names = {HOST_NAME: HOST_ADDRESS}, {HOST_ADDRESS: HOST_NAME}
         self.clients: set[Any] = set()
         self.has_proxy = any(name.lower().endswith("_proxy") for name in os.environ)
+        for scheme in ("http", "https"):
+            self.proxy_for(scheme, "example.invalid", 443)  # a wrong one is said at the start
 
     def proxy_for(self, scheme: str, name: str, port: int) -> tuple[str, int, str] | None:
         """(host, port, header) of the host's own proxy; None where it is not to be asked."""
@@ -502,7 +507,8 @@ async def connect(side: Side, request: Request, to: Addresses) -> Streams:
     try:
         if proxy and scheme == "https":
             await ask_proxy(sock, spelled(name, port), proxy[2])
-        upstream = await secure(sock, side.broker.context if side.broker else None, name)
+        context = side.broker.context if side.broker else None
+        upstream = await secure(sock, context, name if context else None)
     except BaseException as error:
         sock.close()
         if isinstance(error, OSError):
@@ -690,14 +696,24 @@ def parse_proxy(url: str) -> tuple[str, int, str] | None:
     """(host, port, the header with its credentials) of the host's own proxy, if it has one."""
     if not url:
         return None
-    address = urllib.parse.urlsplit(url if "//" in url else f"//{url}", "http")
-    if address.scheme != "http" or not address.hostname:
-        raise Failure("a proxy of the environment is not http://[USER:PASSWORD@]HOST:PORT", 502)
+    try:
+        address = urllib.parse.urlsplit(url if "//" in url else f"//{url}", "http")
+        host, port = address.hostname, address.port or 80
+    except ValueError:
+        host, port = None, 0
+    if not host or address.scheme != "http":
+        raise Failure("HTTP_PROXY or HTTPS_PROXY is not http://[USER:PASSWORD@]HOST:PORT", 502)
     if address.username is None:
-        return address.hostname, address.port or 80, ""
+        return host, port, ""
     user = f"{address.username}:{address.password or ''}"
     token = base64.b64encode(urllib.parse.unquote_to_bytes(user)).decode()
-    return address.hostname, address.port or 80, f"proxy-authorization: Basic {token}\r\n"
+    return host, port, f"proxy-authorization: Basic {token}\r\n"
+
+
+def listen_place(value: str) -> str:
+    if not re.fullmatch(r"unix:.+|127\.0\.0\.1:[0-9]{1,5}", value):
+        raise argparse.ArgumentTypeError(f"{value!r} is not unix:PATH or 127.0.0.1:PORT")
+    return value
 
 
 def allowed(value: str) -> list[tuple[str, frozenset[int]]]:
@@ -719,8 +735,9 @@ def build_parser() -> argparse.ArgumentParser:
     # With a width it need not ask the terminal, for which it would import ten modules.
     parser.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100)
     add = parser.add_argument
-    add("--listen", metavar="PLACE", required=True, help="unix:PATH or 127.0.0.1:PORT")
-    add("--dns", metavar="PLACE", help="answer DNS over TCP there")
+    place: dict[str, Any] = {"metavar": "PLACE", "type": listen_place}
+    add("--listen", **place, required=True, help="unix:PATH or 127.0.0.1:PORT")
+    add("--dns", **place, help="answer DNS over TCP there")
     add("--internet", action="store_true", help="any public address; every port but 25")
     add("--allow", metavar="HOST[:PORT]", type=allowed, action="append", default=[],
         help=f"also at a private address; ports 80 and 443; or {', '.join(PRESETS)}")  # fmt: skip

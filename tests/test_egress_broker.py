@@ -63,6 +63,12 @@ class BrokerTest(unittest.TestCase):
         ):
             running = self.start(given=line(header), prefix="/gateway/")
             others = ["Cookie: c=1", "Proxy-Authorization: Basic eA==", "anthropic-beta: a,b"]
+            others += [
+                "X-HTTP-Method-Override: DELETE",
+                "X-Original-URL: /v1/o",
+                "Forwarded: for=x",
+            ]
+            others += ["X-Rewrite-URL: /v1/o", "X-Forwarded-Host: evil.example", "X-Method: GET"]
             others.append(
                 "x-api-key: other" if header == "authorization" else "Authorization: Bearer o"
             )
@@ -75,7 +81,7 @@ class BrokerTest(unittest.TestCase):
                 f"\r\n{header}: {'bearer ' if header == 'authorization' else ''}{SECRET}\r\n", head
             )
             self.assertIn("\r\nanthropic-beta: a,b\r\n", head)
-            for word in (PLACEHOLDER, "other", "bearer o\r", "cookie", "basic"):
+            for word in (PLACEHOLDER, "other", "bearer o\r", "cookie", "basic", "/v1/o\r", "evil"):
                 self.assertNotIn(word, head)
             self.assertIn(b"\r\nRequest-Id: r\r\n", said)
             self.assertIn(b"anthropic-ratelimit-requests-limit: 4", said)

@@ -110,7 +110,7 @@ class DecideTest(unittest.TestCase):
         for address, word in (
             ("10.0.0.1", "private"), ("172.16.0.1", "private"), ("172.31.255.255", "private"),
             ("192.168.5.2", "private"), ("fd00::1", "private"), ("fec0::1", "private"),
-            ("100.64.0.1", "carrier"), ("100.127.255.255", "carrier"), ("198.18.0.1", "benchmark"),
+            ("100.64.0.1", "private"), ("100.127.255.255", "private"), ("198.18.0.1", "benchmark"),
             ("198.19.255.255", "benchmark"), ("2001:2::1", "benchmark"), ("192.0.2.1", "documentation"),
             ("198.51.100.1", "documentation"), ("203.0.113.7", "documentation"), ("2001:db8::1", "documentation"),
             ("::ffff:93.184.216.34", "IPv4 in IPv6"), ("64:ff9b::808:808", "IPv4 in IPv6"),

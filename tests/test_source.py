@@ -33,7 +33,7 @@ BUDGETS = {
     "agent_vm.py": (2987, 1519),
     "github_mcp_proxy.py": (2940, 1600),
     "github_app_token.py": (1555, 1005),
-    "lima/egress.py": (780, 250),
+    "lima/egress.py": (796, 250),
 }
 README_BUDGET = 200
 LIMA_BUDGET = 490  # without the two scripts that have a budget of their own
