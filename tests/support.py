@@ -38,8 +38,8 @@ BASE_NAME = "agent-vm-base"
 BASE = f"{BASE_NAME}.0b0b0b"  # the instance that the name means
 TOKEN = "sk-ant-oat01-not-a-real-token-".ljust(108, "0")
 GUEST_TOOLS = (
-    "chromium", "curl", "docker", "fd", "gcc", "gh", "modinfo", "mount", "mountpoint", "node",
-    "npm", "python3", "rg", "sg", "sudo", "sync",
+    "chromium", "curl", "docker", "fd", "gcc", "gh", "journalctl", "modinfo", "mount", "mountpoint",
+    "node", "npm", "python3", "rg", "sg", "sudo", "sync",
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import ast
 import builtins
 import importlib
 import re
+import subprocess
 import unittest
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -778,6 +779,22 @@ class TokenTest(Rules, unittest.TestCase):
 
 class EgressTest(Rules, unittest.TestCase):
     name = "lima/egress.py"
+
+
+class TopLevelTest(unittest.TestCase):
+    def test_it_is_what_the_readme_lists(self) -> None:
+        command = ["git", "-C", str(ROOT), "ls-files"]
+        try:
+            listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        except (OSError, subprocess.CalledProcessError):
+            self.skipTest("not a checkout of git's")
+        wanted = set(
+            """
+            .ci .gitignore CHANGELOG.md LICENSE Makefile README.md agent_vm.py docs
+            github_app_token.py github_mcp_proxy.py lima pyproject.toml tests
+            """.split()
+        )
+        self.assertEqual({path.partition("/")[0] for path in listed.splitlines()}, wanted)
 
 
 class BudgetTest(unittest.TestCase):

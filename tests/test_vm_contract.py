@@ -106,7 +106,7 @@ class FakeTest(unittest.TestCase):
         clone = found["ct-b"]
         self.assertEqual((clone.status, clone.mounts), ("Stopped", (("/usr", False),)))
         self.assertEqual(clone.mount_type, "9p")
-        self.assertEqual((clone.forward_agent, clone.hostname), (False, "lima-ct-b"))
+        self.assertEqual((clone.extras, clone.hostname), ((), "lima-ct-b"))
         self.assertTrue(clone.home.startswith("/"))
         self.assertTrue((clone.dir / "lima.yaml").is_file())
         self.assertEqual(found["ct.c0ffee"].hostname, "lima-ct-c0ffee")

@@ -121,8 +121,8 @@ class LimaTest(TableTest):
         )  # fmt: skip
         expected = Instance(
             name="n", status="Stopped", dir=Path("/l/n"), hostname="lima-n", vm_type="qemu",
-            mount_type="9p", mounts=(("/p", True), ("/q", False)), forward_agent=True,
-            home="/home/u.guest",
+            mount_type="9p", mounts=(("/p", True), ("/q", False)),
+            extras=("forwards the ssh agent, or X11",), home="/home/u.guest",
         )  # fmt: skip
         self.assertEqual(agent_vm.parse_instances(f"\n{text}\n\n"), [expected])
 
@@ -139,7 +139,7 @@ class LimaTest(TableTest):
         ]
         for config, expected in rows:
             (instance,) = agent_vm.parse_instances(self.line(config=config))
-            self.assertEqual(instance.writes_host, expected, config)
+            self.assertEqual(bool(instance.extras), expected, config)
 
     def test_no_instances_are_no_lines(self) -> None:
         self.assertEqual(agent_vm.parse_instances(""), [])
@@ -196,8 +196,7 @@ class IsolationTest(TableTest):
             ({"mount_type": "reverse-sshfs"}, "uses the mount type reverse-sshfs"),
             ({"mount_type": ""}, "uses the mount type unknown"),
             ({"mount_type": "virtiofs"}, "uses the mount type virtiofs"),  # under QEMU
-            ({"forward_agent": True}, "forwards the ssh agent, or X11"),
-            ({"writes_host": True}, "copies files or sockets to the host"),
+            ({"extras": ("copies files to the host",)}, "copies files to the host"),
         ]
         for fields, fault in rows:
             with self.subTest(fault=fault):
@@ -207,11 +206,13 @@ class IsolationTest(TableTest):
         configs: list[dict[str, Any]] = [
             {"ssh": {"forwardAgent": True}}, {"ssh": {"forwardX11": True}}, {"copyToHost": [{}]},
             {"portForwards": [{"hostSocket": "/s"}]}, {"portForwards": [{"reverse": True}]},
+            {"portForwards": [{"hostIP": "0.0.0.0"}]}, {"additionalDisks": [{"name": "d"}]},
+            {"audio": {"device": "default"}},
         ]  # fmt: skip
         for config in configs:
             fields = {"name": "n", "status": "Stopped", "dir": "/l/n", "config": config}
             instance = agent_vm.instance_from(fields)
-            self.assertTrue(instance.forward_agent or instance.writes_host, config)
+            self.assertEqual(len(instance.extras), 1, config)
 
 
 class MountTest(TableTest):

@@ -207,8 +207,21 @@ class SidesTest(WorldTest):
         elsewhere.mkdir()
         self.assertEqual(self.box.run("run", cwd=elsewhere).status, 0)
         self.assertNotIn("AGENT_VM_QEMU", self.start_call()["env"])
+        link = self.box.home / "link"
+        link.symlink_to(self.box.project)
+        below = self.box.project / "src/deep"
+        below.mkdir(parents=True)
+        for section, cwd in (
+            (f"{self.box.project}/", self.box.project), ("~/project", self.box.project),
+            (str(link), self.box.project), (str(self.box.project), below),
+        ):  # fmt: skip
+            self.box.write_config(f"network = open\n[{section}]\nnetwork = off")
+            self.assertEqual(self.box.run("run", cwd=cwd).status, 0)
+            self.assertIn("AGENT_VM_QEMU", self.start_call()["env"], section)
         self.box.write_config("[relative]\nnetwork = off")
         self.assert_refused(self.box.run("run"), "[relative]")
+        self.box.write_config("[/elsewhere]\nnetwrok = off")
+        self.assert_refused(self.box.run("run"), "unknown key 'netwrok'")
 
     def test_a_kept_vm_is_started_with_its_network_closed(self) -> None:
         self.assertIn("agent-vm start", self.box.run("run", "--keep").err)
@@ -219,8 +232,23 @@ class SidesTest(WorldTest):
         self.assertIn("it has no network", result.err)
         self.assertIs(json.loads(self.start_call()["env"]["AGENT_VM_QEMU"])["restrict"], True)
 
+    def test_a_kept_vm_that_runs_already_is_not_called_closed(self) -> None:
+        self.box.run("run", "--keep")
+        (name,) = self.box.clones()
+        result = self.box.run("start", name)
+        self.assert_refused(result, f"{name} is running", f"agent-vm stop {name}", status=1)
+
+    def test_another_architecture_is_none_that_could_be_closed(self) -> None:
+        path = self.box.lima / BASE / "lima.yaml"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "arch": "riscv64"}))
+        self.assert_refused(self.box.run("run"), "a network that only QEMU closes")
+        self.assertEqual(self.box.limactl("start"), [])
+        self.assert_nothing_left()
+
     def test_values_that_are_none(self) -> None:
         for option, value in (
+            ("--allow", "localhost:11434"), ("--allow", "127.0.0.1"), ("--allow", "[::1]:80"),
+            ("--allow", "a..b"), ("--allow", "a.example:99999"), ("--allow", "github,"),
             ("--network", "lan"), ("--allow", "http://x"), ("--allow", "a b"), ("--allow", "*"),
             ("--host-port", "0"), ("--host-port", "65536"), ("--credential", "host"),
         ):  # fmt: skip
@@ -243,7 +271,6 @@ class SidesTest(WorldTest):
         gateway = f"http://127.0.0.1:{server.server_address[1]}/gateway"
         other = '-H "Authorization: Bearer $CLAUDE_CODE_OAUTH_TOKEN"'
         script = f'curl -s {other} -d "{{}}" "$ANTHROPIC_BASE_URL/v1/messages"; env > env'
-        script += "; cat /proc/[0-9]*/environ /proc/[0-9]*/cmdline > processes 2> /dev/null"
         script += "; cat ~/.agent-vm/* ~/.claude.json > files"
         for mode in ("internet", "off", "open"):
             result = self.box.run(
@@ -261,9 +288,6 @@ class SidesTest(WorldTest):
             self.assertNotEqual(placeholder, TOKEN)
             for name in ("env", "files"):
                 self.assertNotIn(TOKEN, (self.box.project / name).read_text())
-            words = b"\0".join((self.box.project / "processes").read_bytes().split(b"\0"))
-            guests = [word for word in words.split(b"\0") if b"placeholder" in word]
-            self.assertEqual(guests, [])
             self.assertNotIn(TOKEN, json.dumps(self.box.calls()) + result.err)
             found = [path for path in self.box.state.rglob("*")
                      if path.is_file() and TOKEN in path.read_text(errors="replace")]  # fmt: skip
@@ -290,6 +314,12 @@ class SidesTest(WorldTest):
         self.assertEqual(self.box.run("run", *options, CLAUDE_CODE_OAUTH_TOKEN=TOKEN).status, 0)
         self.assertEqual(self.agent_env()["CLAUDE_CODE_OAUTH_TOKEN"], TOKEN)
         self.assertNotIn("ANTHROPIC_BASE_URL", self.agent_env())
+
+    def test_an_upstream_with_a_password_is_not_shown(self) -> None:
+        url = "https://user:s3cret@gw.example/"
+        result = self.box.run("run", CLAUDE_CODE_OAUTH_TOKEN=TOKEN, ANTHROPIC_BASE_URL=url)
+        self.assert_refused(result, "ANTHROPIC_BASE_URL holds a password")
+        self.assertNotIn("s3cret", result.err + json.dumps([c["argv"] for c in self.box.calls()]))
 
     def test_an_upstream_in_clear_is_refused(self) -> None:
         url = "http://gateway.example:4000"
