@@ -3947,13 +3947,28 @@ base { daemon = on; log_info = off; log = "file:/run/agent-vm/redsocks.log"; red
   redsocks_conn_max = 1000; rlimit_nofile = 8192; }
 redsocks { local_ip = 127.0.0.1; local_port = 47105; ip = 127.0.0.1; port = $2;
   type = http-connect; }
-dnstc { local_ip = 127.0.0.1; local_port = 47106; }
 CONF
 redsocks -c /run/agent-vm/redsocks.conf
+# DNS over UDP, asked again over TCP. (What redsocks has for it answers "truncated", offering no
+# recursion: glibc takes that for no answer, and containers would find no name.)
+setsid -f python3 -IS - "$3" > /dev/null 2>&1 <<'PYTHON'
+import socket, sys, threading
+
+def answer(query, client):
+    with socket.create_connection(("127.0.0.1", int(sys.argv[1]))) as tcp:
+        tcp.sendall(len(query).to_bytes(2, "big") + query)
+        failed = query[:2] + b"\x81\x82" + query[4:]
+        udp.sendto(tcp.recv(4096)[2:] or failed, client)
+
+udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+udp.bind(("127.0.0.1", 47106))
+while True:
+    threading.Thread(target=answer, args=udp.recvfrom(4096)).start()
+PYTHON
 resolvectl dns eth0 192.168.5.3 && resolvectl domain eth0 '~.' ||
   echo "nameserver 192.168.5.3" > /etc/resolv.conf  # an address that the rules below lead
-# TCP that would leave the VM goes to redsocks. DNS over UDP is answered "truncated", so that it is
-# asked again over TCP, which goes to egress.py. Containers come by the second chain.
+# TCP that would leave the VM goes to redsocks, DNS to egress.py. Containers come by the second
+# chain.
 sysctl -q -w net.ipv4.conf.all.route_localnet=1
 nft -f - <<RULES
 table ip agent-vm
