@@ -783,7 +783,7 @@ class EgressTest(Rules, unittest.TestCase):
 
 class TopLevelTest(unittest.TestCase):
     def test_it_is_what_the_readme_lists(self) -> None:
-        command = ["git", "-C", str(ROOT), "ls-files"]
+        command = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), "ls-files"]
         try:
             listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         except (OSError, subprocess.CalledProcessError):
