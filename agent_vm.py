@@ -1935,6 +1935,8 @@ def guest_variables(host: Host, settings: Settings, network: Network) -> dict[st
             raise AgentVMError(f"--env {name}: it is not set on the host")
         variables[name] = value if equals else given[name]
     way, near = f"http://127.0.0.1:{EGRESS_PORT}", "localhost,127.0.0.1"
+    if network.mode in ("allow", "off"):  # what Claude Code sends elsewhere would be refused
+        variables["CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC"] = "1"
     if network.mode in ("internet", "allow"):  # whoever asks no proxy is led there all the same
         proxies = "http_proxy https_proxy HTTP_PROXY HTTPS_PROXY".split()
         variables = {**dict.fromkeys(proxies, way), "NODE_USE_ENV_PROXY": "1", **variables}
@@ -3955,7 +3957,7 @@ setsid -f python3 -IS - "$3" > /dev/null 2>&1 <<'PYTHON'
 import socket, sys, threading
 
 def answer(query, client):
-    with socket.create_connection(("127.0.0.1", int(sys.argv[1]))) as tcp:
+    with socket.create_connection(("127.0.0.1", int(sys.argv[1])), 20) as tcp:
         tcp.sendall(len(query).to_bytes(2, "big") + query)
         failed = query[:2] + b"\x81\x82" + query[4:]
         udp.sendto(tcp.recv(4096)[2:] or failed, client)

@@ -75,7 +75,7 @@ setsid -f python3 -IS - "$3" > /dev/null 2>&1 <<'PYTHON'
 import socket, sys, threading
 
 def answer(query, client):
-    with socket.create_connection(("127.0.0.1", int(sys.argv[1]))) as tcp:
+    with socket.create_connection(("127.0.0.1", int(sys.argv[1])), 20) as tcp:
         tcp.sendall(len(query).to_bytes(2, "big") + query)
         failed = query[:2] + b"\x81\x82" + query[4:]
         udp.sendto(tcp.recv(4096)[2:] or failed, client)
