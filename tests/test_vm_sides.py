@@ -152,6 +152,7 @@ class SidesTest(WorldTest):
         self.assertIn("You reach no network", result.out)
         self.assertIn("sudo bash network.sh 60022", self.box.tool_calls())
         self.assertNotIn("http_proxy", self.agent_env())
+        self.assertEqual(self.agent_env()["CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC"], "1")
         self.assertFalse([call for call in self.box.calls("ssh") if "-R" in str(call["argv"])])
 
     def test_open_is_as_lima_has_it(self) -> None:
