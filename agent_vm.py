@@ -1725,13 +1725,13 @@ def config_values(path: Path, project: str) -> dict[str, str]:
     try:
         parser.read_string(path.read_text())
         values, known = dict(parser["agent-vm"]), set(parser["agent-vm"])
-        for section in sorted(parser.sections(), key=len):  # the nearest folder counts most
+        paths = {one: os.path.realpath(os.path.expanduser(one)) for one in parser.sections()}
+        for section in sorted(paths, key=lambda one: len(paths[one])):  # the nearest counts most
             known |= set(parser[section])
-            folder = os.path.realpath(os.path.expanduser(section)).rstrip("/")
-            if section.startswith(("/", "~")):
-                values.update(parser[section] if f"{project}/".startswith(f"{folder}/") else {})
-            elif section != "agent-vm":
+            if not section.startswith(("/", "~")) and section != "agent-vm":
                 raise ValueError(f"[{section}] is neither [agent-vm] nor a project's path")
+            if section != "agent-vm" and f"{project}/".startswith(paths[section].rstrip("/") + "/"):
+                values.update(parser[section])
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, configparser.Error) as error:

@@ -219,6 +219,11 @@ class SidesTest(WorldTest):
             self.box.write_config(f"network = open\n[{section}]\nnetwork = off")
             self.assertEqual(self.box.run("run", cwd=cwd).status, 0)
             self.assertIn("AGENT_VM_QEMU", self.start_call()["env"], section)
+        near, far = "[~/project]\nnetwork = off", f"[{self.box.home}]\nnetwork = open"
+        for sections in (f"{near}\n{far}", f"{far}\n{near}"):  # the nearest, not the longest word
+            self.box.write_config(sections)
+            self.assertEqual(self.box.run("run").status, 0)
+            self.assertIn("AGENT_VM_QEMU", self.start_call()["env"], sections)
         self.box.write_config("[relative]\nnetwork = off")
         self.assert_refused(self.box.run("run"), "[relative]")
         self.box.write_config("[/elsewhere]\nnetwrok = off")
