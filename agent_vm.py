@@ -65,6 +65,7 @@ LOOK_SECONDS = 2  # between two looks at a VM, and at its sides, while its agent
 # Ports of the guest's own 127.0.0.1, where it reaches the sides of its run. lima/agent-vm.yaml
 # keeps Lima from forwarding them, lima/guest/network.sh has two more.
 EGRESS_PORT, DNS_PORT, BROKER_PORT, GITHUB_PORT = range(47101, 47105)
+BROKER_SIDE, GITHUB_SIDE = f"http://127.0.0.1:{BROKER_PORT}", f"http://127.0.0.1:{GITHUB_PORT}"
 API_KEY = "ANTHROPIC_API_KEY"
 NOT_CONFINED = 9  # the status of a guest that is open where it must not be
 
@@ -92,7 +93,6 @@ MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, 
 # Paths of these characters survive cloud-init's YAML, fstab and QEMU's option syntax; others are
 # mounted through a link under /mnt/agent-vm.
 PLAIN_PATH = re.compile(r"/[A-Za-z0-9_./+-]*")
-
 
 # In a base instance's folder of Lima's: the package registries that its programs are set to.
 REGISTRIES = "agent-vm-registries"
@@ -196,7 +196,6 @@ class GitHub(NamedTuple):
     environ: Mapping[str, str] = {}  # the whole environment of the proxy; it may hold the token
     options: Sequence[str] = ()
     # Once the proxy runs:
-    url: str = f"http://127.0.0.1:{GITHUB_PORT}"
     secret: str = ""
     probe_secret: str = ""
     readonly: bool = False
@@ -227,8 +226,8 @@ class Plan(NamedTuple):
     agent: bool = True  # argv is Claude Code, not a command of the user's
     variables: Mapping[str, str] = {}
     credential: Credential | None = None
-    broker: bool = False  # keeps the credential on the host, and talks to
-    upstream: str = ""  # the model's API; "" is the vendor's
+    broker: bool = False  # the credential stays on the host
+    upstream: str = ""  # the model's API that the broker talks to; "" is the vendor's
     network: Network = Network()
     hooks: Sequence[Path] = ()
     git_settings: Mapping[str, str] = {}  # of the guest's user
@@ -471,7 +470,7 @@ def claude_config(plan: Plan) -> dict[str, Any]:
         config["customApiKeyResponses"] = {"approved": [credential.value[-20:]], "rejected": []}
     if plan.github:
         headers = {"Authorization": f"Bearer {plan.github.secret}"}
-        server = {"type": "http", "url": f"{plan.github.url}/mcp", "headers": headers}
+        server = {"type": "http", "url": f"{GITHUB_SIDE}/mcp", "headers": headers}
         config["mcpServers"] = {"github": server}
     return config
 
@@ -485,10 +484,10 @@ def guest_git_config(github: GitHub) -> str:
     usual = [f"{form}{github.repo}{end}" for form in forms for end in ("", ".git")]
     addresses = dict.fromkeys([*usual, github.remote] if github.remote else usual)
     lines = [
-        f'[http "{github.url}/"]',
+        f'[http "{GITHUB_SIDE}/"]',
         f'\textraHeader = "Authorization: Bearer {github.secret}"',
         "\tproxy =",
-        f'[url "{github.url}/git/{github.repo}.git"]',
+        f'[url "{GITHUB_SIDE}/git/{github.repo}.git"]',
         *(f"\tinsteadOf = {json.dumps(url, ensure_ascii=False)}" for url in addresses),
     ]
     return "\n".join(lines) + "\n"
@@ -526,9 +525,10 @@ def guest_files(plan: Plan, mounts: Sequence[Mount]) -> dict[str, str]:
         f"git config --global {key} {shlex.quote(value)}\n"
         for key, value in plan.git_settings.items()
     ]
-    github = plan.github or GitHub("", url="")
-    sides = {"repo": github.repo, "url": github.url, "is_readonly": "y" if github.readonly else ""}
-    sides["broker"] = f"http://127.0.0.1:{BROKER_PORT}" if plan.broker else ""
+    github = plan.github or GitHub("")
+    sides = {"repo": github.repo, "is_readonly": "y" if github.readonly else ""}
+    sides["url"] = GITHUB_SIDE if plan.github else ""
+    sides["broker"] = BROKER_SIDE if plan.broker else ""
     if plan.github:
         settings.append("git config --global --add include.path '~/.agent-vm/gitconfig'\n")
     return {
@@ -548,7 +548,7 @@ def guest_files(plan: Plan, mounts: Sequence[Mount]) -> dict[str, str]:
 def confining_script(plan: Plan, files: Mapping[str, str], ssh_port: str) -> str:
     """The script that makes a booted clone a place to work, and then sees that it is confined.
 
-    It travels on stdin, never in argv. Its status is 9 when something is open that must not be.
+    It travels on stdin, never in argv. Its status is NOT_CONFINED when something is open.
     """
     parts = ["set -eu -o pipefail\nmkdir -p -m 700 ~/.agent-vm\ncd ~/.agent-vm"]
     parts += [pipe(f"(umask 077; cat > {name})", contents) for name, contents in files.items()]
@@ -1009,6 +1009,8 @@ class Guest:
         ssh = [*self.ssh, *OWN_CONNECTION, "-oExitOnForwardFailure=yes", "-T", *ends]
         session = [self.instance.hostname, "echo ready; exec cat"]
         with child([*ssh, *session], **PIPES) as process:
+            if first_lines(process, 1, 60) != ["ready"]:
+                raise AgentVMError("ssh cannot bring the sides of the run into the VM")
             yield Side("ssh connection that brings the sides into the VM", process, ())
 
 
@@ -1466,8 +1468,7 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
             sides += stack.enter_context(egress_sides(host, plan.network, name, registries))
         if plan.broker:
             placeholder, broker = stack.enter_context(broker_side(host, plan, name))
-            url = f"http://127.0.0.1:{BROKER_PORT}"
-            variables = {**plan.variables, "ANTHROPIC_BASE_URL": url}
+            variables = {**plan.variables, "ANTHROPIC_BASE_URL": BROKER_SIDE}
             plan = plan._replace(credential=placeholder, variables=variables)
             sides.append(broker)
         if plan.github:
@@ -1479,8 +1480,6 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
         guest = Guest(clone)
         if sides:
             sides.append(stack.enter_context(guest.brought(sides)))
-        if sides and first_lines(sides[-1].process, 1, 60) != ["ready"]:
-            raise AgentVMError("ssh cannot bring the sides of the run into the VM")
         scripts = (lima_folder(folders) / "guest").glob("*.sh")
         files = {path.name: path.read_text() for path in scripts}
         ssh_port = re.search(r"^\s*Port (\d+)$", (clone.dir / "ssh.config").read_text(), re.M)
@@ -1572,8 +1571,10 @@ THIS_HOST = r"(.*\.)?localhost\.?|127\..*|0\.0\.0\.0|\[::1?\]|169\.254\..*|host\
 def allowed_place(word: str) -> str:
     """HOST[:PORT]; what is never reached is refused before anything is started."""
     match = re.fullmatch(PLACE, word)
-    if not match or int(match[2] or 1) > 65535:
+    if not match:
         raise argparse.ArgumentTypeError(f"{word!r} is not HOST, *.HOST or HOST:PORT")
+    if match[2]:
+        port_number(match[2])
     if re.fullmatch(THIS_HOST, match[1]):
         hint = f"--host-port {match[2] or 'PORT'} opens a port of this host"
         raise argparse.ArgumentTypeError(f"{word} is never reached by its name: {hint}")
@@ -2320,8 +2321,8 @@ def provision(host: Host, settings: Settings, name: str, hooks: Sequence[Path]) 
         log.step(f"running {path}")
         run_hook(guest, path, mounted=False)
     notes = guest.run("cat /var/lib/agent-vm/notes 2> /dev/null").out.splitlines()
-    asks = (lima_folder(host.folders) / "finish.sh").read_text()
-    registries = guest.run("bash -s", asks)
+    finish = (lima_folder(host.folders) / "finish.sh").read_text()
+    registries = guest.run("bash -s", finish)
     write_file(instance.dir / REGISTRIES, registries.out)
     log.step("stopping it")
     host.lima.stop(name)
@@ -2430,10 +2431,11 @@ def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int
     check_room(host)
     github = plan_github(host, settings, project, mounts, args.repo or "")
     broker = credential is not None and settings.get("credential") == "broker"
-    if broker and "@" in os.environ.get("ANTHROPIC_BASE_URL", ""):
-        raise AgentVMError("ANTHROPIC_BASE_URL holds a password", "--credential guest passes it on")
     network = plan_network(settings, base, () if broker or not agent else ["anthropic"])
     variables = guest_variables(host, settings, network)
+    upstream = variables.pop("ANTHROPIC_BASE_URL", "") if broker else ""
+    if "@" in upstream:
+        raise AgentVMError("ANTHROPIC_BASE_URL holds a password", "--credential guest passes it on")
     mode = NETWORK_BRIEFINGS.get(network.mode, "")
     ports = "".join(f" host.lima.internal:{port} is open." for port in network.host_ports)
     briefing = NETWORK_BRIEFING.format(mode=mode, ports=ports) if mode else ""
@@ -2448,7 +2450,7 @@ def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int
         variables=variables,
         credential=credential,
         broker=broker,
-        upstream=variables.pop("ANTHROPIC_BASE_URL", "") if broker else "",
+        upstream=upstream,
         network=network,
         hooks=hooks,
         git_settings={**GIT_SETTINGS, **{key: value for key, _, value in rows if value}},

@@ -25,7 +25,7 @@ from tests.support import wait_for
 
 TOKEN = "github_pat_11NOTREAL0_abcdefghijklmnopqrstuvwxyz0123456789"
 GITHUB = GitHub(
-    repo="octo/widget", url="http://127.0.0.1:47104", secret="s3cret-" + "x" * 30,
+    repo="octo/widget", secret="s3cret-" + "x" * 30,
     remote="git@github.com:Octo/Widget.git",
 )  # fmt: skip
 # A guest's git that finds the side: the guest's port of it is none of this machine's.

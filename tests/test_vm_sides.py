@@ -105,7 +105,7 @@ class SidesTest(WorldTest):
             self.assertIn("no_proxy=localhost,127.0.0.1\n", result.out)
         with self.subTest("the agent knows what it reaches"):
             self.assertIn("any public address", result.out)
-            self.assertNotIn("host.lima.internal", result.out.partition("LS_COLORS")[0][:500])
+            self.assertNotIn("host.lima.internal", result.out.partition("look for no way round")[0])
         with self.subTest("nothing is left"):
             self.assertEqual(self.processes(), [])
             self.assert_nothing_left()
@@ -323,9 +323,13 @@ class SidesTest(WorldTest):
 
     def test_an_upstream_with_a_password_is_not_shown(self) -> None:
         url = "https://user:s3cret@gw.example/"
-        result = self.box.run("run", CLAUDE_CODE_OAUTH_TOKEN=TOKEN, ANTHROPIC_BASE_URL=url)
-        self.assert_refused(result, "ANTHROPIC_BASE_URL holds a password")
-        self.assertNotIn("s3cret", result.err + json.dumps([c["argv"] for c in self.box.calls()]))
+        for options, more in (
+            ((), {"ANTHROPIC_BASE_URL": url}), (("--env", f"ANTHROPIC_BASE_URL={url}"), {}),
+        ):  # fmt: skip
+            result = self.box.run("run", *options, CLAUDE_CODE_OAUTH_TOKEN=TOKEN, **more)
+            self.assert_refused(result, "ANTHROPIC_BASE_URL holds a password")
+            calls = json.dumps([call["argv"] for call in self.box.calls()])
+            self.assertNotIn("s3cret", result.err + calls)
 
     def test_an_upstream_in_clear_is_refused(self) -> None:
         url = "http://gateway.example:4000"
@@ -334,8 +338,6 @@ class SidesTest(WorldTest):
         self.assert_nothing_left()
 
     def test_ssh_that_cannot_bring_the_sides(self) -> None:
-        for name in ("egress.sock", "dns.sock"):
-            self.assertFalse((self.box.lima / name).exists())
         real = self.box.bin / "ssh"
         real.rename(self.box.bin / "real-ssh")
         text = (
