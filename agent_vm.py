@@ -3293,7 +3293,6 @@ async def judge(side: Side, request: Request) -> tuple[Request, Addresses]:
 
 # --- you may stop here: what follows only calls what is above ---
 
-
 # --- pure: names, requests and DNS, strictly ---
 
 NAME = re.compile(r"(?=.{1,253}\Z)(?:(?!-)[a-z0-9_-]{1,63}(?<!-)(?:\.(?!\Z)|\Z))+").fullmatch
@@ -3308,7 +3307,6 @@ URL = re.compile(r"(?i:http)://([^/?#@\\]+)((?:[/?][^#]*)?)").fullmatch
 HOP_BY_HOP = {"connection", "keep-alive", "proxy-connection", "te", "trailer", "upgrade"}
 ERRORS = {401: "authentication_error", 404: "not_found_error", 502: "api_error", 504: "api_error"}
 A, AAAA, SERVER_FAILED, NO_NAME, TTL = 1, 28, 2, 3, 60  # RFC 1035
-Headers = list[tuple[str, str]]
 
 
 class Request(NamedTuple):
@@ -3317,7 +3315,7 @@ class Request(NamedTuple):
     port: int
     path: str  # none of CONNECT
     version: str
-    headers: Headers
+    headers: list[tuple[str, str]]
     length: int
     scheme: str = "http"
 
@@ -3377,12 +3375,12 @@ def parse_request(data: bytes, is_proxy: bool) -> Request:
     return Request(method, name, port, path, version, headers, int(size))
 
 
-def head_of(request: Request, headers: Headers, target: str, host: str, more: str = "") -> bytes:
+def head_of(request: Request, target: str, host: str, more: str = "") -> bytes:
     """The head of the request that is sent on: nothing in it is for one hop (RFC 9110, 7.6.1)."""
-    named = ",".join(value.lower() for name, value in headers if name == "connection")
+    named = ",".join(value.lower() for name, value in request.headers if name == "connection")
     gone = {*(word.strip() for word in named.split(","))} - {"content-length"}
     gone |= {*HOP_BY_HOP, "host", "proxy-authorization"}
-    rows = [f"{name}: {value}\r\n" for name, value in headers if name not in gone]
+    rows = [f"{name}: {value}\r\n" for name, value in request.headers if name not in gone]
     first = f"{request.method} {target} {request.version}\r\nhost: {host}\r\n{more}"
     return "".join([first, *rows, "connection: close\r\n\r\n"]).encode("latin-1")
 
@@ -3404,9 +3402,8 @@ def answer_to(query: bytes, end: int, code: int, address: str) -> bytes:
     row = b""
     if address:
         row = b"\xc0\x0c\0\1\0\1" + struct.pack(">IH", TTL, 4) + socket.inet_aton(address)
-    flags = bytes([0x80 | query[2] & 1, 0x80 | code])
-    counts = struct.pack(">4H", 1, 1 if row else 0, 0, 0)
-    packet = query[:2] + flags + counts + query[12:end] + row
+    head = bytes([0x80 | query[2] & 1, 0x80 | code, 0, 1, 0, 1 if row else 0, 0, 0, 0, 0])
+    packet = query[:2] + head + query[12:end] + row
     return struct.pack(">H", len(packet)) + packet
 
 
@@ -3450,7 +3447,8 @@ class Broker:
             self.context = ssl.create_default_context()
             more = os.environ.get("NODE_EXTRA_CA_CERTS")  # as Claude Code does
             try:
-                self.context.load_verify_locations(more) if more else None
+                if more:
+                    self.context.load_verify_locations(more)
             except OSError as error:
                 raise Failure(f"NODE_EXTRA_CA_CERTS, {more}: {error.strerror or error}") from None
         elif address.scheme != "http" or name not in ("localhost", *LOOPBACK):
@@ -3461,9 +3459,8 @@ class Broker:
             self.header, scheme = given["header"], schemes[given["header"]]
             self.credential = scheme + given["credential"]
             self.placeholder = (scheme + given["placeholder"]).encode()
-            for word in (given["credential"], given["placeholder"]):
-                if not re.fullmatch("[!-~]+", word):
-                    raise ValueError
+            if not all(re.fullmatch("[!-~]+", given[key]) for key in ("credential", "placeholder")):
+                raise ValueError
         except (ValueError, KeyError, TypeError):
             raise Failure("stdin holds no placeholder, credential and header") from None
 
@@ -3483,19 +3480,21 @@ class Side:
         # Both ways: what DNS gives out for a name, and what it means from then on.
         self.stand_ins, self.names = {HOST_NAME: HOST_ADDRESS}, {HOST_ADDRESS: HOST_NAME}
         self.clients: set[Any] = set()
-        self.has_proxy = any(name.lower().endswith("_proxy") for name in os.environ)
-        for scheme in ("http", "https"):
-            self.proxy_for(scheme, "example.invalid", 443)  # a wrong one is said at the start
+        self.proxies: dict[str, tuple[str, int, str] | None] = {}  # the host's own, by scheme
+        if any(name.lower().endswith("_proxy") for name in os.environ):
+            from urllib.request import getproxies_environment  # late, as it takes 50 ms
+
+            found = getproxies_environment()
+            if found.get("no") != "*":  # else none is asked
+                self.proxies = {one: parse_proxy(found.get(one, "")) for one in ("http", "https")}
 
     def proxy_for(self, scheme: str, name: str, port: int) -> tuple[str, int, str] | None:
         """(host, port, header) of the host's own proxy; None where it is not to be asked."""
-        if not self.has_proxy or name in (HOST_NAME, "localhost", *LOOPBACK):
+        if not self.proxies or name in (HOST_NAME, "localhost", *LOOPBACK):
             return None
-        from urllib.request import getproxies_environment  # late, as it takes 50 ms
         from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]
 
-        is_direct = proxy_bypass_environment(spelled(name, port))
-        return None if is_direct else parse_proxy(getproxies_environment().get(scheme, ""))
+        return None if proxy_bypass_environment(spelled(name, port)) else self.proxies[scheme]
 
     def record(self, host: str, port: int, verdict: str, reason: str = "", size: int = 0) -> None:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -3562,7 +3561,7 @@ async def connect(side: Side, request: Request, to: Addresses) -> Streams:
     if request.path:
         host = spelled(name, port, frozenset([443 if scheme == "https" else 80]))
         whole, more = (f"http://{host}", proxy[2]) if proxy and scheme == "http" else ("", "")
-        upstream[1].write(head_of(request, request.headers, whole + request.path, host, more))
+        upstream[1].write(head_of(request, whole + request.path, host, more))
     return upstream
 
 
@@ -3670,8 +3669,9 @@ async def serve_request(side: Side, client: Streams) -> None:
             reset(upstream[1])
         if passed[DOWN] or is_tunnel:
             reset(client[1])
-        reason, status = error.args if isinstance(error, Failure) else (str(error), 502)
-        client[1].write(told(reason, status, is_api=side.broker is not None))
+        else:
+            reason, status = error.args if isinstance(error, Failure) else (str(error), 502)
+            client[1].write(told(reason, status, is_api=side.broker is not None))
     finally:
         if upstream:
             upstream[1].close()
