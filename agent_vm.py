@@ -2614,7 +2614,9 @@ def cmd_log(args: argparse.Namespace) -> int:
     chosen = [path for path in files if args.run in ("", path.stem)]
     if not chosen:
         names = " ".join(path.stem for path in files)
-        raise AgentVMError(f"no run {args.run}", hint=f"there are: {names or 'none'}")
+        raise AgentVMError(
+            f"no audit of {args.run or 'any run'}", hint=f"there are: {names or 'none'}"
+        )
     log.info(chosen[-1].stem)
     print(chosen[-1].read_text(errors="replace"), end="")
     return 0
