@@ -8,9 +8,9 @@ and deletes it. The exit status is the agent's.
     agent_vm.py run -- -p "fix the bug"  run Claude Code on the current directory
     agent_vm.py shell                    a shell in a fresh VM with the current directory
 
-Starts:   limactl, ssh, git, python3, npm, sudo, tar, ps, sysctl
-          (python3 for the sides of a run: lima/egress.py, and with --github the GitHub proxy; npm,
-          and after asking sudo and tar, in setup only; ps and sysctl on macOS only)
+Starts:   limactl, ssh, git, qemu-img, python3, npm, sudo, tar, ps, sysctl
+          (python3 for the sides of a run: lima/egress.py, and with --github the GitHub proxy;
+          qemu-img, npm, and after asking sudo and tar, in setup only; ps and sysctl on macOS only)
 Reads:    ~/.config/agent-vm (config.ini, credential, and setup.sh and runtime.sh, which run in the
           guest: once, and before each agent), ~/.claude-vm.setup.sh (as setup.sh), git's global
           configuration, .git of the project (its config with --github only), the files that its
@@ -44,12 +44,15 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from typing import ClassVar
 from typing import NamedTuple
 
 __version__ = "0.1.0"
 
 # What `child`, the only door to other programs, lets through.
-STARTS = frozenset(("limactl", "ssh", "git", "python3", "npm", "sudo", "tar", "ps", "sysctl"))
+STARTS = frozenset(
+    ("limactl", "ssh", "git", "qemu-img", "python3", "npm", "sudo", "tar", "ps", "sysctl")
+)
 
 SSH_FAILED = 255  # ssh's own status; a guest's command may have it, too
 # Not through Lima's control master, which a boot or a sleep of the host may end; and one that asks
@@ -90,9 +93,8 @@ SYSTEM_DIRS = (
 # What reading JSON of another form raises; RecursionError when it is nested very deep.
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 
-# Paths of these characters survive cloud-init's YAML, fstab and QEMU's option syntax; others are
-# mounted through a link under /mnt/agent-vm.
-PLAIN_PATH = re.compile(r"/[A-Za-z0-9_./+-]*")
+SLOTS = 8  # for folders of the host in a saved VM; with more, it is booted
+RESUME_SECONDS = 5  # until a resumed VM answers; ten times as long where it is emulated
 
 # In a base instance's folder of Lima's: the package registries that its programs are set to.
 REGISTRIES = "agent-vm-registries"
@@ -109,6 +111,10 @@ class AgentVMError(Exception):
 
 class ConnectionBroke(AgentVMError):
     """The agent's ssh ended before the agent: its VM is kept."""
+
+
+class NotResumed(AgentVMError):
+    """Why a VM was not resumed: it is to be booted."""
 
 
 class Interrupted(BaseException):
@@ -212,6 +218,7 @@ class Side(NamedTuple):
     said: Sequence[str]  # its first lines
     port: int = 0  # in the guest
     end: str = ""  # where it listens on the host: 127.0.0.1:PORT, or a socket's path
+    errors: Any = None  # the file that it writes its words to
 
 
 class Plan(NamedTuple):
@@ -229,6 +236,7 @@ class Plan(NamedTuple):
     broker: bool = False  # the credential stays on the host
     upstream: str = ""  # the model's API that the broker talks to; "" is the vendor's
     network: Network = Network()
+    boot: str = ""  # why it is not resumed
     hooks: Sequence[Path] = ()
     git_settings: Mapping[str, str] = {}  # of the guest's user
     zone: str = ""  # like Europe/Berlin
@@ -281,26 +289,13 @@ def unusable_path(path: str) -> str:
     return ""
 
 
-def lima_mounts(mounts: Sequence[Mount], links: Path) -> list[dict[str, Any]]:
-    """The `mounts:` of the clone's YAML; awkward paths go through `links/N` and /mnt/agent-vm/N."""
+def lima_mounts(mounts: Sequence[Mount]) -> list[dict[str, Any]]:
+    """The `mounts:` of a clone's YAML, for VMs that are not QEMU's; lima/guest/prepare.sh binds."""
     return [
-        {
-            "location": source if PLAIN_PATH.fullmatch(source) else str(links / str(index)),
-            "mountPoint": guest_mount_point(mount, index),
-            "writable": mount.writable,
-            # Lima's default for read-only mounts, fscache, shows old contents for minutes after
-            # the host has written a file anew.
-            "9p": {"cache": "mmap"},
-        }
-        for index, mount in enumerate(mounts)
-        for source in [mount.source.path]
-    ]
-
-
-def guest_mount_point(mount: Mount, index: int) -> str:
-    """Where Lima mounts it; the home of the guest's user is filled by a bind mount later."""
-    direct = PLAIN_PATH.fullmatch(mount.target) and mount.target == mount.source.path
-    return mount.target if direct else f"/mnt/agent-vm/{index}"
+        {"location": mount.source.path, "mountPoint": f"/mnt/agent-vm/{slot}",
+         "writable": mount.writable}
+        for slot, mount in enumerate(mounts)
+    ]  # fmt: skip
 
 
 def yq_value(value: object) -> str:
@@ -531,8 +526,13 @@ def guest_files(plan: Plan, mounts: Sequence[Mount]) -> dict[str, str]:
     sides["broker"] = BROKER_SIDE if plan.broker else ""
     if plan.github:
         settings.append("git config --global --add include.path '~/.agent-vm/gitconfig'\n")
+    slots = sorted(enumerate(mounts), key=lambda row: row[1].target)  # a folder before those in it
     return {
-        "mounts": "set -eu\n" + "\n".join(map(mount_line, mounts, range(len(mounts)))),
+        "mounts": "".join(
+            f"mount_slot {slot} {shlex.quote(mount.target)} "
+            f"{'copy' if mount.copied else 'rw' if mount.writable else 'ro'}\n"
+            for slot, mount in slots
+        ),
         "git-settings": "".join(settings),
         "gitconfig": guest_git_config(github) if plan.github else "",
         "zone": plan.zone or "none",
@@ -552,22 +552,11 @@ def confining_script(plan: Plan, files: Mapping[str, str], ssh_port: str) -> str
     """
     parts = ["set -eu -o pipefail\nmkdir -p -m 700 ~/.agent-vm\ncd ~/.agent-vm"]
     parts += [pipe(f"(umask 077; cat > {name})", contents) for name, contents in files.items()]
-    parts += ["chmod 700 launch.sh\nbash prepare.sh"]
+    parts += ["chmod 700 launch.sh\nsudo bash wake.sh\nbash prepare.sh & prepared=$!"]
     ports = f"{EGRESS_PORT} {DNS_PORT}" if plan.network.mode != "off" else ""
     if plan.network.mode != "open":
         parts.append(f"sudo bash network.sh {ssh_port} {ports} 2>&1 || exit {NOT_CONFINED}")
-    return "\n".join([*parts, f"bash probe.sh || exit {NOT_CONFINED}\n"])
-
-
-def mount_line(mount: Mount, index: int) -> str:
-    """Check one mount in the guest (an agent in an empty folder would lose its work), bind it."""
-    point, target = guest_mount_point(mount, index), shlex.quote(mount.target)
-    check = f"mountpoint -q {point} || {{ echo 'not mounted: {point}' >&2; exit 1; }}"
-    if point == mount.target:
-        return check
-    if mount.copied:
-        return f"{check}\nmkdir -p {target}\ncp -Rn {point}/. {target} || true"
-    return f"{check}\n[ -d {target} ] || sudo mkdir -p {target}\nsudo mount --bind {point} {target}"
+    return "\n".join([*parts, f"wait $prepared\nbash probe.sh || exit {NOT_CONFINED}\n"])
 
 
 # --- doors: signals, programs ---
@@ -616,6 +605,10 @@ class Log:
 
     verbose = quiet = False
     started = time.monotonic()
+    phases: ClassVar[dict[str, float]] = {}  # of a run, in seconds since the start
+
+    def reached(self, phase: str) -> None:
+        self.phases[phase] = round(time.monotonic() - self.started, 3)
 
     def info(self, message: str) -> None:
         with contextlib.suppress(OSError):  # a closed terminal must not stop the clean-up
@@ -624,6 +617,10 @@ class Log:
     def progress(self, message: str) -> None:
         if self.verbose or (not self.quiet and sys.stderr.isatty()):
             self.step(message)
+
+    def detail(self, message: str) -> None:
+        if self.verbose:
+            self.info(message)
 
     def step(self, message: str) -> None:
         if not self.quiet:
@@ -669,6 +666,17 @@ PIPES: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0,
               "start_new_session": True}  # fmt: skip
 
 
+def unnamed_file() -> Any:
+    from tempfile import TemporaryFile
+
+    return TemporaryFile(dir=os.environ.get("TMPDIR") or "/tmp")  # else a signal could leave a file
+
+
+def end_of(file: Any) -> str:
+    file.seek(max(0, file.seek(0, os.SEEK_END) - MAX_OUTPUT))
+    return str(file.read().decode(errors="replace"))
+
+
 class Finished(NamedTuple):
     """How a program ended: its status, None when it did not end in time; what it printed last."""
 
@@ -685,14 +693,8 @@ def captured(
 
     With files, not pipes: a host agent that limactl leaves behind would hold a pipe open.
     """
-    from tempfile import TemporaryFile as unnamed  # without `dir` a signal could leave a file
-
-    def end_of(file: Any) -> str:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - MAX_OUTPUT))
-        return str(file.read().decode(errors="replace"))
-
-    deadline, tmp = time.monotonic() + timeout, os.environ.get("TMPDIR") or "/tmp"
-    with unnamed(dir=tmp) as given, unnamed(dir=tmp) as out, unnamed(dir=tmp) as err:
+    deadline = time.monotonic() + timeout
+    with unnamed_file() as given, unnamed_file() as out, unnamed_file() as err:
         given.write(contents.encode("utf-8", "surrogateescape"))
         given.seek(0)
         files = {"stdin": given, "stdout": out, "stderr": err, **options}
@@ -733,6 +735,10 @@ def boot_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:  # macOS
         return first_line_of("/usr/sbin/sysctl", "-n", "kern.bootsessionuuid")
+
+
+def kvm_is_missing() -> bool:
+    return sys.platform == "linux" and not os.access("/dev/kvm", os.R_OK | os.W_OK)
 
 
 def process_start(pid: int) -> str:
@@ -905,6 +911,22 @@ def unpack(archive: bytes, target: Path) -> None:
 # --- doors: Lima and the guest ---
 
 
+def raise_fault(start: Side) -> None:
+    """Raise the failure of `limactl start`, once there is one."""
+    if start.process.poll():
+        raise limactl_error("start", Finished(start.process.returncode, "", end_of(start.errors)))
+
+
+def limactl_error(verb: str, finished: Finished, limit: float = 0) -> AgentVMError:
+    """limactl's failure, in its own last words."""
+    late = f"no answer within {limit:.0f} s" if finished.status is None else ""
+    reason = late or limactl_reason(finished.err) or f"status {finished.status}"
+    last = [line for line in finished.err.split("\n") if line.strip()][-8:]
+    offline = verb == "create" and re.search("download|dial|lookup|https?:", reason)
+    hint = "offline: setup --image FILE, or --template FILE" if offline else ""
+    return AgentVMError(f"limactl {verb} failed: {reason}", hint, "\n".join(last))
+
+
 class Lima:
     """limactl, a method a verb. Its own terminal messages go to a log that errors quote."""
 
@@ -916,19 +938,13 @@ class Lima:
         self, *args: str, timeout: float = 0, meanwhile: Callable[[], None] | None = None,
         environ: Mapping[str, str] | None = None,
     ) -> str:  # fmt: skip
-        """Run limactl; its stdout. An error says limactl's own last words."""
-        if log.verbose:
-            log.info("+ " + shlex.join(("limactl", *args)))
+        """Run limactl; its stdout."""
+        log.detail("+ " + shlex.join(("limactl", *args)))
         shown = {"stderr": None} if log.verbose else {}
         limit = timeout or self.timeout
         finished = captured([self.binary, *args], "", limit, meanwhile, env=environ, **shown)
         if finished.status != 0:
-            late = f"no answer within {limit:.0f} s" if finished.status is None else ""
-            reason = late or limactl_reason(finished.err) or f"status {finished.status}"
-            last = [line for line in finished.err.split("\n") if line.strip()][-8:]
-            offline = args[0] == "create" and re.search("download|dial|lookup|https?:", reason)
-            hint = "offline: setup --image FILE, or --template FILE" if offline else ""
-            raise AgentVMError(f"limactl {args[0]} failed: {reason}", hint, "\n".join(last))
+            raise limactl_error(args[0], finished, limit)
         return finished.out
 
     def list(self) -> list[Instance]:
@@ -949,32 +965,53 @@ class Lima:
         lima_limit = f"--timeout={max(1, limit - 5)}s"
         self._run("start", "--tty=false", lima_limit, name, timeout=limit, **more)
 
-    def stop(self, name: str) -> None:
-        self._run("stop", name)
+    @contextlib.contextmanager
+    def starting(self, name: str, environ: Mapping[str, str] | None) -> Iterator[Side]:
+        """`limactl start`, which goes on beside the block."""
+        argv = ["start", "--tty=false", f"--timeout={self.timeout}s", name]
+        log.detail("+ " + shlex.join(("limactl", *argv)))
+        with unnamed_file() as errors:
+            options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "cwd": "/"}
+            options.update(stderr=None if log.verbose else errors, start_new_session=True)
+            with child([self.binary, *argv], **options, env=environ) as process:
+                yield Side("limactl start, which forwards ports", process, (), errors=errors)
 
-    def delete(self, name: str) -> None:
-        self._run("delete", "-f", name)
+    def tell(self, verb: str, name: str, *options: str) -> None:
+        """stop, delete, protect or unprotect an instance."""
+        self._run(verb, *options, name)
 
-    def protect(self, name: str) -> None:
-        self._run("protect", name)
 
-    def unprotect(self, name: str) -> None:
-        self._run("unprotect", name)
+def saved_folder(folders: Folders, base: str) -> Path:
+    """Where a base instance's frozen disk and saved memory are: beside it, Lima passes over it."""
+    return folders.lima_home / "_agent-vm" / base
+
+
+def freeze(host: Host, base: Instance) -> str:
+    """Make its disk a layer over what is there now, which its clones share; why it is not."""
+    disk, frozen = base.dir / "disk", saved_folder(host.folders, base.name) / "disk"
+    disk.replace(frozen)
+    frozen.chmod(0o400)
+    below = os.path.relpath(frozen, base.dir)  # Lima's home may be moved
+    layer = captured(["qemu-img", "create", "-q", "-fqcow2", "-Fqcow2", f"-b{below}", str(disk)])
+    if layer.status:
+        frozen.replace(disk)
+        return f"qemu-img create failed: {layer.err.strip()}"
+    return ""
 
 
 class Guest:
-    """A running instance over ssh, through Lima's control master (0.1 s a call)."""
+    """A running instance over ssh; commands go through a control master, Lima's or one of ours."""
 
     def __init__(self, instance: Instance) -> None:
         self.instance = instance
         self.ssh = ["ssh", "-F", str(instance.dir / "ssh.config"), "-a", "-x", "-q"]
+        self.way: Sequence[str] = ()
 
-    def run(self, command: str, contents: str = "", timeout: float = 120) -> Finished:
-        """Run a shell command; stderr is merged into what it prints."""
-        if log.verbose:
-            log.info(f"+ ssh {self.instance.hostname} {command[:200]}")
-        argv = [*self.ssh, self.instance.hostname, command]
-        finished = captured(argv, contents, timeout, stderr=subprocess.STDOUT)
+    def run(self, command: str, contents: str = "", timeout: float = 120, **more: Any) -> Finished:
+        """Run a shell command (see `captured`); stderr is merged into what it prints."""
+        log.detail(f"+ ssh {self.instance.hostname} {command[:200]}")
+        argv = [*self.ssh, *self.way, self.instance.hostname, command]
+        finished = captured(argv, contents, timeout, stderr=subprocess.STDOUT, **more)
         if finished.status is None:
             raise AgentVMError(f"{self.instance.hostname} did not answer within {timeout:.0f} s")
         return finished
@@ -983,15 +1020,16 @@ class Guest:
         self, argv: Sequence[str], tty: bool, stdin: int | None, sides: Sequence[Side]
     ) -> int:
         """Run argv with our terminal or pipes; its status. ssh joins its arguments: quote them."""
-        self.ssh += OWN_CONNECTION  # from now on: the other one may be lost with it
-        command = [*self.ssh, "-t" if tty else "-T", self.instance.hostname, shlex.join(argv)]
+        self.way = OWN_CONNECTION  # from now on: the other one may be lost with it
+        there = [self.instance.hostname, shlex.join(argv)]
+        command = [*self.ssh, *self.way, "-t" if tty else "-T", *there]
         folder, state, lost = self.instance.dir, "running", set[str]()
         with kept_terminal(tty), child(command, stdin=stdin) as process:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     return process.wait(LOOK_SECONDS)
                 for side in sides:
-                    if side.process.poll() is not None and side.what not in lost:
+                    if side.process.poll() and side.what not in lost:
                         lost.add(side.what)
                         log.info(f"warning: the {side.what} has ended; the VM goes on without it")
                 before, state = state, qemu_state(folder)
@@ -1000,38 +1038,85 @@ class Guest:
                     log.info(f"the VM stands still ({state}); it is ended by: {end}")
 
     @contextlib.contextmanager
-    def brought(self, sides: Sequence[Side]) -> Iterator[Side]:
-        """ssh that brings the host's ends of the sides to their ports in the guest (`ssh -R`).
+    def reached(self, start: Side, sides: Sequence[Side], seconds: float) -> Iterator[Side]:
+        """Connect to a VM that starts, as soon as it answers, and set its clock.
 
-        Without a session OpenSSH delays each connection by 40 ms; this one ends with stdin.
+        This ssh brings the host's ends of the sides to their ports in the guest (`ssh -R`), and is
+        the control master of what else the run does there. Without a session OpenSSH would delay
+        each connection by 40 ms; this one's ends with stdin.
         """
-        ends = [f"-R127.0.0.1:{side.port}:{side.end}" for side in sides]
-        ssh = [*self.ssh, *OWN_CONNECTION, "-oExitOnForwardFailure=yes", "-T", *ends]
-        session = [self.instance.hostname, "echo ready; exec cat"]
-        with child([*ssh, *session], **PIPES) as process:
-            if first_lines(process, 1, 60) != ["ready"]:
-                raise AgentVMError("ssh cannot bring the sides of the run into the VM")
-            yield Side("ssh connection that brings the sides into the VM", process, ())
+        master, config = f"-oControlPath={self.instance.dir}/run.sock", Path(self.ssh[2])
+        argv = [*self.ssh, "-oControlMaster=yes", master, "-oConnectTimeout=5", *OWN_CONNECTION]
+        argv += [f"-R127.0.0.1:{side.port}:{side.end}" for side in sides]
+        clock = "sudo sh -c 'echo ready; read -r now; date -s \"@$now\" > /dev/null; exec cat'"
+        argv += ["-oExitOnForwardFailure=yes", "-T", self.instance.hostname, clock]
+        deadline, ready = time.monotonic() + seconds, None
+        while time.monotonic() < deadline and ready != 0:
+            ready = start.process.poll()  # if Lima has reached it, this is the last time
+            raise_fault(start)
+            time.sleep(0.05)
+            if not config.exists():  # Lima writes it when it has chosen a port
+                continue
+            with child(argv, **PIPES) as process:
+                if first_lines(process, 1, 60) == ["ready"]:
+                    process.stdin.write(b"%.3f\n" % time.time())  # type: ignore[union-attr]
+                    self.way = ("-oControlMaster=no", master)
+                    yield Side("ssh connection that brings the sides into the VM", process, ())
+                    return
+        late = f"the VM does not answer ssh within {seconds:.0f} s"
+        raise AgentVMError("ssh cannot bring the sides of the run into it" if ready == 0 else late)
+
+
+def qmp(folder: Path, *commands: Mapping[str, Any]) -> list[Any]:
+    """What the QEMU of a VM answers to commands on its control socket; errors are ValueErrors."""
+    import socket
+
+    answers = []
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(5)
+        sock.connect(f"{folder}/qmp.sock")
+        lines = sock.makefile()
+        for command in ({"execute": "qmp_capabilities"}, *commands):
+            sock.sendall(json.dumps(command).encode())
+            answer: dict[str, Any] = {}
+            while not answer.keys() & {"return", "error"}:  # but a greeting, or an event
+                answer = json.loads(lines.readline())
+            if "error" in answer:
+                raise ValueError(f"QEMU: {answer['error']['desc']}")
+            answers.append(answer["return"])
+    return answers[1:]
+
+
+IGNORE_SHARED = {"capability": "x-ignore-shared", "state": True}  # what is in the memory's file
+MIGRATION = {"execute": "migrate-set-capabilities", "arguments": {"capabilities": [IGNORE_SHARED]}}
+
+
+def resume(folder: Path, state: Path, start: Side) -> None:
+    """Let a VM, whose QEMU waits for that, go on from where it was saved."""
+    load = {"execute": "migrate-incoming", "arguments": {"uri": f"file:{state}"}}
+    deadline = time.monotonic() + RESUME_SECONDS * 10
+    while True:
+        try:
+            qmp(folder, MIGRATION, load)
+            break
+        except OSError:  # not there yet
+            raise_fault(start)
+            if time.monotonic() > deadline:
+                raise AgentVMError("QEMU does not answer") from None
+            time.sleep(0.01)
+    while qemu_state(folder) == "inmigrate":
+        time.sleep(0.01)
 
 
 def qemu_state(folder: Path) -> str:
     """What a VM does, in QEMU's words; one that stopped as its disk was full goes on with room."""
-    import socket
-
-    path = f"{folder}/qmp.sock"
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as qmp:
-        qmp.settimeout(2)
-        qmp.connect(path)
-        qmp.sendall(b'{"execute": "qmp_capabilities"}{"execute": "query-status"}')
-        for line in qmp.makefile():
-            said = re.search('"status": "([a-z-]+)"', line)
-            if said and said[1] == "io-error" and shutil.disk_usage(folder).free > GIB:
-                qmp.sendall(b'{"execute": "cont"}')
-                qmp.recv(4096)
-                return "running"
-            if said:
-                return said[1]
-    return "no answer" if os.path.exists(path) else "running"
+    with contextlib.suppress(OSError, *MALFORMED):
+        (said,) = qmp(folder, {"execute": "query-status"})
+        if said["status"] == "io-error" and shutil.disk_usage(folder).free > GIB:
+            qmp(folder, {"execute": "cont"})
+            return "running"
+        return str(said["status"])
+    return "no answer" if os.path.exists(f"{folder}/qmp.sock") else "running"
 
 
 @contextlib.contextmanager
@@ -1069,7 +1154,6 @@ class Leases:
         write_file(self.path(name), json.dumps(lease._asdict()) + "\n")
 
     def drop(self, name: str) -> None:
-        remove_path(self.folders.state / "links" / name)
         self.path(name).unlink(missing_ok=True)
 
     def all(self) -> list[Lease]:
@@ -1126,8 +1210,8 @@ def remove_instance(host: Host, name: str) -> bool:
     try:
         if (folder / "lima.yaml").exists():
             if is_base(name):
-                host.lima.unprotect(name)
-            host.lima.delete(name)
+                host.lima.tell("unprotect", name)
+            host.lima.tell("delete", name, "-f")
         if folder.is_dir():  # a clone that was cut off half-way, say
             shutil.rmtree(folder)
         host.leases.drop(name)
@@ -1138,72 +1222,6 @@ def remove_instance(host: Host, name: str) -> bool:
 
 
 # --- the story: a run ---
-
-
-def worktree_git_dir(project: str) -> str:
-    """The main repository's git dir when `project` is a linked worktree, else "".
-
-    The agent can write `project/.git`. So the git dir counts only when it points back: git keeps
-    COMMON/worktrees/ID/gitdir with the worktree's path (gitrepository-layout(5)), which an agent
-    that has only the worktree cannot have written.
-    """
-    dot_git = os.path.join(project, ".git")
-    if os.path.islink(dot_git):  # to a worktree elsewhere, which would point back to itself
-        return ""
-    pointer = read_line(dot_git)
-    if not pointer.startswith("gitdir: "):
-        return ""
-    git_dir = os.path.realpath(os.path.join(project, pointer[len("gitdir: ") :]))
-    parent, _, _ = git_dir.rpartition("/")
-    common, _, name = parent.rpartition("/")
-    back = os.path.join(git_dir, read_line(os.path.join(git_dir, "gitdir")))
-    points_back = os.path.realpath(back) == dot_git
-    if name != "worktrees" or not points_back or not os.path.isfile(common + "/HEAD"):
-        return ""
-    return "" if overlaps(real_place(common), real_place(project)) else common
-
-
-def plan_mounts(
-    host: Host, project: str, readonly: bool, more: Sequence[Mount], force: bool
-) -> list[Mount]:
-    """The project first, then a worktree's repository, then what --mount adds; refusals raise."""
-    common, state = worktree_git_dir(project), host.folders.state
-    pwd = os.environ.get("PWD", "")  # as the shell went there, through links
-    typed = spellings(pwd if os.path.realpath(pwd) == project else project)
-    mounts = [Mount(real_place(project), project, not readonly, typed), *more]
-    if common:
-        log.info(f"{common} is mounted, too: it is this worktree's repository")
-        mounts.insert(1, Mount(real_place(common), common, not readonly))
-    home, private = real_place("~"), host.private_places()
-    writable = [mount.source for mount in mounts if mount.writable]
-    problem = mounts_problem(mounts) or running_above(host, mounts)
-    for mount in mounts:
-        for path in (mount.source.path, mount.target):
-            reason = unusable_path(path)
-            if reason:
-                raise AgentVMError(f"{path!a} cannot be mounted: {reason}", "use another folder")
-        reason = mount_refusal(mount.source, home, private)
-        if reason:
-            problem = f"{mount.source.path} is not given to an agent: {reason}"
-        for place in mount.as_typed:
-            for folder in agents_folders(state, place, writable):
-                if not inside(mount.source, real_place(folder)):
-                    problem = f"{place.path} leads out of {folder}: an agent may have made it"
-    if problem and not force:
-        raise AgentVMError(problem, "cd to another folder, mount another, or say --force-mount")
-    return mounts
-
-
-def running_above(host: Host, mounts: Sequence[Mount]) -> str:
-    """An agent that runs now and can write a folder above could put a link in a mount's place."""
-    for lease in host.leases.all():
-        stopped = lease.keep and not (host.folders.lima_home / lease.name / "ha.pid").exists()
-        for folder in () if stopped or host.leases.is_orphan(lease) else lease.folders:
-            above = real_place(folder)
-            for mount in mounts:
-                if mount.source.path != folder and inside(mount.source, above):
-                    return f"{mount.source.path} lies in {folder}, where {lease.name} is running"
-    return ""
 
 
 @contextlib.contextmanager
@@ -1222,7 +1240,7 @@ def disposable(host: Host, plan: Plan) -> Iterator[str]:
     except ConnectionBroke:
         keep = True
         with contextlib.suppress(AgentVMError):  # its disk is kept; an agent does not work on
-            host.lima.stop(name)
+            host.lima.tell("stop", name)
         raise
     finally:
         signals.closing = True
@@ -1248,14 +1266,15 @@ def failure_logs(host: Host, name: str) -> str:
     return "\n".join(parts)
 
 
-def boot_failure(host: Host, name: str, error: AgentVMError) -> AgentVMError:
+def boot_failure(host: Host, name: str, error: Exception) -> AgentVMError:
     """Lima says to look into ha.stderr.log, which goes with the VM: the cause is in there."""
     problem, log_file = str(error), host.folders.lima_home / name / "ha.stderr.log"
     logged = last_bytes(log_file, 50_000).decode(errors="replace")
     said = re.findall(r'"qemu\[stderr\]: ((?:[^"\\]|\\.)*)"', logged)  # QEMU's, or lima/qemu.py's
     if said or log_file.name in problem:
         problem = f"limactl start failed: {said[-1] if said else limactl_reason(logged) or problem}"
-    return AgentVMError(problem, error.hint, f"{error.details}\n{failure_logs(host, name)}".strip())
+    details = f"{getattr(error, 'details', '')}\n{failure_logs(host, name)}".strip()
+    return AgentVMError(problem, getattr(error, "hint", ""), details)
 
 
 def run_hook(guest: Guest, path: Path, mounted: bool, workdir: str = ".") -> None:
@@ -1395,74 +1414,81 @@ def lima_folder(folders: Folders) -> Path:
     return folders.state / "lima"
 
 
-def qemu_environment(host: Host, arch: str) -> dict[str, str]:
-    """limactl's, in which lima/qemu.py is started as QEMU, and closes the VM's network."""
-    key = f"QEMU_SYSTEM_{arch.upper()}"
-    name, *words = shlex.split(os.environ.get(key) or f"qemu-system-{arch}")
+def qemu_environment(
+    host: Host, instance: Instance, is_open: bool, slots: Sequence[Sequence[Any]], **saved: Any
+) -> dict[str, str] | None:
+    """limactl's, in which lima/qemu.py is started as QEMU; None where the VM is not QEMU's.
+
+    `slots` are (path, writable) of folders, filled up with an empty one; `saved` and `resume` say
+    what becomes of the VM's memory.
+    """
+    if instance.vm_type != "qemu":
+        return None
+    key = f"QEMU_SYSTEM_{instance.arch.upper()}"
+    name, *words = shlex.split(os.environ.get(key) or f"qemu-system-{instance.arch}")
     program = shutil.which(name)
     if not program:
         raise AgentVMError(f"{name} is not installed", "agent-vm doctor")
     script = host.folders.state / "qemu"
     _, _, rest = (lima_folder(host.folders) / "qemu.py").read_text().partition("\n")
     write_file(script, f"#!{sys.executable} -IS\n{rest}", mode=0o700)
-    asked = json.dumps({"program": os.path.abspath(program), "restrict": True})
+    empty = [(str(host.folders.state / "empty"), False)] * (SLOTS - len(slots))
+    asked = {"program": os.path.abspath(program), "restrict": not is_open, **saved}
+    asked["mounts"] = [*slots, *empty]
     # Words of the user's stay where Lima sees them: it adds no option that they hold already.
-    return {**os.environ, key: shlex.join([str(script), *words]), "AGENT_VM_QEMU": asked}
+    more = {key: shlex.join([str(script), *words]), "AGENT_VM_QEMU": json.dumps(asked)}
+    return {**os.environ, **more}
 
 
-def start_confined(
+def check_confined(
     host: Host, instance: Instance, planned: Sequence[Mapping[str, Any]], is_open: bool
 ) -> None:
-    """Start a clone if Lima would give it what was planned, no more; `is_open`: its network."""
+    """Raise unless Lima would give a clone what was planned, no more; `is_open`: its network."""
     faults = isolation_faults(instance, planned)
     if not is_open and f"{instance.vm_type} {instance.arch}" not in CLOSABLE:
         faults.append("has a network that only QEMU closes (setup --vm-type qemu)")
     if faults:
         problem = f"{instance.name} would not be confined: it {'; it '.join(faults)}"
         raise AgentVMError(problem, f"look into {host.folders.lima_home}/_config/default.yaml")
-    try:
-        environ = None if is_open else qemu_environment(host, instance.arch)
-        host.lima.start(instance.name, environ=environ)
-    except AgentVMError as error:
-        raise boot_failure(host, instance.name, error) from error
 
 
-def run(host: Host, base: Instance, plan: Plan) -> int:
-    """Clone, check, start, prepare, run plan.argv in the project, delete. Returns its status."""
-    folders, lima = host.folders, host.lima
-    mount_type = CONFINED_MOUNT_TYPE.get(base.vm_type, "unknown")
-    # The project's transcripts on the host, where the agent looks for them in the guest.
-    sessions = folders.state / "sessions" / session_key(plan.project)
-    for mount in plan.mounts:  # what an agent can write is known by a folder of this name
-        if mount.writable:
-            make_private_folder(sessions.with_name(session_key(mount.source.path)))
-    make_private_folder(sessions)
+def stamps(folder: Path, base: Instance) -> dict[str, list[int]]:
+    """What has changed when what was saved does not fit any more: sizes, and times in ns."""
+    infos = {path.name: path.stat() for path in (folder / "memory", folder / "state")}
+    infos["overlay"] = (base.dir / "disk").stat()  # its clones' disk, until it is started itself
+    return {name: [info.st_size, info.st_mtime_ns] for name, info in infos.items()}
 
+
+def why_boot(host: Host, base: Instance, plan: Plan, folders: int) -> str:
+    """Why a VM has to be booted, or ""; whether its machine is the same, lima/qemu.py decides."""
+    saved = saved_folder(host.folders, base.name)
+    if plan.boot or not (saved / "saved.json").exists():
+        return plan.boot or "no state of it was saved (agent-vm doctor)"
+    with contextlib.suppress(OSError, *MALFORMED):
+        if json.loads((saved / "saved.json").read_text()) == stamps(saved, base):
+            return "it has more folders" if folders > SLOTS else "".join(plan.sizes)
+    return f"{base.name} has been started, or changed, since it was saved"
+
+
+def cloned(host: Host, base: Instance, name: str, *options: str) -> Instance:
+    """A clone that has nothing of how its base instance was reached."""
+    host.lima.clone(base.name, name, *options)
+    folder = host.folders.lima_home / name
+    for stale in (*folder.glob("*.log"), *folder.glob("ssh.config")):
+        stale.unlink()
+    clone = host.lima.find(name)
+    if clone is None:
+        raise AgentVMError(f"the clone {name} is not listed by limactl", "limactl list")
+    return clone
+
+
+@contextlib.contextmanager
+def sides_of(
+    host: Host, base: Instance, plan: Plan, name: str
+) -> Iterator[tuple[Plan, list[Side]]]:
+    """The sides of a run, and its plan, which has placeholders and secrets of theirs now."""
+    mode, sides = plan.network.mode, list[Side]()  # their sockets lie in the clone's folder
     with contextlib.ExitStack() as stack:
-        name = stack.enter_context(disposable(host, plan))
-        links = folders.state / "links" / name
-        readonly = not plan.mounts[0].writable  # a copy, then: nothing that it writes outlives it
-        target = f"{base.home}/.claude/projects"
-        transcripts = Mount(place_of(sessions), target, writable=not readonly, copied=readonly)
-        mounts = [*plan.mounts, transcripts]
-        log.progress(f"starting {name}")
-        planned, mode = lima_mounts(mounts, links), plan.network.mode
-        make_private_folder(links)
-        write_file(links / "run.json", json.dumps({"mounts": planned, "network": mode}))
-        for mount, entry in zip(mounts, planned):
-            if entry["location"] != mount.source.path:
-                os.symlink(mount.source.path, entry["location"])
-        expression = clone_expression(planned, mount_type, plan.forward)
-        if mode != "open":  # Lima would copy the host's proxies, with their passwords
-            expression += " | .propagateProxyEnv = false"
-        lima.clone(base.name, name, expression, *plan.sizes)
-        for stale in (folders.lima_home / name).glob("*.log"):  # the base instance's
-            stale.unlink()
-        clone = lima.find(name)
-        if clone is None:
-            raise AgentVMError(f"the clone {name} is not listed by limactl", "limactl list")
-
-        sides: list[Side] = []  # their sockets lie in the clone's folder
         if mode in ("internet", "allow"):
             registries = read_line(str(base.dir / REGISTRIES)).split() if mode == "allow" else ()
             sides += stack.enter_context(egress_sides(host, plan.network, name, registries))
@@ -1475,34 +1501,89 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
             github, proxy = stack.enter_context(github_side(host, plan.github, name))
             plan = plan._replace(github=github)
             sides.append(proxy)
-        start_confined(host, clone, planned, is_open=mode == "open")
+        yield plan, sides
 
+
+def prepare(host: Host, guest: Guest, plan: Plan, mounts: Sequence[Mount], start: Side) -> str:
+    """Make a VM that answers a place to work, and see that it is confined; else why it is not."""
+    scripts = (lima_folder(host.folders) / "guest").glob("*.sh")
+    files = {path.name: path.read_text() for path in scripts}
+    config = (guest.instance.dir / "ssh.config").read_text()
+    port = re.search(r"^\s*Port (\d+)$", config, re.M)
+    files.update(guest_files(plan, mounts), random=os.urandom(32).hex())
+    script = confining_script(plan, files, port[1] if port else "unknown")
+    prepared = guest.run("bash -s", script, host.lima.timeout, meanwhile=lambda: raise_fault(start))
+    if prepared.status == NOT_CONFINED:
+        raise AgentVMError("the VM is not confined", details=prepared.out.strip())
+    return (prepared.out.strip() or "no word of it") if prepared.status else ""
+
+
+def run(host: Host, base: Instance, plan: Plan) -> int:
+    """Clone, check, start, prepare, run plan.argv in the project, delete. Returns its status."""
+    folders, lima, mode = host.folders, host.lima, plan.network.mode
+    # The project's transcripts on the host, where the agent looks for them in the guest.
+    sessions = folders.state / "sessions" / session_key(plan.project)
+    for mount in plan.mounts:  # what an agent can write is known by a folder of this name
+        if mount.writable:
+            make_private_folder(sessions.with_name(session_key(mount.source.path)))
+    make_private_folder(sessions)
+    readonly = not plan.mounts[0].writable  # a copy, then: nothing that it writes outlives it
+    target = f"{base.home}/.claude/projects"
+    transcripts = Mount(place_of(sessions), target, writable=not readonly, copied=readonly)
+    mounts = [*plan.mounts, transcripts]
+    planned = [] if base.vm_type == "qemu" else lima_mounts(mounts)
+    slots = [(mount.source.path, mount.writable) for mount in mounts]
+    expression = clone_expression(planned, CONFINED_MOUNT_TYPE.get(base.vm_type, ""), plan.forward)
+    if mode != "open":  # Lima would copy the host's proxies, with their passwords
+        expression += " | .propagateProxyEnv = false"
+    saved, boot = saved_folder(folders, base.name), why_boot(host, base, plan, len(mounts))
+
+    with contextlib.ExitStack() as stack:
+        name = stack.enter_context(disposable(host, plan))
+        log.progress(f"{'booting' if boot else 'resuming'} {name}")
+        log.detail(f"it is not resumed: {boot}" if boot else f"from {saved}")
+        clone = cloned(host, base, name, expression, *plan.sizes)
+        log.reached("cloned")
+        check_confined(host, clone, planned, mode == "open")
+        kept = {"mounts": planned, "slots": slots, "network": mode}
+        write_file(clone.dir / "agent-vm.json", json.dumps(kept))
+        memory = {} if boot else {"saved": str(saved), "resume": True}
+        environ = qemu_environment(host, clone, mode == "open", slots, **memory)
+        start = stack.enter_context(lima.starting(name, environ))
+        plan, sides = stack.enter_context(sides_of(host, base, plan, name))
         guest = Guest(clone)
-        if sides:
-            sides.append(stack.enter_context(guest.brought(sides)))
-        scripts = (lima_folder(folders) / "guest").glob("*.sh")
-        files = {path.name: path.read_text() for path in scripts}
-        ssh_port = re.search(r"^\s*Port (\d+)$", (clone.dir / "ssh.config").read_text(), re.M)
-        port = ssh_port[1] if ssh_port else "unknown"
-        script = confining_script(plan, {**files, **guest_files(plan, mounts)}, port)
-        prepared = guest.run("bash -s", script)
-        if prepared.status:
-            what = "is not confined" if prepared.status == NOT_CONFINED else "could not be prepared"
-            details = prepared.out.strip() or failure_logs(host, name)
-            raise AgentVMError(f"the VM {what}", details=details)
+        try:
+            if not boot:
+                resume(clone.dir, saved / "state", start)
+                log.reached("resumed")
+            seconds = lima.timeout if boot else RESUME_SECONDS * (10 if kvm_is_missing() else 1)
+            sides.append(stack.enter_context(guest.reached(start, sides, seconds)))
+            log.reached("ssh")
+        except (AgentVMError, OSError, *MALFORMED) as error:
+            failed = boot_failure(host, name, error)
+            raise failed if boot else NotResumed(str(failed)) from error
+        fault = prepare(host, guest, plan, mounts, start)
+        if fault and not boot:
+            raise NotResumed(fault)
+        if fault:
+            details = f"{fault}\n{failure_logs(host, name)}"
+            raise AgentVMError("the VM could not be prepared", details=details)
         for path in plan.hooks:
             run_hook(guest, path, path.parent == Path(plan.project), plan.project)
+        log.reached("prepared")
 
         tty = os.isatty(0) and os.isatty(1)
         # An agent whose output goes to a file must not wait for a terminal that it does not have.
         deaf = plan.agent and os.isatty(0) and not tty
         launch = [f"{clone.home}/.agent-vm/launch.sh", plan.project, *plan.argv]
+        sides.append(start)
         try:
             status = guest.attach(launch, tty, subprocess.DEVNULL if deaf else None, sides)
         except Interrupted:
             with signals.held(), contextlib.suppress(AgentVMError):
                 guest.run("sync", timeout=20)  # what the agent wrote so far is kept
             raise
+        log.reached("ended")
         if 0 <= status != SSH_FAILED:
             return status
         # ssh failed, or died, or an agent has ended with ssh's status: the guest knows.
@@ -1641,6 +1722,7 @@ SETTINGS = {
     "memory": Setting(memory_size, 8, "the VM's memory, by default at most half the host's", "GB"),
     "cpus": Setting(whole_number, 4, "the VM's CPUs, by default at most half the host's", "N"),
     "vm-type": Setting(vm_type, "", "what Lima runs the VM with (else Lima's choice)", "TYPE"),
+    "resume": Setting(yes_or_no, True, "save the VM as it runs, for runs to resume it"),
     "template": Setting(existing_file, "", "another Lima template than lima/agent-vm.yaml", "FILE"),
     "image": Setting(image_location, "", "another Debian 13 disk image", "FILE|URL"),
     "ca-cert": Setting(existing_file, (), "trust a CA in the VM (repeatable)", "FILE", many=True),
@@ -1672,8 +1754,8 @@ SETTINGS = {
     "forward": Setting(yes_or_no, True, "forward the guest's ports to the host"),
 }  # fmt: skip
 SETUP_SETTINGS = (
-    "name minimal disk memory cpus vm-type template image ca-cert apt-mirror npm-registry lima-url "
-    "timeout"
+    "name minimal disk memory cpus vm-type resume template image ca-cert apt-mirror npm-registry "
+    "lima-url timeout"
 ).split()
 RUN_SETTINGS = (
     "name memory cpus mount readonly network allow host-port credential github github-profile "
@@ -1784,7 +1866,7 @@ def open_host(
     binary = shutil.which("limactl") or ""
     if need_lima and not binary:
         raise AgentVMError("limactl is not installed", hint="agent-vm setup installs it")
-    for name in ("", "leases", "bases", "sessions", "links", "logs", "audit", "github"):
+    for name in ("", "leases", "bases", "sessions", "empty", "logs", "audit", "github"):
         make_private_folder(folders.state / name)
     host = Host(folders, Lima(binary, settings.get("timeout")), Leases(folders), args.secrets)
     if collect and binary:
@@ -1878,6 +1960,8 @@ def collect_garbage(host: Host, wait: bool = False) -> list[str]:
             if gone and existed:
                 log.info(f"removed {lease.name}: its run ended without cleaning up")
                 removed.append(lease.name)
+        if free:
+            remove_unused_disks(host)
     for folder in ("logs", "audit"):  # of the newest hundred some may be in use
         for path in sorted((host.folders.state / folder).glob("agent-vm-*"), key=changed)[:-100]:
             remove_path(path)
@@ -1901,6 +1985,72 @@ PASSED_ENV = re.compile(
 PROJECT_HOOK = ".claude-vm.runtime.sh"
 # Inodes differ on the two sides of a mount: git would hash every file anew at each crossing.
 GIT_SETTINGS = {"core.checkStat": "minimal", "core.trustctime": "false"}
+
+
+def worktree_git_dir(project: str) -> str:
+    """The main repository's git dir when `project` is a linked worktree, else "".
+
+    The agent can write `project/.git`. So the git dir counts only when it points back: git keeps
+    COMMON/worktrees/ID/gitdir with the worktree's path (gitrepository-layout(5)), which an agent
+    that has only the worktree cannot have written.
+    """
+    dot_git = os.path.join(project, ".git")
+    if os.path.islink(dot_git):  # to a worktree elsewhere, which would point back to itself
+        return ""
+    pointer = read_line(dot_git)
+    if not pointer.startswith("gitdir: "):
+        return ""
+    git_dir = os.path.realpath(os.path.join(project, pointer[len("gitdir: ") :]))
+    parent, _, _ = git_dir.rpartition("/")
+    common, _, name = parent.rpartition("/")
+    back = os.path.join(git_dir, read_line(os.path.join(git_dir, "gitdir")))
+    points_back = os.path.realpath(back) == dot_git
+    if name != "worktrees" or not points_back or not os.path.isfile(common + "/HEAD"):
+        return ""
+    return "" if overlaps(real_place(common), real_place(project)) else common
+
+
+def plan_mounts(
+    host: Host, project: str, readonly: bool, more: Sequence[Mount], force: bool
+) -> list[Mount]:
+    """The project first, then a worktree's repository, then what --mount adds; refusals raise."""
+    common, state = worktree_git_dir(project), host.folders.state
+    pwd = os.environ.get("PWD", "")  # as the shell went there, through links
+    typed = spellings(pwd if os.path.realpath(pwd) == project else project)
+    mounts = [Mount(real_place(project), project, not readonly, typed), *more]
+    if common:
+        log.info(f"{common} is mounted, too: it is this worktree's repository")
+        mounts.insert(1, Mount(real_place(common), common, not readonly))
+    home, private = real_place("~"), host.private_places()
+    writable = [mount.source for mount in mounts if mount.writable]
+    problem = mounts_problem(mounts) or running_above(host, mounts)
+    for mount in mounts:
+        for path in (mount.source.path, mount.target):
+            reason = unusable_path(path)
+            if reason:
+                raise AgentVMError(f"{path!a} cannot be mounted: {reason}", "use another folder")
+        reason = mount_refusal(mount.source, home, private)
+        if reason:
+            problem = f"{mount.source.path} is not given to an agent: {reason}"
+        for place in mount.as_typed:
+            for folder in agents_folders(state, place, writable):
+                if not inside(mount.source, real_place(folder)):
+                    problem = f"{place.path} leads out of {folder}: an agent may have made it"
+    if problem and not force:
+        raise AgentVMError(problem, "cd to another folder, mount another, or say --force-mount")
+    return mounts
+
+
+def running_above(host: Host, mounts: Sequence[Mount]) -> str:
+    """An agent that runs now and can write a folder above could put a link in a mount's place."""
+    for lease in host.leases.all():
+        stopped = lease.keep and not (host.folders.lima_home / lease.name / "ha.pid").exists()
+        for folder in () if stopped or host.leases.is_orphan(lease) else lease.folders:
+            above = real_place(folder)
+            for mount in mounts:
+                if mount.source.path != folder and inside(mount.source, above):
+                    return f"{mount.source.path} lies in {folder}, where {lease.name} is running"
+    return ""
 
 
 def find_credential(host: Host) -> Credential | None:
@@ -2116,11 +2266,6 @@ QEMU_PACKAGES = {
     "dnf": ("install -y qemu-img openssh-clients qemu-system-", "x86 edk2-ovmf",
             "aarch64 edk2-aarch64"),
 }  # fmt: skip
-# Under PREFIX/share, where Lima looks for it (its pkg/driver/qemu, getFirmware).
-FIRMWARE = (
-    "qemu/edk2-*-code.fd OVMF/OVMF_CODE*.fd AAVMF/AAVMF_CODE*.fd qemu-efi-*/QEMU_EFI.fd "
-    "edk2/*/*_CODE*.fd edk2/*/*/*_CODE*.fd edk2/*/QEMU_EFI*"
-).split()
 
 
 def missing_qemu() -> tuple[str, str]:
@@ -2156,10 +2301,6 @@ def setup_problems(host: Host, settings: Settings) -> list[tuple[str, str]]:
 
 def host_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def kvm_is_missing() -> bool:
-    return sys.platform == "linux" and not os.access("/dev/kvm", os.R_OK | os.W_OK)
 
 
 def preflight(host: Host, settings: Settings, yes: bool) -> None:
@@ -2306,7 +2447,7 @@ def provision(host: Host, settings: Settings, name: str, hooks: Sequence[Path]) 
     # tests wait for the next boot.
     if guest.run("test -d /lib/modules/$(uname -r)/kernel").status:
         log.step("restarting it with its new kernel")
-        host.lima.stop(name)
+        host.lima.tell("stop", name)
         boot_for_setup(host, guest, provision_log)
     # Lima does not report a script that failed: look for the marker of the last one. No line at
     # all is a template of the user's own.
@@ -2325,9 +2466,71 @@ def provision(host: Host, settings: Settings, name: str, hooks: Sequence[Path]) 
     registries = guest.run("bash -s", finish)
     write_file(instance.dir / REGISTRIES, registries.out)
     log.step("stopping it")
-    host.lima.stop(name)
-    host.lima.protect(name)
+    host.lima.tell("stop", name)
+    folder = saved_folder(host.folders, name)
+    make_private_folder(folder)
+    why = "" if settings.get("resume") else "setup --no-resume"
+    info = ("qemu-img", "info", "--output=json", str(instance.dir / "disk"))
+    if '"format": "qcow2"' not in captured(info).out:
+        why = "its disk is not in QEMU's format"
+    else:
+        why = why or save(host, instance)
+        why = freeze(host, instance) or why
+    if why:
+        notes.append(f"VMs of it are booted, not resumed: {why}")
+    else:  # last, as power may be lost at any moment
+        write_file(folder / "saved.json", json.dumps(stamps(folder, instance)))
+    host.lima.tell("protect", name)
     return notes
+
+
+def save(host: Host, base: Instance) -> str:
+    """Boot it once more, as a run does, and save the VM as it runs; why that is not to be had."""
+    log.step("booting it to save its state")
+    folder = saved_folder(host.folders, base.name)
+    try:
+        environ = qemu_environment(host, base, True, (), saved=str(folder), resume=False)
+        if environ is None:
+            return "it is no VM of QEMU's"
+        host.lima.start(base.name, environ=environ)
+        script = (lima_folder(host.folders) / "settle.sh").read_text()
+        settled = Guest(base).run("sudo bash -s", script, timeout=600)
+        if settled.status:
+            return f"it does not settle: {settled.out.strip()}"
+        to = {"uri": f"file:{folder}/state"}
+        qmp(base.dir, MIGRATION, {"execute": "migrate", "arguments": to})
+        status = "setup"
+        while status in ("setup", "active", "device"):
+            time.sleep(0.1)
+            status = qmp(base.dir, {"execute": "query-migrate"})[0].get("status")
+        if status != "completed":
+            return f"QEMU could not save it ({status})"
+        qmp(base.dir, {"execute": "quit"})
+        for name in ("memory", "state"):
+            with open(folder / name, "rb") as file:
+                os.fsync(file.fileno())
+    except (AgentVMError, OSError, *MALFORMED) as error:
+        return str(boot_failure(host, base.name, error))
+    finally:
+        host.lima.tell("stop", base.name, "-f")
+    return ""
+
+
+def first_bytes(path: Path) -> bytes:
+    """Of a disk: QEMU's own head, which names the disk below it."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return file.read(4096)
+    return b""
+
+
+def remove_unused_disks(host: Host) -> None:
+    """Frozen disks, with what was saved, that no instance's disk names and no setup works on."""
+    home = host.folders.lima_home
+    for folder in (home / "_agent-vm").glob("*"):
+        if not (home / folder.name).exists() and not host.leases.path(folder.name).exists():
+            heads = (first_bytes(path) for path in home.glob("*/disk"))
+            if not any(os.fsencode(folder.name) in head for head in heads):
+                remove_path(folder)
 
 
 def build_base(host: Host, settings: Settings, args: argparse.Namespace) -> None:
@@ -2350,6 +2553,7 @@ def build_base(host: Host, settings: Settings, args: argparse.Namespace) -> None
         with signals.held():
             for unused in {instance, oldest} - {"", *base_roles(host.folders)}:
                 remove_instance(host, unused)
+            remove_unused_disks(host)
     log.step(f"{name} is ready" + ("; setup --rollback goes back" if current else ""))
     if not find_credential(host):
         log.info("no credential yet: `claude setup-token` makes one, `agent-vm auth set` stores it")
@@ -2450,6 +2654,7 @@ def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int
         variables=variables,
         credential=credential,
         broker=broker,
+        boot="--boot" if args.boot else "",
         upstream=upstream,
         network=network,
         hooks=hooks,
@@ -2459,7 +2664,14 @@ def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int
         briefing=briefing + (GITHUB_BRIEFING.format(repo=github.repo) if github else ""),
     )
     began = time.time()
-    status = run(host, base, plan)
+    try:
+        status = run(host, base, plan)
+    except NotResumed as error:
+        log.detail(f"booting it, as it could not be resumed: {error}")
+        status = run(host, base, plan._replace(boot="it could not be resumed"))
+    log.reached("deleted")
+    if args.timing:
+        log.info(f"timing: {json.dumps(log.phases)}")
     if agent and not readonly and os.isatty(0) and os.isatty(2):
         # Claude Code has just said another command, which would run it on the host.
         transcripts = (host.folders.state / "sessions" / session_key(project)).glob("*/*.jsonl")
@@ -2502,7 +2714,8 @@ def cmd_list(args: argparse.Namespace) -> int:
             "role": role or "unused",
             "project": lease.project if lease else "",
             "age_seconds": round(time.time() - born),
-            "disk_bytes": disk_usage(instance.dir),
+            "disk_bytes": disk_usage(instance.dir)
+            + disk_usage(saved_folder(host.folders, instance.name)),
         }
         if args.json:
             print(json.dumps(row))
@@ -2538,30 +2751,28 @@ def cmd_start(args: argparse.Namespace) -> int:
         raise AgentVMError(f"{instance.name} is a base instance: it is cloned", "agent-vm shell")
     refuse_in_use(host, instance.name, "stop", False)
     if instance.status != "Stopped":
-        problem = f"{instance.name} is {instance.status.lower()}"
-        raise AgentVMError(
-            problem, f"agent-vm stop {instance.name}, if it is to have its own network"
-        )
-    state, links = f"{host.folders.state}/", host.folders.state / "links" / instance.name
+        hint = f"agent-vm stop {instance.name}, if it is to have its own network"
+        raise AgentVMError(f"{instance.name} is {instance.status.lower()}", hint)
+    sessions = place_of(host.folders.state / "sessions")
     try:
-        kept = json.loads((links / "run.json").read_text())
-        planned, is_open, problem = kept["mounts"], kept["network"] == "open", ""
+        kept, problem = json.loads((instance.dir / "agent-vm.json").read_text()), ""
+        slots, planned, is_open = kept["slots"], kept["mounts"], kept["network"] == "open"
     except (OSError, *MALFORMED) as error:
         raise AgentVMError(f"{instance.name} was not kept by a run", "agent-vm list") from error
-    sources = []
-    for location, _ in instance.mounts:
-        is_link = location.startswith(state) and os.path.islink(location)  # where no agent writes
-        source = os.readlink(location) if is_link else location
-        sources.append(Mount(real_place(source), source))
-        if os.path.realpath(source) != source and not source.startswith(state):
+    for source, _ in slots:
+        if os.path.realpath(source) != source and not inside(place_of(source), sessions):
             problem = f"would mount {source}, which leads elsewhere now"
-    problem = problem or running_above(host, sources)
+    problem = problem or running_above(host, [Mount(real_place(path), path) for path, _ in slots])
     if problem:
         problem = f"{instance.name} would not be confined: it {problem}"
         raise AgentVMError(problem, f"agent-vm rm {instance.name}")
     check_room(host)
-    start_confined(host, instance, planned, is_open)
-    bound = Guest(instance).run("bash ~/.agent-vm/mounts")
+    check_confined(host, instance, planned, is_open)
+    try:
+        host.lima.start(instance.name, environ=qemu_environment(host, instance, is_open, slots))
+    except AgentVMError as error:
+        raise boot_failure(host, instance.name, error) from error
+    bound = Guest(instance).run("bash ~/.agent-vm/mounts.sh")
     if bound.status:
         raise AgentVMError("its folders could not be mounted", details=bound.out)
     without = "" if is_open else " (it has no network: its run, which held that, is over)"
@@ -2574,7 +2785,7 @@ def cmd_stop(args: argparse.Namespace) -> int:
     instance = instance_named(host, args.instance)
     refuse_in_use(host, instance.name, "stop", args.force)
     if instance.status != "Stopped":
-        host.lima.stop(instance.name)
+        host.lima.tell("stop", instance.name)
     return 0
 
 
@@ -2613,10 +2824,8 @@ def cmd_log(args: argparse.Namespace) -> int:
     files = sorted((host.folders.state / "audit").glob("*.jsonl"), key=changed)
     chosen = [path for path in files if args.run in ("", path.stem)]
     if not chosen:
-        names = " ".join(path.stem for path in files)
-        raise AgentVMError(
-            f"no audit of {args.run or 'any run'}", hint=f"there are: {names or 'none'}"
-        )
+        hint = f"there are: {' '.join(path.stem for path in files) or 'none'}"
+        raise AgentVMError(f"no audit of {args.run or 'any run'}", hint)
     log.info(chosen[-1].stem)
     print(chosen[-1].read_text(errors="replace"), end="")
     return 0
@@ -2713,7 +2922,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
         try:
             level, message, fix = "ok", look(), ""
         except AgentVMError as error:
-            needed = name not in ("network", "firmware", "leftovers")
+            needed = name not in ("network", "leftovers")
             level, message, fix = "fail" if needed else "warn", str(error), error.hint
         failed = failed or level == "fail"
         if args.json:
@@ -2760,15 +2969,6 @@ def looks(
             raise AgentVMError("open, your LAN and this host's ports too: no QEMU to close it", fix)
         return str(settings.get("network") or "internet")
 
-    def firmware() -> str:
-        qemu = shutil.which(f"qemu-system-{os.uname().machine}")
-        prefixes = {Path(qemu).parent.parent if qemu else Path("/usr"), Path("/usr")}
-        there = [file for prefix in prefixes for form in FIRMWARE
-                 for file in (prefix / "share").glob(form)]  # fmt: skip
-        if sys.platform == "linux" and not there:
-            raise AgentVMError("no UEFI firmware was found", "ovmf, or qemu-efi-aarch64")
-        return str(there[0]) if there else "Lima's"
-
     def leftovers() -> str:
         leases = {lease.name for lease in host.leases.all()}
         for path in sorted(host.folders.lima_home.glob("agent-vm-*")):
@@ -2784,7 +2984,6 @@ def looks(
         "lima": lima,
         "base instance": lambda: usable_base(host, base_name(settings)).name,
         "network": network,
-        "firmware": firmware,
         "leftovers": leftovers,
     }
 
@@ -2893,6 +3092,8 @@ def build_parser() -> argparse.ArgumentParser:
         repo_help = "give the agent this GitHub repository; kept for the project"
         sub.add_argument("--repo", type=owner_and_repo, metavar="OWNER/REPO", help=repo_help)
         flag(sub, "--keep", "keep the VM afterwards")
+        flag(sub, "--boot", "boot the VM, do not resume it")
+        flag(sub, "--timing", "say at the end when what was reached, in seconds, as JSON")
         flag(sub, "--force-mount", "mount a directory that is refused otherwise")
         flag(sub, "--yes", "set up without asking when there is no base instance")
         words = sub.add_argument("command", nargs=argparse.REMAINDER, help="passed on untouched")
@@ -3884,6 +4085,28 @@ echo "$status" > ~/.agent-vm/status
 [ -t 0 ] || { (sleep 3; kill "$PPID") < /dev/null > /dev/null 2>&1 & }  # pipes held by what is left
 exit "$status"
 """,
+    "guest/mounts.sh": r"""#!/bin/bash
+# Sent by a run into its VM, as its user: the folders of the host, each in its place, as the file
+# `mounts` says. QEMU has one in a slot with a tag; in another VM Lima has mounted it. An agent in
+# an empty folder would lose its work.
+# shellcheck disable=SC1091
+set -eu -o pipefail
+cd ~/.agent-vm
+mount_slot() {  # SLOT TARGET rw|ro|copy
+  local lima=/mnt/agent-vm/$1 target=$2 how=${3/copy/ro}
+  [ "$3" != copy ] || target=~/.agent-vm/copied
+  [ -d "$target" ] || sudo mkdir -p "$target"
+  if mountpoint -q "$lima"; then
+    sudo mount --bind "$lima" "$target"
+  else
+    # Other ways to cache show old contents for minutes after the host has written a file anew.
+    sudo mount -t 9p -o "trans=virtio,version=9p2000.L,msize=131072,cache=mmap,$how" \
+      "agent-vm-$1" "$target"
+  fi
+  [ "$3" != copy ] || cp -Rn "$target/." "$2" || true
+}
+. ./mounts
+""",
     "guest/network.sh": r"""#!/bin/bash
 # Sent by a run into its VM, as root, before the agent starts, where the host has closed the network
 # (see qemu.py). First it is seen to be closed, from in here; what is open ends the run. Then every
@@ -4016,7 +4239,7 @@ esac
 set -eu -o pipefail
 cd ~/.agent-vm
 mkdir -p ~/.claude/projects
-bash mounts
+bash mounts.sh
 umask 077  # not for the folders on the way to a mount
 
 . ./git-settings
@@ -4084,6 +4307,36 @@ write=$(call create_branch '{"branch": "agent-vm-probe"}')
 push="$url/git/$repo.git/info/refs?service=git-receive-pack"
 refused 'a write over MCP' 'the policy is read-only' "${ours[@]}" "$url/mcp" -d "$write"
 refused 'a push' 'the policy is read-only' "${ours[@]}" "$push"
+""",
+    "guest/wake.sh": r"""#!/bin/bash
+# Sent by a run into its VM, as root, first of all. Of a VM that has booted it waits for Lima's boot
+# scripts. A VM that was resumed, from the state that settle.sh left, becomes a machine of its own.
+set -eu
+cidata=/mnt/lima-cidata
+value() { sed -n "s/^$1: *//p" $cidata/meta-data 2> /dev/null | tr -d '"'; }
+
+if ! [ -e /run/agent-vm/saved ]; then
+  until id=$(value instance-id); [ -n "$id" ] && grep -qsxF -e "$id" /run/lima-boot-done; do
+    sleep 0.1
+  done
+  exit
+fi
+# By vmgenid the kernel has made its random numbers anew; what it is given here is for one without.
+cat random > /dev/urandom
+mount -o ro -L cidata $cidata
+name=$(value local-hostname) id=$(value instance-id)
+sed -i "s/\<$(hostname)\>/$name/g" /etc/hosts
+hostname "$name"
+echo "$name" > /etc/hostname
+rm -f /etc/machine-id
+systemd-machine-id-setup > /dev/null 2>&1
+cat /proc/sys/kernel/random/uuid > /run/agent-vm/boot-id
+mount --bind /run/agent-vm/boot-id /proc/sys/kernel/random/boot_id
+rm /run/agent-vm/saved
+systemctl --no-block restart systemd-journald  # its files are the machine's
+for file in /run/lima-ssh-ready /run/lima-boot-done; do  # what limactl start waits for
+  echo "$id" > $file
+done
 """,
     "provision/10-base.sh": r"""#!/bin/bash
 # Run by Lima in the guest, as root, at every boot; does its work once.
@@ -4296,17 +4549,17 @@ say "the base instance is complete"
 touch "$marker"
 """,
     "qemu.py": r'''#!/usr/bin/env python3
-"""What Lima starts in place of QEMU: QEMU itself, with the guest's network closed by the host.
+"""What Lima starts in place of QEMU: QEMU itself, as the run of agent-vm asks.
 
 Lima finds this file by QEMU_SYSTEM_<ARCH>. AGENT_VM_QEMU holds JSON: {"program": "/PATH/OF/QEMU",
-"restrict": true}. Questions about QEMU's features are passed on as they are. A machine is started
-only with the one network device that Lima writes; to it `restrict=on` is added. Then QEMU itself
-passes no packet between the guest and the host, its network or the internet, whatever the guest's
-root does (QEMU's manual, "-netdev user"); what its `hostfwd` names, ssh, comes in as before.
+"restrict": true, "mounts": [["/PATH", writable], …]}, and to save or resume a machine {"saved":
+"/FOLDER", "resume": true}. Questions about features are passed on. A closed machine has only the
+one network device that Lima writes, with `restrict=on`: QEMU passes no packet between the guest and
+the host, its network or the internet, whatever the guest's root does; ssh comes in by `hostfwd`.
 
 Starts:   QEMU, in its own place
-Reads:    AGENT_VM_QEMU
-Writes:   nothing
+Reads:    AGENT_VM_QEMU, /proc/cpuinfo, machine.json of a saved machine
+Writes:   that file, of a machine that is going to be saved
 Reaches:  nothing
 """
 
@@ -4316,6 +4569,7 @@ import json
 import os
 import re
 import sys
+from typing import Any
 
 # All of it, as Lima 2.2 writes it (pkg/driver/qemu/qemu.go): not a word more may be in it.
 NETDEV = re.compile(
@@ -4323,6 +4577,8 @@ NETDEV = re.compile(
 ).fullmatch
 # Other ways to a network, and options that read options from elsewhere.
 CLOSED = ("nic", "net", "readconfig", "set", "redir", "smb", "tftp", "bootp", "nodefconfig")
+CPU = re.compile("^(?:model name|flags|Features|CPU p).*", re.MULTILINE).findall  # of cpuinfo
+OWN = re.compile(r"mac=[0-9a-f:]+|127\.0\.0\.1:[0-9]+|^lima-.*")  # of each clone
 
 
 class Refused(Exception):
@@ -4339,13 +4595,10 @@ def is_question(words: list[str]) -> bool:
 
 def restricted(words: list[str]) -> list[str]:
     """A machine's arguments with its network closed; Refused when they are not what Lima writes.
-
-    QEMU takes each option with one dash or two, and of one that is given twice both.
-    """
+    QEMU takes each option with one dash or two, and of one that is given twice both."""
     options = [re.sub("^--?", "", word) if word[:1] == "-" else "" for word in words]
-    for option in options:
-        if option in CLOSED:
-            raise Refused(f"-{option} is not one of its options")
+    for option in set(options).intersection(CLOSED):
+        raise Refused(f"-{option} is not one of its options")
     places = [at for at, option in enumerate(options) if option == "netdev"]
     if len(places) != 1:
         raise Refused(f"it has {len(places)} network devices, not one")
@@ -4355,21 +4608,59 @@ def restricted(words: list[str]) -> list[str]:
     return [*words[: places[0] + 1], f"{value},restrict=on", *words[places[0] + 2 :]]
 
 
+def added(words: list[str], asked: dict[str, Any]) -> list[str]:
+    """The host's folders, in slots that the guest knows by their tags, and the memory's file, whose
+    pages resumed machines share until they write; by vmgenid the guest knows it is another.
+    """
+    more = []
+    for slot, (path, writable) in enumerate(asked["mounts"]):
+        shared = f"local,mount_tag=agent-vm-{slot},path={path.replace(',', ',,')}"
+        more += ["-virtfs", f"{shared},security_model=none{'' if writable else ',readonly=on'}"]
+    if "saved" in asked:
+        size, share = words[words.index("-m") + 1], "off" if asked["resume"] else "on"
+        file = f"{asked['saved']}/memory".replace(",", ",,")
+        backend = f"memory-backend-file,id=mem,size={size}M,mem-path={file},share={share}"
+        more += ["-object", backend, "-machine", "memory-backend=mem"]
+        more += ["-device", "vmgenid,guid=auto", *(["-incoming", "defer"] * asked["resume"])]
+    return more
+
+
 # --- the story: one start ---
+
+
+def compared(words: list[str], asked: dict[str, Any]) -> None:
+    """Note which machine is going to be saved; Refused when one to be resumed is another by now."""
+    folder, info = os.path.dirname(words[words.index("-pidfile") + 1]), os.stat(asked["program"])
+    cpu = open("/proc/cpuinfo").read() if os.path.exists("/proc/cpuinfo") else ""
+    now = {
+        "what Lima gives to QEMU": [OWN.sub("", word.replace(folder, "")) for word in words],
+        "QEMU itself": [asked["program"], info.st_size, info.st_mtime_ns],
+        "the host's kernel or CPU": [os.uname().release, *sorted(set(CPU(cpu)))],
+        "the number of folders": len(asked["mounts"]),
+    }
+    with open(f"{asked['saved']}/machine.json", "r" if asked["resume"] else "w") as file:
+        if not asked["resume"]:
+            json.dump(now, file)
+            return
+        before = json.load(file)
+    for what in now:
+        if now[what] != before[what]:
+            raise Refused(f"{what} is not as it was saved")
 
 
 def main(argv: list[str]) -> int:
     try:
         asked = json.loads(os.environ.pop("AGENT_VM_QEMU", "{}"))
-        program, is_open = asked["program"], asked["restrict"] is False
-        words = argv if is_open or is_question(argv) else restricted(argv)
-        os.execv(program, [program, *words])
+        words, is_open = argv, asked["restrict"] is False
+        if not is_question(argv):
+            words = [*(argv if is_open else restricted(argv)), *added(argv, asked)]
+            if "saved" in asked:
+                compared(argv, asked)
+        os.execv(asked["program"], [asked["program"], *words])
     except (ValueError, LookupError, TypeError):
         print("agent-vm: AGENT_VM_QEMU is not what a run of agent-vm sets", file=sys.stderr)
-    except Refused as refused:
-        print(f"agent-vm: the VM would not be confined: {refused}", file=sys.stderr)
-    except OSError as error:
-        print(f"agent-vm: QEMU cannot be started: {error}", file=sys.stderr)
+    except (Refused, OSError) as error:
+        print(f"agent-vm: the VM is not started: {error}", file=sys.stderr)
     return 1
 
 
@@ -4378,6 +4669,24 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
 ''',
+    "settle.sh": r"""#!/bin/bash
+# Sent by setup into the base instance, as root, right before the VM is saved as it runs. Its clones
+# go on from here (guest/wake.sh): what they need runs, and nothing else is about to.
+set -eu
+systemctl is-system-running --wait > /dev/null || true
+if systemctl cat docker.service > /dev/null 2>&1; then
+  systemctl start docker.service
+fi
+systemctl stop '*.timer' apt-daily.service apt-daily-upgrade.service
+journalctl -q --rotate --vacuum-time=1s > /dev/null 2>&1
+umount /mnt/lima-cidata
+rm -f /run/lima-ssh-ready /run/lima-boot-done
+mkdir -p /run/agent-vm
+touch /run/agent-vm/saved
+fstrim -a || true
+sync
+echo 3 > /proc/sys/vm/drop_caches
+""",
 }
 # END GENERATED
 

@@ -38,8 +38,8 @@ BASE_NAME = "agent-vm-base"
 BASE = f"{BASE_NAME}.0b0b0b"  # the instance that the name means
 TOKEN = "sk-ant-oat01-not-a-real-token-".ljust(108, "0")
 GUEST_TOOLS = (
-    "chromium", "curl", "docker", "fd", "gcc", "gh", "journalctl", "modinfo", "mount", "mountpoint",
-    "node", "npm", "python3", "rg", "sg", "sudo", "sync",
+    "chromium", "curl", "date", "docker", "fd", "gcc", "gh", "journalctl", "modinfo", "mount",
+    "mountpoint", "node", "npm", "python3", "rg", "sg", "sudo", "sync",
 )  # fmt: skip
 
 
@@ -329,9 +329,6 @@ class Sandbox:
     def leases(self) -> list[str]:
         return sorted(path.stem for path in (self.state / "leases").glob("*.json"))
 
-    def links(self) -> list[str]:
-        return sorted(path.name for path in (self.state / "links").glob("*"))
-
     def read_calls(self, name: str) -> list[dict[str, Any]]:
         lines: list[str] = []
         with contextlib.suppress(FileNotFoundError):
@@ -350,6 +347,13 @@ class Sandbox:
         """The configuration of the instance that was started last."""
         configs = [call["config"] for call in self.calls("limactl") if "config" in call]
         return dict(configs[-1])
+
+    def slots(self) -> list[tuple[str, bool]]:
+        """(path, writable) of the folders of the VM that was started last, without empty ones."""
+        environs = [call["env"] for call in self.calls("limactl") if "config" in call]
+        asked = json.loads(environs[-1]["AGENT_VM_QEMU"])
+        empty = str(self.state / "empty")
+        return [(path, writable) for path, writable in asked["mounts"] if path != empty]
 
     def agent_calls(self) -> list[dict[str, Any]]:
         return self.read_calls("agent-calls")
@@ -392,9 +396,9 @@ class WorldTest(unittest.TestCase):
             self.box.make_base()
 
     def assert_nothing_left(self) -> None:
-        """No instance but the base, no lease, no link, no temporary file."""
+        """No instance but the base, no lease, no temporary file."""
         self.assertEqual(self.box.instances(), [BASE] if self.base else [])
-        self.assertEqual((self.box.leases(), self.box.links()), ([], []))
+        self.assertEqual(self.box.leases(), [])
         self.assertEqual(list((self.box.root / "tmp").iterdir()), [])
 
     def assert_refused(self, result: Result, *words: str, status: int = 125) -> None:

@@ -66,6 +66,21 @@ class DecisionTest(unittest.TestCase):
             qemu.restricted(without)  # QEMU would add one of its own
         self.assertRaises(qemu.Refused, qemu.restricted, [])
 
+    def test_folders_are_in_slots_and_their_commas_name_no_option(self) -> None:
+        asked = {"mounts": [["/p", True], ["/a b,readonly=off", False]]}
+        first = "local,mount_tag=agent-vm-0,path=/p,security_model=none"
+        second = "local,mount_tag=agent-vm-1,path=/a b,,readonly=off,security_model=none"
+        expected = ["-virtfs", first, "-virtfs", f"{second},readonly=on"]
+        self.assertEqual(qemu.added(MACHINE, asked), expected)
+
+    def test_the_memory_of_a_saved_machine_is_its_file_and_that_of_others_a_copy(self) -> None:
+        for resume, share in ((False, "on"), (True, "off")):
+            words = qemu.added(MACHINE, {"mounts": [], "saved": "/l/a,b", "resume": resume})
+            memory = "memory-backend-file,id=mem,size=2048M,mem-path=/l/a,,b/memory"
+            self.assertEqual(words[:2], ["-object", f"{memory},share={share}"])
+            self.assertIn("vmgenid,guid=auto", words)
+            self.assertEqual(words[-2:] == ["-incoming", "defer"], resume)
+
     def test_questions_about_features(self) -> None:
         for words in (
             ["-M", "none", "-accel", "help"], ["-M", "none", "-netdev", "help"], ["--version"],
@@ -95,7 +110,8 @@ class ProcessTest(unittest.TestCase):
         return done.returncode, done.stdout, done.stderr
 
     def asked(self, **more: object) -> str:
-        return json.dumps({"program": str(self.program), "restrict": True, **more})
+        plain = {"program": str(self.program), "restrict": True, "mounts": []}
+        return json.dumps({**plain, **more})
 
     def test_qemu_takes_its_place(self) -> None:
         status, out, _ = self.start(self.asked(), *MACHINE)
@@ -111,17 +127,53 @@ class ProcessTest(unittest.TestCase):
         self.assertEqual(out, "\n-nic\nuser\n")
 
     def test_what_is_not_started_is_said_in_a_sentence(self) -> None:
-        missing = json.dumps({"program": "/nonexistent/qemu", "restrict": True})
+        missing = self.asked(program="/nonexistent/qemu")
         for asked, words, said in (
             (self.asked(), [*MACHINE, "-nic", "user"], "-nic is not one of its options"),
             (self.asked(), [*MACHINE, "-netdev", NETDEV], "it has 2 network devices"),
             (self.asked(restrict="no"), ["-nic", "user"], "-nic is not one of its options"),
-            (missing, MACHINE, "cannot be started"),
+            (missing, MACHINE, "the VM is not started: [Errno 2] No such file"),
             ("", MACHINE, "AGENT_VM_QEMU"),
             ("[]", MACHINE, "AGENT_VM_QEMU"),
             ('{"program": "x"}', MACHINE, "AGENT_VM_QEMU"),
+            ('{"program": "x", "restrict": true}', MACHINE, "AGENT_VM_QEMU"),
+            (self.asked(mounts=[7]), MACHINE, "AGENT_VM_QEMU"),
+            (self.asked(saved="/nonexistent", resume=True), MACHINE, "No such file"),
         ):
             status, out, err = self.start(asked, *words)
             self.assertEqual((status, out), (1, ""), asked)
             self.assertEqual(err.count("\n"), 1)
             self.assertIn(said, err)
+
+    def test_a_machine_that_was_saved_is_resumed_only_as_it_was(self) -> None:
+        folder = self.program.parent
+        save, resume = ({"saved": str(folder), "resume": is_so} for is_so in (False, True))
+        other = [word.replace("net-nic-1", "another").replace("37447", "4000")
+                 .replace("00:55:6c", "01:02:03") for word in MACHINE]  # fmt: skip
+        self.assertEqual(self.start(self.asked(**save), *MACHINE)[0], 7)
+        status, out, err = self.start(self.asked(**resume), *other)
+        self.assertEqual((status, err), (7, ""))
+        self.assertTrue(out.endswith("\n-incoming\ndefer\n"), out)
+        more = [word.replace("2048", "4096") for word in other]
+        slot = self.asked(**resume, mounts=[["/", False]])
+        for asked, words, said in (
+            (self.asked(**resume), more, "what Lima gives to QEMU is not as it was saved"),
+            (self.asked(**resume), [*other, "-device", "x"], "what Lima gives to QEMU"),
+            (slot, other, "the number of folders is not as it was saved"),
+        ):
+            status, out, err = self.start(asked, *words)
+            self.assertEqual((status, out), (1, ""))
+            self.assertIn(said, err)
+        os.utime(self.program, ns=(1, 1))
+        status, out, err = self.start(self.asked(**resume), *other)
+        self.assertEqual((status, out), (1, ""))
+        self.assertIn("QEMU itself is not as it was saved", err)
+        before = json.loads((folder / "machine.json").read_text())
+        before["QEMU itself"][2] = 1
+        before["the host's kernel or CPU"][0] = "5.0"
+        (folder / "machine.json").write_text(json.dumps(before))
+        self.assertIn("the host's kernel or CPU", self.start(self.asked(**resume), *other)[2])
+        for damaged in ("", "[]", "7", "{}"):
+            (folder / "machine.json").write_text(damaged)
+            status, out, err = self.start(self.asked(**resume), *other)
+            self.assertEqual((status, out), (1, ""), damaged)

@@ -202,7 +202,7 @@ class TerminalTest(WorldTest):
     def test_progress_is_shown_on_a_terminal_and_silenced_by_quiet(self) -> None:
         terminal = self.box.terminal("run")
         terminal.wait()
-        self.assertIn("starting agent-vm-project-", terminal.seen)
+        self.assertIn("booting agent-vm-project-", terminal.seen)
         quiet = self.box.terminal("run", "-q")
         quiet.wait()
         self.assertNotIn("agent-vm:", quiet.seen)

@@ -396,7 +396,7 @@ class GitHubTroubleTest(GitHubWorld):
         env = {"GITHUB_MCP_TOKEN": ""}
         result = self.box.run("run", "--github", "--github-profile=nope", **env)
         self.assert_refused(result, "the GitHub proxy did not start", "github-app-token.ini")
-        self.assertEqual(self.box.limactl("start"), [])
+        self.assertEqual(self.box.agent_calls(), [])
         self.assert_nothing_left()
 
     def test_a_profile_gives_the_token(self) -> None:
@@ -533,7 +533,7 @@ class KilledSshTest(WorldTest):
         self.assertNotEqual(terminal.mode(), before)
         pid = terminal.process.pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        (ssh,) = [int(x) for x in children if b"ssh" in read(Path(f"/proc/{x}/cmdline"))]
+        (ssh,) = [int(x) for x in children if b"launch.sh" in read(Path(f"/proc/{x}/cmdline"))]
         os.kill(ssh, signal.SIGKILL)
         terminal.wait()
         self.assertEqual(terminal.mode(), before)

@@ -333,27 +333,13 @@ class MountTest(TableTest):
             self.assertEqual(agent_vm.safe_search_path(other, state), other)
             os.chdir(here)
 
-    def test_plain_paths_are_mounted_where_they_are_and_others_through_a_link(self) -> None:
-        links = Path("/state/links/n")
-        rows = [
-            (mount("/p", "/p", True), "/p", "/p"),
-            (mount("/a b", "/a b"), "/state/links/n/0", "/mnt/agent-vm/0"),
-            (mount("/a,b", "/a,b"), "/state/links/n/0", "/mnt/agent-vm/0"),
-            (mount("/p", "/data"), "/p", "/mnt/agent-vm/0"),
+    def test_lima_mounts_each_folder_at_the_number_of_its_slot(self) -> None:
+        mounts = [mount("/p", "/p", True), mount("/a, b", "/data")]
+        expected = [
+            {"location": "/p", "mountPoint": "/mnt/agent-vm/0", "writable": True},
+            {"location": "/a, b", "mountPoint": "/mnt/agent-vm/1", "writable": False},
         ]
-        for planned, location, point in rows:
-            with self.subTest(mount=planned):
-                (entry,) = agent_vm.lima_mounts([planned], links)
-                expected = {
-                    "location": location, "mountPoint": point, "writable": planned.writable,
-                    "9p": {"cache": "mmap"},
-                }  # fmt: skip
-                self.assertEqual(entry, expected)
-
-    def test_each_awkward_mount_has_a_link_of_its_own(self) -> None:
-        mounts = [mount("/a b", "/a b"), mount("/c d", "/c d")]
-        plans = agent_vm.lima_mounts(mounts, Path("/l"))
-        self.assertEqual([plan["location"] for plan in plans], ["/l/0", "/l/1"])
+        self.assertEqual(agent_vm.lima_mounts(mounts), expected)
 
 
 class LeaseTest(TableTest):
@@ -430,14 +416,11 @@ class GuestTest(TableTest):
         result = subprocess.run(["bash", "-c", command], stdout=subprocess.PIPE, check=True)
         self.assertEqual(result.stdout.decode(), "it's\n$x `id` \\ ü||")
 
-    def test_a_mount_that_failed_stops_the_preparation(self) -> None:
-        self.assertIn("mountpoint -q /p ||", agent_vm.mount_line(mount("/p", "/p"), 0))
-        self.assertNotIn("--bind", agent_vm.mount_line(mount("/p", "/p"), 0))
-
-    def test_awkward_paths_are_bound_into_place(self) -> None:
-        line = agent_vm.mount_line(mount("/a 'b", "/a 'b"), 3)
-        self.assertIn("mountpoint -q /mnt/agent-vm/3", line)
-        self.assertIn("""sudo mount --bind /mnt/agent-vm/3 '/a '"'"'b'""", line)
+    def test_a_folder_is_mounted_before_those_in_it_and_quoted_for_the_shell(self) -> None:
+        mounts = [mount("/a/b c", "/a/b c", True), mount("/a", "/a")]
+        mounts.append(mount("/t", "/a/b c/$d")._replace(copied=True))
+        lines = "mount_slot 1 /a ro\nmount_slot 0 '/a/b c' rw\nmount_slot 2 '/a/b c/$d' copy\n"
+        self.assertEqual(agent_vm.guest_files(Plan("/p", [], mounts), mounts)["mounts"], lines)
 
 
 class SettingTest(TableTest):

@@ -65,7 +65,7 @@ class TouchTest(WorldTest):
         self.assertEqual(self.outside(self.touched("read"), reads), [])
         started = {os.path.basename(path) for path in self.touched("start")}
         self.assertEqual(started - agent_vm.STARTS, set())
-        self.assertEqual(started, {"limactl", "ssh", "git", "npm"})
+        self.assertEqual(started, {"limactl", "ssh", "git", "qemu-img", "npm"})
         self.assertEqual(self.touched("connect"), set())
         touched_project = [path for path in self.touched("write") if str(self.box.project) in path]
         self.assertEqual(touched_project, [])

@@ -4,7 +4,7 @@
 set -eu -o pipefail
 cd ~/.agent-vm
 mkdir -p ~/.claude/projects
-bash mounts
+bash mounts.sh
 umask 077  # not for the folders on the way to a mount
 
 . ./git-settings
