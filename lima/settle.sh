@@ -1,6 +1,7 @@
 #!/bin/bash
-# Sent by setup into the base instance, as root, right before the VM is saved as it runs. Its clones
-# go on from here (guest/wake.sh): what they need runs, and nothing else is about to.
+# Sent by setup into the base instance, as root, right before it is saved as it runs. Its clones
+# go on from here (guest/wake.sh): what they need runs, guest/network.sh has led their programs to
+# the way out, and nothing else is about to begin.
 set -eu
 systemctl is-system-running --wait > /dev/null || true
 if systemctl cat docker.service > /dev/null 2>&1; then
@@ -8,10 +9,18 @@ if systemctl cat docker.service > /dev/null 2>&1; then
 fi
 systemctl stop '*.timer' apt-daily.service apt-daily-upgrade.service
 journalctl -q --rotate --vacuum-time=1s > /dev/null 2>&1
+sed -i '/pam_motd\|pam_mail\|pam_lastlog/d' /etc/pam.d/sshd
 umount /mnt/lima-cidata
 rm -f /run/lima-ssh-ready /run/lima-boot-done
-mkdir -p /run/agent-vm
 touch /run/agent-vm/saved
 fstrim -a || true
 sync
-echo 3 > /proc/sys/vm/drop_caches
+# What each run starts is in memory from the beginning.
+{
+  for program in sudo setpriv jq git curl nft redsocks mount mountpoint date sed locale claude; do
+    "$program" --version
+  done
+  for program in /usr/lib/openssh/sshd-*; do "$program" -?; done
+  python3 -IS -c 'import select, socket, threading'
+  sudo -u "$SUDO_USER" sudo bash -lc true
+} < /dev/null > /dev/null 2>&1 || true

@@ -80,7 +80,7 @@ class RepositoryTest(unittest.TestCase):
         import tempfile
 
         with tempfile.NamedTemporaryFile("w") as file:
-            file.write(agent_vm.guest_git_config(GITHUB))
+            file.write(agent_vm.guest_git_config({}, GITHUB))
             file.flush()
             env = {**os.environ, "GIT_CONFIG_GLOBAL": file.name, "GIT_CONFIG_NOSYSTEM": "1"}
             done = subprocess.run(["git", "ls-remote", "--get-url", url], env=env, cwd="/",

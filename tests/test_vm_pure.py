@@ -412,14 +412,13 @@ class GuestTest(TableTest):
     def test_variables_and_secrets_are_written_byte_for_byte(self) -> None:
         values = {"A": "it's\n$x `id` \\ ü", "B": ""}
         text = agent_vm.exports(values) + 'printf "%s|" "$A" "$B"'
-        command = agent_vm.pipe("bash", text)
-        result = subprocess.run(["bash", "-c", command], stdout=subprocess.PIPE, check=True)
+        result = subprocess.run(["bash", "-c", text], stdout=subprocess.PIPE, check=True)
         self.assertEqual(result.stdout.decode(), "it's\n$x `id` \\ ü||")
 
     def test_a_folder_is_mounted_before_those_in_it_and_quoted_for_the_shell(self) -> None:
         mounts = [mount("/a/b c", "/a/b c", True), mount("/a", "/a")]
-        mounts.append(mount("/t", "/a/b c/$d")._replace(copied=True))
-        lines = "mount_slot 1 /a ro\nmount_slot 0 '/a/b c' rw\nmount_slot 2 '/a/b c/$d' copy\n"
+        mounts.append(mount("/t", "/a/b c/$d"))
+        lines = "mount_slot 1 /a ro\nmount_slot 0 '/a/b c' rw\nmount_slot 2 '/a/b c/$d' ro\n"
         self.assertEqual(agent_vm.guest_files(Plan("/p", [], mounts), mounts)["mounts"], lines)
 
 

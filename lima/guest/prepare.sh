@@ -3,25 +3,18 @@
 # shellcheck disable=SC1091
 set -eu -o pipefail
 cd ~/.agent-vm
-mkdir -p ~/.claude/projects
-bash mounts.sh
-umask 077  # not for the folders on the way to a mount
-
-. ./git-settings
-zone=/usr/share/zoneinfo/$(cat zone)
-[ ! -f "$zone" ] || sudo ln -sf "$zone" /etc/localtime
+printf '[include]\n\tpath = ~/.agent-vm/gitconfig\n' >> ~/.gitconfig
 
 # Deep-merges the JSON on stdin into a file that may not exist yet.
 merge() {
-  [ -s "$1" ] || echo '{}' > "$1"
-  jq -s '.[0] * .[1]' "$1" /dev/stdin > merged
-  cat merged > "$1"
-  rm merged
+  [ -s "$1" ] || { cat > "$1"; return; }
+  merged=$(jq -s '.[0] * .[1]' "$1" /dev/stdin)
+  echo "$merged" > "$1"
 }
 merge ~/.claude.json < claude.json
 merge ~/.claude/settings.json <<< '{"skipDangerousModePermissionPrompt": true}'
 chmod 600 ~/.claude.json
-cat briefing >> ~/.claude/CLAUDE.md
+echo "$(< briefing)" >> ~/.claude/CLAUDE.md
 
 # Under a locale that the guest lacks every shell warns.
 said=$( (. ./env; locale) 2>&1) || true

@@ -1,29 +1,71 @@
 #!/bin/bash
-# Sent by a run into its VM, as root, first of all. Of a VM that has booted it waits for Lima's boot
-# scripts. A VM that was resumed, from the state that settle.sh left, becomes a machine of its own.
+# Sent by a run into its VM, as root: makes the VM this run's own, and sees that it is confined. One
+# that has booted has to end Lima's boot scripts first; one that was resumed, from the state that
+# settle.sh left, becomes another machine than its base instance and its other clones. No program is
+# started for what bash does itself: each costs a while in a VM that has just begun.
+# usage, in ~/.agent-vm: wake.sh SSH-PORT led|off|open
 set -eu
-cidata=/mnt/lima-cidata
-value() { sed -n "s/^$1: *//p" $cidata/meta-data 2> /dev/null | tr -d '"'; }
+value() { while IFS=': ' read -r key said; do [ "$key" != "$1" ] || echo "${said//\"/}"; done < \
+  /mnt/lima-cidata/meta-data; }
 
+resumed=y
 if ! [ -e /run/agent-vm/saved ]; then
-  until id=$(value instance-id); [ -n "$id" ] && grep -qsxF -e "$id" /run/lima-boot-done; do
-    sleep 0.1
-  done
+  resumed=
+  until id=$(value instance-id 2> /dev/null) && [ -n "$id" ] &&
+    grep -qsxF -e "$id" /run/lima-boot-done; do sleep 0.1; done
+  # QEMU tells a closed-in VM no router; with one it is seen who answers.
+  [ "$2" = open ] || ip route replace default via 192.168.5.2 dev eth0
+fi
+[ "$2" = open ] || { python3 -IS closed.py "$1" 2>&1 & closed=$!; }
+as_user() {
+  setpriv --reuid="$SUDO_UID" --regid="$SUDO_GID" --init-groups env HOME="${PWD%/*}" "$@"
+}
+as_user bash prepare.sh & prepared=$!
+
+if [ -n "$resumed" ]; then
+  until [ -s clock ]; do sleep 0.01; done
+  now=$((${EPOCHREALTIME/./} + $(< clock)))
+  date -s "@${now:0:-6}.${now: -6}" > /dev/null
+  # By vmgenid the kernel has made its random numbers anew; what it is given is for one without.
+  echo "$(< random)" > /dev/urandom
+  mount -o ro /dev/disk/by-label/cidata /mnt/lima-cidata
+  name=$(value local-hostname) id=$(value instance-id) hosts=$(< /etc/hosts)
+  echo "${hosts//$HOSTNAME/$name}" > /etc/hosts
+  echo "$name" > /etc/hostname
+  echo "$name" > /proc/sys/kernel/hostname
+  new=$(< /proc/sys/kernel/random/uuid)
+  echo "${new//-/}" > /etc/machine-id
+  echo "$(< /proc/sys/kernel/random/uuid)" > /run/agent-vm/boot-id
+  mount --bind /run/agent-vm/boot-id /proc/sys/kernel/random/boot_id
+  rm /run/agent-vm/saved
+  {  # later: what limactl start waits for, as it looks around then; and a journal of the machine's
+    sleep 1
+    for file in lima-ssh-ready lima-boot-done; do echo "$id" > /run/$file; done
+    systemctl restart systemd-journald
+  } > /dev/null 2>&1 &
+fi
+bash mounts.sh
+zone=/usr/share/zoneinfo/$(< zone)
+[ ! -f "$zone" ] || [ "$zone" -ef /etc/localtime ] || ln -sf "$zone" /etc/localtime
+
+case $2:$([ ! -e /run/agent-vm/led ] || echo led) in
+  led:) bash network.sh || exit 9 ;;
+  off:led | open:led) bash network.sh off ;;
+esac
+wait "$prepared"
+# The transcripts of a run that may not write them.
+[ ! -d copied ] || as_user cp -Rn copied/. ../.claude/projects || true
+[ "$2" != open ] || exit 0
+wait "$closed" || exit 9
+if [ "$2" = off ]; then
+  ip route del default  # programs need not wait for it
   exit
 fi
-# By vmgenid the kernel has made its random numbers anew; what it is given here is for one without.
-cat random > /dev/urandom
-mount -o ro -L cidata $cidata
-name=$(value local-hostname) id=$(value instance-id)
-sed -i "s/\<$(hostname)\>/$name/g" /etc/hosts
-hostname "$name"
-echo "$name" > /etc/hostname
-rm -f /etc/machine-id
-systemd-machine-id-setup > /dev/null 2>&1
-cat /proc/sys/kernel/random/uuid > /run/agent-vm/boot-id
-mount --bind /run/agent-vm/boot-id /proc/sys/kernel/random/boot_id
-rm /run/agent-vm/saved
-systemctl --no-block restart systemd-journald  # its files are the machine's
-for file in /run/lima-ssh-ready /run/lima-boot-done; do  # what limactl start waits for
-  echo "$id" > $file
-done
+said=
+# shellcheck disable=SC2015
+{ exec 3<> /dev/tcp/127.0.0.1/47101; } 2> /dev/null && printf 'GET / HTTP/1.0\r\n\r\n' >&3 &&
+  IFS= read -r -d '' -t 10 -u 3 said || true
+case $said in
+  *agent-vm:*) ;;  # that this is a proxy
+  *) echo "the way out does not answer: ${said:0:300}"; exit 9 ;;
+esac
