@@ -21,6 +21,7 @@ from tests.vm_case import TOKEN
 from tests.vm_case import processes_of
 from tests.vm_case import wait_for
 from tests.vm_network import NetworkTests
+from tests.vm_resume import ResumeTests
 
 AWKWARD = "it's a project, $HOME: ünïcode"
 
@@ -77,7 +78,7 @@ while [ -e looked ]; do sleep 0.2; done
 """
 
 
-class VMTest(NetworkTests):
+class VMTest(ResumeTests, NetworkTests):
     def test_a_whole_turn_of_claude_code_and_then_continue_it(self) -> None:
         project = self.project(AWKWARD)
         log = self.root / "model.log"

@@ -1,0 +1,114 @@
+"""What is resumed is a machine of its own, in real VMs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+from tests.vm_case import VMCase
+
+# One line each of what no two machines share; the first says when it is, in the guest.
+LOOK_ALIKE = r"""
+echo "$EPOCHREALTIME"
+exec 2>&1
+head -c 32 /dev/urandom | base64 -w0; echo
+ssh-keygen -q -t ed25519 -N '' -f ~/new && cut -d ' ' -f 2 ~/new.pub
+cat /etc/machine-id
+cat /proc/sys/kernel/random/boot_id
+hostname
+openssl s_client -connect 127.0.0.1:4433 -trace < /dev/null 2> /dev/null |
+  sed -n '/ServerHello/,/session_id/s/ *random_bytes[^=]*= *//p' | head -1
+journalctl -q -n 1 -o json | grep -o '"_BOOT_ID":"[^"]*"'
+"""
+LINES = ["clock", "random numbers", "a new key", "machine-id", "boot id", "host name",
+         "a TLS server's random number", "the journal's boot id"]  # fmt: skip
+
+
+class ResumeTests(VMCase):
+    def resumed(self, *args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        result = self.agent_vm("shell", "--timing", *args, cwd=cwd)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        timing = json.loads(result.stderr.partition("timing: ")[2].splitlines()[0])
+        self.assertIn("resumed", timing, result.stderr)
+        return result
+
+    def test_no_two_machines_share_what_is_secret_or_a_name(self) -> None:
+        project = self.project()
+        command = ("shell", "--timing", "--", "bash", "-c", LOOK_ALIKE)
+        seen = []
+        for _ in range(2):
+            with self.start(*command, cwd=project) as process:
+                assert process.stdout
+                there, here = process.stdout.readline(), time.time()
+                self.assertLess(abs(float(there) - here), 0.1)
+                out, err = process.communicate()
+            self.assertIn('"resumed": ', err)
+            seen.append([there.strip(), *out.splitlines()])
+        for what, one, two in zip(LINES, *seen):
+            self.assertTrue(one and two, what)
+            self.assertNotEqual(one, two, what)
+        self.assertEqual([len(lines) for lines in seen], [len(LINES)] * 2, seen)
+        self.assert_nothing_left()
+
+    def test_five_at_once_three_times(self) -> None:
+        project = self.project()
+        for _ in range(3):
+            command = ("shell", "--timing", "--", "bash", "-c", "echo > $(hostname)")
+            processes = [self.start(*command, cwd=project) for _ in range(5)]
+            outputs = [process.communicate() for process in processes]
+            self.assertEqual([process.returncode for process in processes], [0] * 5, outputs)
+            self.assertEqual([err.count('"resumed"') for _, err in outputs], [1] * 5, outputs)
+            self.assert_nothing_left()
+        self.assertEqual(len(list(project.iterdir())), 15)
+
+    def test_what_was_killed_at_each_step_of_a_start_is_cleaned_up(self) -> None:
+        project = self.project()
+        for delay in (0.0, 0.3, 0.6, 1.0, 1.5, 2.5, 4.0, 6.0):
+            process = self.start("shell", "--", "sleep", "60", cwd=project)
+            name = self.started_clone(process)
+            time.sleep(delay)
+            process.kill()
+            process.wait()
+            time.sleep(0.5)
+            self.agent_vm("gc")
+            self.assert_nothing_left()
+            self.assert_processes_end(name)
+        self.resumed("--", "true", cwd=project)
+
+    def test_a_base_instance_that_was_started_is_booted(self) -> None:
+        project = self.project()
+        (base,) = (self.root / "l").glob("agent-vm-base.*")
+        layer = base / "disk"
+        before = layer.stat()
+        layer.touch()  # as a start of it would
+        result = self.agent_vm("shell", "-v", "--", "uptime", "-p", cwd=project)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertIn("has been started, or changed, since it was saved", result.stderr)
+        os.utime(layer, ns=(before.st_atime_ns, before.st_mtime_ns))
+        self.resumed("--", "true", cwd=project)
+
+    def test_a_damaged_state_is_booted(self) -> None:
+        project = self.project()
+        (saved,) = (self.root / "l/_agent-vm").glob("*")
+        state, marks = saved / "state", saved / "saved.json"
+        contents, said = state.read_bytes(), marks.read_text()
+        try:
+            state.write_bytes(contents[: len(contents) // 2])
+            info = state.stat()
+            changed = json.loads(said)
+            changed["state"] = [info.st_size, info.st_mtime_ns]
+            marks.write_text(json.dumps(changed))
+            result = self.agent_vm("shell", "-v", "--", "echo", "here", cwd=project)
+            self.assertEqual((result.returncode, result.stdout), (0, "here\n"), result.stderr)
+            self.assertIn("could not be resumed: ", result.stderr)
+            self.assert_nothing_left()
+        finally:
+            state.write_bytes(contents)
+            info = state.stat()
+            changed = json.loads(said)
+            changed["state"] = [info.st_size, info.st_mtime_ns]
+            marks.write_text(json.dumps(changed))
+        self.resumed("--", "true", cwd=project)
