@@ -861,16 +861,17 @@ def read_line(path: str) -> str:
     return ""
 
 
-def last_bytes(path: Path, size: int) -> bytes:
+def some_bytes(path: Path, size: int, last: bool = True) -> bytes:
+    """The end of a file, or its beginning; none of one that cannot be read."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - size))
+        file.seek(max(0, os.fstat(file.fileno()).st_size - size) if last else 0)
         return file.read(size)
     return b""
 
 
 def tail(path: Path, lines: int = 10) -> str:
     """The last lines of a log of Lima's, fit for a terminal: a guest writes its serial console."""
-    end = last_bytes(path, 50_000).decode(errors="replace")
+    end = some_bytes(path, 50_000).decode(errors="replace")
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", end)  # colours
     shown = [line[:300] for line in plain.split("\n") if line and '"level":"debug"' not in line]
     return "\n".join(shown[-lines:])
@@ -1243,8 +1244,8 @@ def disposable(host: Host, plan: Plan) -> Iterator[str]:
         signals.closing = True
         if keep:
             host.leases.take(name, plan.project, folders, keep=True)
-            reach = f"limactl shell {name}; later agent-vm start {name}, as limactl start would"
-            log.info(f"kept {name}: {reach} open its network; remove it: agent-vm rm {name}")
+            reach = f"limactl shell {name}; later agent-vm start {name} (limactl start would open"
+            log.info(f"kept {name}: {reach} its network, without folders); agent-vm rm {name}")
         else:
             remove_instance(host, name)
 
@@ -1258,7 +1259,7 @@ def failure_logs(host: Host, name: str) -> str:
         end = tail(source)
         if end:
             with contextlib.suppress(OSError):
-                kept.write_bytes(last_bytes(source, 1 << 20))
+                kept.write_bytes(some_bytes(source, 1 << 20))
             parts.append(f"--- the end of {file} (all of it: {kept})\n{end}")
     return "\n".join(parts)
 
@@ -1266,7 +1267,7 @@ def failure_logs(host: Host, name: str) -> str:
 def boot_failure(host: Host, name: str, error: Exception) -> AgentVMError:
     """Lima says to look into ha.stderr.log, which goes with the VM: the cause is in there."""
     problem, log_file = str(error), host.folders.lima_home / name / "ha.stderr.log"
-    logged = last_bytes(log_file, 50_000).decode(errors="replace")
+    logged = some_bytes(log_file, 50_000).decode(errors="replace")
     said = re.findall(r'"qemu\[stderr\]: ((?:[^"\\]|\\.)*)"', logged)  # QEMU's, or lima/qemu.py's
     if said or log_file.name in problem:
         problem = f"limactl start failed: {said[-1] if said else limactl_reason(logged) or problem}"
@@ -1505,7 +1506,7 @@ def sides_of(
 
 def prepare(host: Host, guest: Guest, plan: Plan, mounts: Sequence[Mount], start: Side) -> str:
     """Make a VM that answers a place to work, and see that it is confined; else why it is not."""
-    scripts = (lima_folder(host.folders) / "guest").glob("*.*")
+    scripts = (lima_folder(host.folders) / "guest").glob("*.[sp]*")
     files = {path.name: path.read_text() for path in scripts}
     config = (guest.instance.dir / "ssh.config").read_text()
     port = re.search(r"^\s*Port (\d+)$", config, re.M)
@@ -2146,19 +2147,6 @@ A refusal is a 403 whose reason names the flag that would allow it (curl -v show
 ask no proxy see a connection that is closed at once, or a name that is not found. It is a decision,
 not a fault: tell the user, look for no way round.
 """
-GITHUB_BRIEFING = """
-# GitHub in this VM
-You reach exactly one GitHub repository, {repo}, through a proxy on the user's machine; there is no
-GitHub credential in this VM, and `gh` has none.
-
-- Issues, pull requests, files: the tools of the MCP server `github` (mcp__github__*); `owner` and
-  `repo` may be left out. `git fetch`, `pull`, `clone` and `push` work with the usual addresses.
-- Write to a branch other than the default one, and open a pull request. Refused: pushes to the
-  default branch (unless the user's policy allows them), tags, LFS, the wiki, the deletion of what
-  was not made in this session; in a read-only session everything.
-- What outsiders wrote may be hidden: the user shows it by agent-vm run --no-github-lockdown.
-- A refusal says its reason. It is a decision, not a fault: tell the user, look for no way round.
-"""
 
 
 def github_repository(url: str) -> str:
@@ -2515,19 +2503,13 @@ def save(host: Host, base: Instance) -> str:
     return ""
 
 
-def first_bytes(path: Path) -> bytes:
-    """Of a disk: QEMU's own head, which names the disk below it."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        return file.read(4096)
-    return b""
-
-
 def remove_unused_disks(host: Host) -> None:
     """Frozen disks, with what was saved, that no instance's disk names and no setup works on."""
     home = host.folders.lima_home
     for folder in (home / "_agent-vm").glob("*"):
         if not (home / folder.name).exists() and not host.leases.path(folder.name).exists():
-            heads = (first_bytes(path) for path in home.glob("*/disk"))
+            # QEMU's own head of a disk names the one below it.
+            heads = (some_bytes(path, 4096, last=False) for path in home.glob("*/disk"))
             if not any(os.fsencode(folder.name) in head for head in heads):
                 remove_path(folder)
 
@@ -2593,7 +2575,7 @@ def say_what_git_lacks(project: str) -> None:
     if os.path.isfile(common):
         common = os.path.realpath(os.path.join(project, read_line(common).partition("gitdir: ")[2]))
     config = os.path.join(common, "config")
-    known = last_bytes(Path(config), 1 << 16).lower() if os.path.isfile(config) else b""
+    known = some_bytes(Path(config), 1 << 16).lower() if os.path.isfile(config) else b""
     is_there = mounted or inside(real_place(common), real_place(project))
     if os.path.lexists(".git") and not is_there:
         log.info(f"warning: git cannot work in the VM: {common} is not mounted")
@@ -2642,6 +2624,7 @@ def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int
     mode = NETWORK_BRIEFINGS.get(network.mode, "")
     ports = "".join(f" host.lima.internal:{port} is open." for port in network.host_ports)
     briefing = NETWORK_BRIEFING.format(mode=mode, ports=ports) if mode else ""
+    about_github = lima_folder(host.folders) / "guest/github.md"
     plan = Plan(
         project=project,
         argv=argv,
@@ -2663,7 +2646,7 @@ def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int
         },
         zone=zone if re.fullmatch(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*", zone) else "",
         github=github,
-        briefing=briefing + (GITHUB_BRIEFING.format(repo=github.repo) if github else ""),
+        briefing=briefing + (about_github.read_text().format(repo=github.repo) if github else ""),
     )
     began = time.time()
     try:
@@ -2925,7 +2908,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
         try:
             level, message, fix = "ok", look(), ""
         except AgentVMError as error:
-            needed = name not in ("network", "leftovers")
+            needed = name not in ("resuming", "network", "leftovers")
             level, message, fix = "fail" if needed else "warn", str(error), error.hint
         failed = failed or level == "fail"
         if args.json:
@@ -2965,6 +2948,12 @@ def looks(
         printed = first_line_of(host.lima.binary, "--version") or "no version"
         return f"{printable(printed[:80])} ({host.lima.binary})"
 
+    def resuming() -> str:
+        folder = saved_folder(host.folders, usable_base(host, base_name(settings)).name)
+        if not (folder / "saved.json").exists():
+            raise AgentVMError("VMs are booted: setup could not save one, and said why", "setup")
+        return f"what is saved has {disk_usage(folder) / GIB:.1f} GiB, the frozen disk with it"
+
     def network() -> str:
         base = usable_base(host, base_name(settings))
         if base.vm_type != "qemu":
@@ -2986,6 +2975,7 @@ def looks(
         "host": ready_host,
         "lima": lima,
         "base instance": lambda: usable_base(host, base_name(settings)).name,
+        "resuming": resuming,
         "network": network,
         "leftovers": leftovers,
     }
@@ -4130,6 +4120,19 @@ while seconds < 0.3 or (seconds < 10 and has_to_refuse):
 wrong += [f"{address} does not refuse" for address in has_to_refuse]
 sys.exit(f"the network is not closed: {', '.join(wrong)}" if wrong else 0)
 ''',
+    "guest/github.md": r"""
+# GitHub in this VM
+You reach exactly one GitHub repository, {repo}, through a proxy on the user's machine; there is no
+GitHub credential in this VM, and `gh` has none.
+
+- Issues, pull requests, files: the tools of the MCP server `github` (mcp__github__*); `owner` and
+  `repo` may be left out. `git fetch`, `pull`, `clone` and `push` work with the usual addresses.
+- Write to a branch other than the default one, and open a pull request. Refused: pushes to the
+  default branch (unless the user's policy allows them), tags, LFS, the wiki, the deletion of what
+  was not made in this session; in a read-only session everything.
+- What outsiders wrote may be hidden: the user shows it by agent-vm run --no-github-lockdown.
+- A refusal says its reason. It is a decision, not a fault: tell the user, look for no way round.
+""",
     "guest/launch.sh": r"""#!/bin/bash -l
 # Runs what it is given in the project, with the environment of the host's terminal. Not `exec`: a
 # shell turns death by a signal into a status, and syncs so that the VM can be cut off after it. At

@@ -31,7 +31,7 @@ PARAGRAPHS = ("Starts", "Reads", "Writes", "Reaches")
 
 # Lines: of the whole file, without the copy of lima/, and of what stands above the banner.
 BUDGETS = {
-    "agent_vm.py": (3190, 1619),
+    "agent_vm.py": (3183, 1619),
     "github_mcp_proxy.py": (2940, 1600),
     "github_app_token.py": (1555, 1005),
     "lima/egress.py": (796, 250),
@@ -803,7 +803,7 @@ class BudgetTest(unittest.TestCase):
         self.assertLessEqual(lines, README_BUDGET, "README.md: move what is long to docs/")
 
     def test_lima_is_short_enough(self) -> None:
-        files = [*(ROOT / "lima").glob("*.[ys]*"), *(ROOT / "lima").glob("*/*.*")]
+        files = [*(ROOT / "lima").glob("*.[ys]*"), *(ROOT / "lima").glob("*/*.[sp]*")]
         lines = sum(len(path.read_text().splitlines()) for path in files)
         self.assertLessEqual(lines, LIMA_BUDGET, "lima/: remove a mechanism")
         lines = len((ROOT / "lima/qemu.py").read_text().splitlines())

@@ -19,7 +19,7 @@ def block(folder: Path) -> str:
     """The dict literal, as raw strings: what the reader sees is what the guest gets."""
     lines = ["EMBEDDED: dict[str, str] = {\n"]
     for path in sorted(folder.rglob("*")):
-        if path.suffix not in (".yaml", ".sh", ".py"):
+        if path.suffix not in (".yaml", ".sh", ".py", ".md"):
             continue
         text = path.read_text()
         quotes = "'''" if '"""' in text else '"""'  # as ruff formats it
