@@ -100,8 +100,8 @@ exec 2>&1
 sudo python3 egress_attacks.py settings.json direct
 touch ask
 while [ -e ask ]; do sleep 0.2; done
-sudo bash ~/.agent-vm/network.sh "$(cat port)"
-echo "network.sh: $?"
+sudo python3 -IS ~/.agent-vm/closed.py "$(cat port)"
+echo "closed.py: $?"
 """
 
 LOOK_OFF = r"""
@@ -360,7 +360,7 @@ class NetworkTests(VMCase):
         self.assertGreater(len(canary.came), 5)
         found = f"the network is not closed: .*192.168.5.2 port {ssh_port} answers"
         self.assertRegex(out, found)
-        self.assertIn("network.sh: 1", out)
+        self.assertIn("closed.py: 1", out)
         self.assert_nothing_left()
 
     def work(self, *network: str) -> None:
