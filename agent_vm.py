@@ -57,10 +57,8 @@ STARTS = frozenset(
 SSH_FAILED = 255  # ssh's own status; a guest's command may have it, too
 # Not through Lima's control master, which a boot or a sleep of the host may end; and one that asks
 # whether the guest is still there, and gives up after a minute.
-OWN_CONNECTION = (
-    "-oControlMaster=no -oControlPath=none -oServerAliveInterval=15 -oServerAliveCountMax=4 "
-    "-oConnectTimeout=60 -oEscapeChar=none"
-).split()
+ALIVE = "-oServerAliveInterval=15 -oServerAliveCountMax=4 -oEscapeChar=none".split()
+OWN_CONNECTION = ("-oControlMaster=no", "-oControlPath=none", "-oConnectTimeout=60", *ALIVE)
 
 GIB = 1 << 30
 LOOK_SECONDS = 2  # between two looks at a VM, and at its sides, while its agent works
@@ -93,7 +91,7 @@ SYSTEM_DIRS = (
 # What reading JSON of another form raises; RecursionError when it is nested very deep.
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 
-PROXY = re.compile("(https?|ftp|all)_proxy", re.IGNORECASE).fullmatch  # of variables
+PROXY = re.compile("(https?|ftp|all|no)_proxy", re.IGNORECASE).fullmatch  # of variables
 SLOTS = 8  # for folders of the host in a saved VM; with more, it is booted
 RESUME_SECONDS = 5  # until a resumed VM answers; ten times as long where it is emulated
 
@@ -140,6 +138,7 @@ class Instance(NamedTuple):
     mount_type: str = ""
     mounts: tuple[tuple[str, bool], ...] = ()  # (location, writable), Lima's defaults merged in
     arch: str = ""
+    sizes: tuple[str, ...] = ()  # as limactl's options
     extras: tuple[str, ...] = ()  # what its configuration gives the guest, or the host, besides
     home: str = ""
 
@@ -383,6 +382,7 @@ def instance_from(fields: Mapping[str, Any]) -> Instance:
     extras = {
         "forwards the ssh agent, or X11": ssh.get("forwardAgent") or ssh.get("forwardX11"),
         "copies files to the host": config.get("copyToHost"),
+        "has a fixed port for ssh, which may be another VM's": ssh.get("localPort"),
         "forwards sockets, or ports beyond 127.0.0.1": any(ways),
         "has another disk, or the sound, of the host": config.get("additionalDisks") or sound,
     }
@@ -395,6 +395,7 @@ def instance_from(fields: Mapping[str, Any]) -> Instance:
         mount_type=str(config.get("mountType") or ""),
         mounts=tuple((m["location"], bool(m.get("writable"))) for m in config.get("mounts") or ()),
         arch=str(fields.get("arch") or ""),
+        sizes=(f"--cpus={fields.get('cpus')}", f"--memory={(fields.get('memory') or 0) >> 30}"),
         extras=tuple(words for words, is_so in extras.items() if is_so),
         home=str((config.get("user") or {}).get("home") or ""),
     )
@@ -465,10 +466,8 @@ def claude_config(plan: Plan) -> dict[str, Any]:
 
 
 def guest_git_config(settings: Mapping[str, str], github: GitHub | None) -> str:
-    """The user's name and the like, and the way to the one repository: its usual addresses lead to
-    the proxy.
-
-    git compares prefixes, so OWNER/REPO-docs is led there, too; the proxy refuses it with a reason.
+    """The user's settings, and the way to the one repository by its usual addresses. git compares
+    prefixes, so OWNER/REPO-docs is led there, too; the proxy refuses it with a reason.
     """
     lines = []
     for key, value in settings.items():
@@ -601,7 +600,7 @@ class Log:
     started = time.monotonic()
     phases: ClassVar[dict[str, float]] = {}  # of a run, in seconds since the start
 
-    def reached(self, phase: str) -> None:
+    def mark(self, phase: str) -> None:
         self.phases[phase] = round(time.monotonic() - self.started, 3)
 
     def info(self, message: str) -> None:
@@ -861,17 +860,16 @@ def read_line(path: str) -> str:
     return ""
 
 
-def some_bytes(path: Path, size: int, last: bool = True) -> bytes:
-    """The end of a file, or its beginning; none of one that cannot be read."""
+def last_bytes(path: Path, size: int) -> bytes:
     with contextlib.suppress(OSError), open(path, "rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - size) if last else 0)
+        file.seek(max(0, os.fstat(file.fileno()).st_size - size))
         return file.read(size)
     return b""
 
 
 def tail(path: Path, lines: int = 10) -> str:
     """The last lines of a log of Lima's, fit for a terminal: a guest writes its serial console."""
-    end = some_bytes(path, 50_000).decode(errors="replace")
+    end = last_bytes(path, 50_000).decode(errors="replace")
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", end)  # colours
     shown = [line[:300] for line in plain.split("\n") if line and '"level":"debug"' not in line]
     return "\n".join(shown[-lines:])
@@ -969,7 +967,7 @@ class Lima:
             options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "cwd": "/"}
             options.update(stderr=None if log.verbose else errors, start_new_session=True)
             with child([self.binary, *argv], **options, env=environ) as process:
-                yield Side("limactl start, which forwards ports", process, (), errors=errors)
+                yield Side("limactl start that forwards its ports", process, (), errors=errors)
 
     def tell(self, verb: str, name: str, *options: str) -> None:
         """stop, delete, protect or unprotect an instance."""
@@ -985,19 +983,19 @@ def freeze(host: Host, base: Instance) -> str:
     """Make its disk a layer over what is there now, which its clones share; why it is not."""
     disk, frozen = base.dir / "disk", saved_folder(host.folders, base.name) / "disk"
     disk.replace(frozen)
-    frozen.chmod(0o400)
     below = os.path.relpath(frozen, base.dir)  # Lima's home may be moved
     layer = captured(["qemu-img", "create", "-q", "-fqcow2", "-Fqcow2", f"-b{below}", str(disk)])
     if layer.status:
         frozen.replace(disk)
         return f"qemu-img create failed: {layer.err.strip()}"
+    frozen.chmod(0o400)
     return ""
 
 
 # In a VM, as its user: what its clock, in microseconds, lacks, for lima/guest/wake.sh.
 CONNECT = (
-    "umask 077; mkdir -p ~/.agent-vm; rm -f ~/.agent-vm/clock; echo ready; read -r now; "
-    "echo $((now - ${EPOCHREALTIME/./})) > ~/.agent-vm/clock; exec cat"
+    "umask 077; mkdir -p ~/.agent-vm; : > ~/.agent-vm/clock; echo ready; read -r now; "
+    "echo $((now - ${EPOCHREALTIME/[.,]/})) > ~/.agent-vm/clock; exec cat"
 )
 
 
@@ -1025,6 +1023,7 @@ class Guest:
         there = [self.instance.hostname, shlex.join(argv)]
         command = [*self.ssh, *self.way, "-t" if tty else "-T", *there]
         folder, state, lost = self.instance.dir, "running", set[str]()
+        is_qemu = self.instance.vm_type == "qemu"
         with kept_terminal(tty), child(command, stdin=stdin) as process:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -1033,7 +1032,7 @@ class Guest:
                     if side.process.poll() and side.what not in lost:
                         lost.add(side.what)
                         log.info(f"warning: the {side.what} has ended; the VM goes on without it")
-                before, state = state, qemu_state(folder)
+                before, state = state, qemu_state(folder) if is_qemu else "running"
                 if state not in ("running", before):  # of which ssh knows nothing
                     end = f"agent-vm rm --force {self.instance.name}, in another terminal"
                     log.info(f"the VM stands still ({state}); it is ended by: {end}")
@@ -1045,7 +1044,7 @@ class Guest:
         what else the run does there. Without a session, each connection would take 40 ms more.
         """
         master, config = f"-oControlPath={self.instance.dir}/run.sock", Path(self.ssh[2])
-        argv = [*self.ssh, "-oControlMaster=yes", master, "-oConnectTimeout=5", *OWN_CONNECTION]
+        argv = [*self.ssh, "-oControlMaster=yes", master, "-oConnectTimeout=5", *ALIVE]
         argv += [f"-R127.0.0.1:{side.port}:{side.end}" for side in sides]
         argv += ["-oExitOnForwardFailure=yes", "-T", self.instance.hostname, CONNECT]
         deadline, ready = time.monotonic() + seconds, None
@@ -1056,9 +1055,9 @@ class Guest:
             if not config.exists():  # Lima writes it when it has chosen a port
                 continue
             with child(argv, **PIPES) as process:
-                if first_lines(process, 1, 60) == ["ready"]:
+                if first_lines(process, 1, max(1, deadline - time.monotonic())) == ["ready"]:
                     process.stdin.write(b"%d\n" % (time.time() * 1e6))  # type: ignore[union-attr]
-                    self.way = ("-oControlMaster=no", master, *OWN_CONNECTION)
+                    self.way = ("-oControlMaster=no", master, "-oConnectTimeout=60", *ALIVE)
                     yield Side("ssh connection that brings the sides into the VM", process, ())
                     return
         late = f"the VM does not answer ssh within {seconds:.0f} s"
@@ -1078,7 +1077,10 @@ def qmp(folder: Path, *commands: Mapping[str, Any]) -> list[Any]:
             sock.sendall(json.dumps(command).encode())
             answer: dict[str, Any] = {}
             while not answer.keys() & {"return", "error"}:  # but a greeting, or an event
-                answer = json.loads(lines.readline())
+                line = lines.readline()
+                if not line:
+                    raise ConnectionError("QEMU has ended")
+                answer = json.loads(line)
             if "error" in answer:
                 raise ValueError(f"QEMU: {answer['error']['desc']}")
             answers.append(answer["return"])
@@ -1089,21 +1091,20 @@ IGNORE_SHARED = {"capability": "x-ignore-shared", "state": True}  # what is in t
 MIGRATION = {"execute": "migrate-set-capabilities", "arguments": {"capabilities": [IGNORE_SHARED]}}
 
 
-def resume(folder: Path, state: Path, start: Side) -> None:
-    """Let a VM, whose QEMU waits for that, go on from where it was saved."""
+def awake(folder: Path, state: Path | None, start: Side, seconds: float) -> None:
+    """Wait for the QEMU of a VM, which then has its port for ssh; it may have to go on from a saved
+    `state`."""
     load = {"execute": "migrate-incoming", "arguments": {"uri": f"file:{state}"}}
-    deadline = time.monotonic() + RESUME_SECONDS * 10
-    while True:
-        try:
-            qmp(folder, MIGRATION, load)
-            break
-        except OSError:  # not there yet
-            raise_fault(start)
-            if time.monotonic() > deadline:
-                raise AgentVMError("QEMU does not answer") from None
-            time.sleep(0.01)
-    while qemu_state(folder) == "inmigrate":
+    is_asked, deadline = not state, time.monotonic() + seconds
+    while not is_asked or qemu_state(folder) != "running":
+        raise_fault(start)
+        if time.monotonic() > deadline:
+            raise AgentVMError("QEMU does not answer, or does not let the VM run")
         time.sleep(0.01)
+        with contextlib.suppress(OSError):  # not there yet
+            if not is_asked:
+                qmp(folder, MIGRATION, load)
+                is_asked = True
 
 
 def qemu_state(folder: Path) -> str:
@@ -1114,7 +1115,7 @@ def qemu_state(folder: Path) -> str:
             qmp(folder, {"execute": "cont"})
             return "running"
         return str(said["status"])
-    return "no answer" if os.path.exists(f"{folder}/qmp.sock") else "running"
+    return "no answer"
 
 
 @contextlib.contextmanager
@@ -1259,7 +1260,7 @@ def failure_logs(host: Host, name: str) -> str:
         end = tail(source)
         if end:
             with contextlib.suppress(OSError):
-                kept.write_bytes(some_bytes(source, 1 << 20))
+                kept.write_bytes(last_bytes(source, 1 << 20))
             parts.append(f"--- the end of {file} (all of it: {kept})\n{end}")
     return "\n".join(parts)
 
@@ -1267,7 +1268,7 @@ def failure_logs(host: Host, name: str) -> str:
 def boot_failure(host: Host, name: str, error: Exception) -> AgentVMError:
     """Lima says to look into ha.stderr.log, which goes with the VM: the cause is in there."""
     problem, log_file = str(error), host.folders.lima_home / name / "ha.stderr.log"
-    logged = some_bytes(log_file, 50_000).decode(errors="replace")
+    logged = last_bytes(log_file, 50_000).decode(errors="replace")
     said = re.findall(r'"qemu\[stderr\]: ((?:[^"\\]|\\.)*)"', logged)  # QEMU's, or lima/qemu.py's
     if said or log_file.name in problem:
         problem = f"limactl start failed: {said[-1] if said else limactl_reason(logged) or problem}"
@@ -1504,23 +1505,26 @@ def sides_of(
         yield plan, sides
 
 
-def prepare(host: Host, guest: Guest, plan: Plan, mounts: Sequence[Mount], start: Side) -> str:
-    """Make a VM that answers a place to work, and see that it is confined; else why it is not."""
-    scripts = (lima_folder(host.folders) / "guest").glob("*.[sp]*")
+def prepare(
+    host: Host, guest: Guest, plan: Plan, mounts: Sequence[Mount], start: Side, timeout: float
+) -> None:
+    """Make a VM that answers a place to work, and see that it is confined."""
+    scripts = (lima_folder(host.folders) / "guest").glob("*.[sp]*")  # in shell and Python
     files = {path.name: path.read_text() for path in scripts}
     config = (guest.instance.dir / "ssh.config").read_text()
     port = re.search(r"^\s*Port (\d+)$", config, re.M)
-    files.update(guest_files(plan, mounts), random=os.urandom(32).hex())
+    files.update(guest_files(plan, mounts))
     script = confining_script(plan, files, port[1] if port else "unknown")
-    prepared = guest.run(CONFINE, script, host.lima.timeout, meanwhile=lambda: raise_fault(start))
-    if prepared.status == NOT_CONFINED:
-        raise AgentVMError("the VM is not confined", details=prepared.out.strip())
-    return (prepared.out.strip() or "no word of it") if prepared.status else ""
+    done = guest.run(CONFINE, script, timeout, meanwhile=lambda: raise_fault(start))
+    if done.status:
+        what = "is not confined" if done.status == NOT_CONFINED else "could not be prepared"
+        raise AgentVMError(f"the VM {what}", details=done.out.strip())
 
 
 def run(host: Host, base: Instance, plan: Plan) -> int:
     """Clone, check, start, prepare, run plan.argv in the project, delete. Returns its status."""
     folders, lima, mode = host.folders, host.lima, plan.network.mode
+    log.phases.clear()
     # The project's transcripts on the host, where the agent looks for them in the guest.
     sessions = folders.state / "sessions" / session_key(plan.project)
     for mount in plan.mounts:  # what an agent can write is known by a folder of this name
@@ -1543,7 +1547,7 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
         log.progress(f"{'booting' if boot else 'resuming'} {name}")
         log.detail(f"it is not resumed: {boot}" if boot else f"from {saved}")
         clone = cloned(host, base, name, expression, *plan.sizes)
-        log.reached("cloned")
+        log.mark("cloned")
         check_confined(host, clone, planned, mode == "open")
         write_file(clone.dir / "run.json", json.dumps({"slots": slots, "mode": mode}))
         memory = {} if boot else {"saved": str(saved), "resume": True}
@@ -1552,24 +1556,19 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
         plan, sides = stack.enter_context(sides_of(host, base, plan, name))
         guest = Guest(clone)
         try:
-            if not boot:
-                resume(clone.dir, saved / "state", start)
-                log.reached("resumed")
             seconds = lima.timeout if boot else RESUME_SECONDS * (10 if kvm_is_missing() else 1)
+            if clone.vm_type == "qemu":
+                awake(clone.dir, None if boot else saved / "state", start, seconds)
+            log.mark("booting" if boot else "resumed")
             sides.append(stack.enter_context(guest.reached(start, sides, seconds)))
-            log.reached("ssh")
+            log.mark("ssh")
+            prepare(host, guest, plan, mounts, start, lima.timeout if boot else 120)
         except (AgentVMError, OSError, *MALFORMED) as error:
             failed = boot_failure(host, name, error)
             raise failed if boot else NotResumed(str(failed)) from error
-        fault = prepare(host, guest, plan, mounts, start)
-        if fault and not boot:
-            raise NotResumed(fault)
-        if fault:
-            details = f"{fault}\n{failure_logs(host, name)}"
-            raise AgentVMError("the VM could not be prepared", details=details)
         for path in plan.hooks:
             run_hook(guest, path, path.parent == Path(plan.project), plan.project)
-        log.reached("prepared")
+        log.mark("prepared")
 
         tty = os.isatty(0) and os.isatty(1)
         # An agent whose output goes to a file must not wait for a terminal that it does not have.
@@ -1582,7 +1581,7 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
             with signals.held(), contextlib.suppress(AgentVMError):
                 guest.run("sync", timeout=20)  # what the agent wrote so far is kept
             raise
-        log.reached("ended")
+        log.mark("ended")
         if 0 <= status != SSH_FAILED:
             return status
         # ssh failed, or died, or an agent has ended with ssh's status: the guest knows.
@@ -2458,7 +2457,7 @@ def provision(host: Host, settings: Settings, name: str, hooks: Sequence[Path]) 
     why = "" if settings.get("resume") else "setup --no-resume"
     info = ("qemu-img", "info", "--output=json", str(instance.dir / "disk"))
     if '"format": "qcow2"' not in captured(info).out:
-        why = "its disk is not in QEMU's format"
+        why = "qemu-img finds no disk in QEMU's format"
     else:
         why = why or save(host, instance)
         why = freeze(host, instance) or why
@@ -2507,11 +2506,22 @@ def remove_unused_disks(host: Host) -> None:
     """Frozen disks, with what was saved, that no instance's disk names and no setup works on."""
     home = host.folders.lima_home
     for folder in (home / "_agent-vm").glob("*"):
-        if not (home / folder.name).exists() and not host.leases.path(folder.name).exists():
-            # QEMU's own head of a disk names the one below it.
-            heads = (some_bytes(path, 4096, last=False) for path in home.glob("*/disk"))
-            if not any(os.fsencode(folder.name) in head for head in heads):
+        if (home / folder.name).exists() or host.leases.path(folder.name).exists():
+            continue
+        try:
+            if not is_below(home, folder.name):
                 remove_path(folder)
+        except OSError as error:
+            log.info(f"warning: {folder} stays for now: {error}")
+
+
+def is_below(home: Path, name: str) -> bool:
+    """Whether a disk in Lima's home names it: QEMU writes at its beginning what is below it."""
+    for disk in home.glob("*/*disk"):
+        with open(disk, "rb") as file:
+            if os.fsencode(name) in file.read(4096):
+                return True
+    return False
 
 
 def build_base(host: Host, settings: Settings, args: argparse.Namespace) -> None:
@@ -2534,7 +2544,6 @@ def build_base(host: Host, settings: Settings, args: argparse.Namespace) -> None
         with signals.held():
             for unused in {instance, oldest} - {"", *base_roles(host.folders)}:
                 remove_instance(host, unused)
-            remove_unused_disks(host)
     log.step(f"{name} is ready" + ("; setup --rollback goes back" if current else ""))
     if not find_credential(host):
         log.info("no credential yet: `claude setup-token` makes one, `agent-vm auth set` stores it")
@@ -2575,7 +2584,7 @@ def say_what_git_lacks(project: str) -> None:
     if os.path.isfile(common):
         common = os.path.realpath(os.path.join(project, read_line(common).partition("gitdir: ")[2]))
     config = os.path.join(common, "config")
-    known = some_bytes(Path(config), 1 << 16).lower() if os.path.isfile(config) else b""
+    known = last_bytes(Path(config), 1 << 16).lower() if os.path.isfile(config) else b""
     is_there = mounted or inside(real_place(common), real_place(project))
     if os.path.lexists(".git") and not is_there:
         log.info(f"warning: git cannot work in the VM: {common} is not mounted")
@@ -2602,7 +2611,6 @@ def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int
     say_what_git_lacks(project)
     hooks = readable_hooks(host.folders.config / "runtime.sh", Path(project, PROJECT_HOOK))
     credential = find_credential(host)
-    sizes = [f"--{key}={settings.get(key)}" for key in ("cpus", "memory") if settings.chosen(key)]
     # Not `git -C project`: its config, which the agent writes, can include any file of the host.
     ask_git = ("git", "config", "--global", "--includes", "--get-regexp", r"^user\.(name|email)$")
     rows = [line.partition(" ") for line in captured(ask_git).out.splitlines()]
@@ -2613,6 +2621,7 @@ def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int
     if not read_base(host.folders, name)[0] and confirm(question, args.yes):
         build_base(host, settings, args)
     base = usable_base(host, name)
+    chosen = [f"--{key}={settings.get(key)}" for key in ("cpus", "memory") if settings.chosen(key)]
     check_room(host)
     github = plan_github(host, settings, project, mounts, args.repo or "")
     broker = credential is not None and settings.get("credential") == "broker"
@@ -2629,7 +2638,7 @@ def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int
         project=project,
         argv=argv,
         mounts=mounts,
-        sizes=sizes,
+        sizes=[size for size in chosen if size not in base.sizes],
         forward=settings.get("forward"),
         keep=args.keep,
         agent=agent,
@@ -2652,9 +2661,11 @@ def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int
     try:
         status = run(host, base, plan)
     except NotResumed as error:
-        log.detail(f"booting it, as it could not be resumed: {error}")
+        signals.closing = False
+        with signals.held():  # whose end is that of the run if a signal has come meanwhile
+            log.detail(f"booting it, as it could not be resumed: {error}")
         status = run(host, base, plan._replace(boot="it could not be resumed"))
-    log.reached("deleted")
+    log.mark("deleted")
     if args.timing:
         log.info(f"timing: {json.dumps(log.phases)}")
     if agent and not readonly and os.isatty(0) and os.isatty(2):
@@ -2738,16 +2749,16 @@ def cmd_start(args: argparse.Namespace) -> int:
     if instance.status != "Stopped":
         hint = f"agent-vm stop {instance.name}, if it is to have its own network"
         raise AgentVMError(f"{instance.name} is {instance.status.lower()}", hint)
-    sessions = place_of(host.folders.state / "sessions")
     try:
         kept, problem = json.loads((instance.dir / "run.json").read_text()), ""
         slots, is_open = kept["slots"], kept["mode"] == "open"
         planned = [{"location": path, "writable": writable} for path, writable in slots]
     except (OSError, *MALFORMED) as error:
         raise AgentVMError(f"{instance.name} was not kept by a run", "agent-vm list") from error
-    for source, _ in slots:
-        if os.path.realpath(source) != source and not inside(place_of(source), sessions):
-            problem = f"would mount {source}, which leads elsewhere now"
+    ours = f"{host.folders.state}/sessions/"  # where no agent makes links
+    for path, _ in slots:
+        if os.path.realpath(path) != path and not path.startswith(ours):
+            problem = f"would mount {path}, which leads elsewhere now"
     problem = problem or running_above(host, [Mount(real_place(path), path) for path, _ in slots])
     if problem:
         problem = f"{instance.name} would not be confined: it {problem}"
@@ -2908,7 +2919,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
         try:
             level, message, fix = "ok", look(), ""
         except AgentVMError as error:
-            needed = name not in ("resuming", "network", "leftovers")
+            needed = name not in ("network", "leftovers")
             level, message, fix = "fail" if needed else "warn", str(error), error.hint
         failed = failed or level == "fail"
         if args.json:
@@ -2948,11 +2959,11 @@ def looks(
         printed = first_line_of(host.lima.binary, "--version") or "no version"
         return f"{printable(printed[:80])} ({host.lima.binary})"
 
-    def resuming() -> str:
-        folder = saved_folder(host.folders, usable_base(host, base_name(settings)).name)
-        if not (folder / "saved.json").exists():
-            raise AgentVMError("VMs are booted: setup could not save one, and said why", "setup")
-        return f"what is saved has {disk_usage(folder) / GIB:.1f} GiB, the frozen disk with it"
+    def base_instance() -> str:
+        name = usable_base(host, base_name(settings)).name
+        saved = saved_folder(host.folders, name)
+        how = "resumed" if (saved / "saved.json").exists() else "booted"
+        return f"{name}; VMs are {how}, from {disk_usage(saved) / GIB:.1f} GiB"
 
     def network() -> str:
         base = usable_base(host, base_name(settings))
@@ -2974,8 +2985,7 @@ def looks(
         "settings": all_settings,
         "host": ready_host,
         "lima": lima,
-        "base instance": lambda: usable_base(host, base_name(settings)).name,
-        "resuming": resuming,
+        "base instance": base_instance,
         "network": network,
         "leftovers": leftovers,
     }
@@ -4055,7 +4065,7 @@ sudo sed -i '/_proxy=/Id' /etc/environment
 sudo rm -f /var/log/cloud-init*.log
 sudo journalctl -q --rotate --vacuum-time=1s > /dev/null 2>&1 || true
 """,
-    "guest/closed.py": r'''"""Run as root in a VM: sees that the host has closed its network.
+    "guest/closed.py": r'''"""As root in a VM: sets its clock, and sees that its network is closed.
 
 QEMU answers each TCP connection of a closed-in VM with a reset, at once: a silence is no proof.
 The VM's own ssh port, which is given, listens on the host's loopback: in a VM that is open it is
@@ -4069,7 +4079,14 @@ import sys
 import time
 
 MARK = 47  # see network.sh
-port = int(sys.argv[1])
+port, mode = int(sys.argv[1]), sys.argv[2]
+late = ""
+while not late.endswith("\n"):  # ssh, which brings it, is not waited for
+    with open("clock") as file:
+        late = file.read()
+time.clock_settime(time.CLOCK_REALTIME, time.time() + int(late) / 1e6)
+if mode == "open":
+    sys.exit()
 places = [
     ("192.168.5.2", port),
     ("10.0.2.2", port),
@@ -4182,11 +4199,9 @@ mount_slot() {  # SLOT TARGET rw|ro
 set -eu -o pipefail
 proxy=47101 names=47102 tcp=47105 udp=47106
 
-sed -i '/_proxy=/Id' /etc/environment
 if [ "${1-}" = off ]; then  # in one that was resumed
   nft delete table ip agent-vm
   rm /run/agent-vm/led
-  systemctl try-restart docker.service
   exit
 fi
 for tool in redsocks nft; do
@@ -4221,11 +4236,6 @@ while True:
 PYTHON
 resolvectl dns eth0 192.168.5.3 && resolvectl domain eth0 '~.' ||
   echo "nameserver 192.168.5.3" > /etc/resolv.conf  # an address that the rules below lead
-# For services, and for programs that do ask a proxy: it says why it refuses.
-for name in http_proxy https_proxy HTTP_PROXY HTTPS_PROXY; do
-  echo "$name=http://127.0.0.1:$proxy"
-done >> /etc/environment
-echo "no_proxy=localhost,127.0.0.1" >> /etc/environment
 # TCP that would leave the VM goes to redsocks, DNS to egress.py. Containers come by the second
 # chain. What has the mark is closed.py.
 echo 1 > /proc/sys/net/ipv4/conf/all/route_localnet
@@ -4336,21 +4346,17 @@ if ! [ -e /run/agent-vm/saved ]; then
   resumed=
   until id=$(value instance-id 2> /dev/null) && [ -n "$id" ] &&
     grep -qsxF -e "$id" /run/lima-boot-done; do sleep 0.1; done
-  # QEMU tells a closed-in VM no router; with one it is seen who answers.
-  [ "$2" = open ] || ip route replace default via 192.168.5.2 dev eth0
 fi
-[ "$2" = open ] || { python3 -IS closed.py "$1" 2>&1 & closed=$!; }
+# QEMU tells a closed-in VM no router; with one it is seen who answers.
+[ "$2" = open ] || ip route replace default via 192.168.5.2 dev eth0
+python3 -IS closed.py "$1" "$2" 2>&1 & closed=$!
 as_user() {
   setpriv --reuid="$SUDO_UID" --regid="$SUDO_GID" --init-groups env HOME="${PWD%/*}" "$@"
 }
 as_user bash prepare.sh & prepared=$!
 
 if [ -n "$resumed" ]; then
-  until [ -s clock ]; do sleep 0.01; done
-  now=$((${EPOCHREALTIME/./} + $(< clock)))
-  date -s "@${now:0:-6}.${now: -6}" > /dev/null
-  # By vmgenid the kernel has made its random numbers anew; what it is given is for one without.
-  echo "$(< random)" > /dev/urandom
+  # The kernel's random numbers are others by now: settle.sh has seen that it has vmgenid.
   mount -o ro /dev/disk/by-label/cidata /mnt/lima-cidata
   name=$(value local-hostname) id=$(value instance-id) hosts=$(< /etc/hosts)
   echo "${hosts//$HOSTNAME/$name}" > /etc/hosts
@@ -4378,12 +4384,16 @@ esac
 wait "$prepared"
 # The transcripts of a run that may not write them.
 [ ! -d copied ] || as_user cp -Rn copied/. ../.claude/projects || true
-[ "$2" != open ] || exit 0
 wait "$closed" || exit 9
-if [ "$2" = off ]; then
-  ip route del default  # programs need not wait for it
-  exit
-fi
+case $2 in
+  open) exit ;;
+  off) ip route del default; exit ;;  # programs need not wait for it
+esac
+# For services, and for programs that do ask a proxy: it says why it refuses.
+for name in http_proxy https_proxy HTTP_PROXY HTTPS_PROXY; do
+  echo "$name=http://127.0.0.1:47101"
+done >> /etc/environment
+echo "no_proxy=localhost,127.0.0.1" >> /etc/environment
 said=
 # shellcheck disable=SC2015
 { exec 3<> /dev/tcp/127.0.0.1/47101; } 2> /dev/null && printf 'GET / HTTP/1.0\r\n\r\n' >&3 &&
@@ -4729,13 +4739,17 @@ if __name__ == "__main__":
 # go on from here (guest/wake.sh): what they need runs, guest/network.sh has led their programs to
 # the way out, and nothing else is about to begin.
 set -eu
+compgen -G '/sys/bus/*/drivers/vmgenid/*:*' > /dev/null || {
+  echo "its kernel would make the same random numbers in each clone: it has no vmgenid"
+  exit 1
+}
 systemctl is-system-running --wait > /dev/null || true
 if systemctl cat docker.service > /dev/null 2>&1; then
   systemctl start docker.service
 fi
+# When a state of days ago goes on, all would be due at once.
 systemctl stop '*.timer' apt-daily.service apt-daily-upgrade.service
 journalctl -q --rotate --vacuum-time=1s > /dev/null 2>&1
-sed -i '/pam_motd\|pam_mail\|pam_lastlog/d' /etc/pam.d/sshd
 umount /mnt/lima-cidata
 rm -f /run/lima-ssh-ready /run/lima-boot-done
 touch /run/agent-vm/saved

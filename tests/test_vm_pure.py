@@ -116,11 +116,12 @@ class LimaTest(TableTest):
         mounts = [{"location": "/p", "writable": True}, {"location": "/q"}]
         config = {"mountType": "9p", "mounts": mounts, "ssh": {"forwardAgent": True}}
         text = self.line(
-            hostname="lima-n", vmType="qemu",
+            hostname="lima-n", vmType="qemu", cpus=2, memory=4 << 30,
             config={**config, "user": {"name": "u", "home": "/home/u.guest"}},
         )  # fmt: skip
         expected = Instance(
             name="n", status="Stopped", dir=Path("/l/n"), hostname="lima-n", vm_type="qemu",
+            sizes=("--cpus=2", "--memory=4"),
             mount_type="9p", mounts=(("/p", True), ("/q", False)),
             extras=("forwards the ssh agent, or X11",), home="/home/u.guest",
         )  # fmt: skip

@@ -84,7 +84,7 @@ class SavedTest(WorldTest):
     def test_another_format_is_left_alone(self) -> None:
         executable(self.box.bin / "qemu-img", """echo '{"format": "raw"}'""")
         base = self.set_up()
-        self.assertIn("booted, not resumed: its disk is not in QEMU's format", self.said)
+        self.assertIn("booted, not resumed: qemu-img finds no disk in QEMU's format", self.said)
         self.assertEqual((self.box.lima / base / "disk").read_text(), "disk of a new instance")
         self.assertEqual(len(self.box.limactl("start")), 1)
 
@@ -95,6 +95,7 @@ class SavedTest(WorldTest):
         self.assertEqual(self.box.run("shell", "--keep", "--", "true").status, 0)
         (kept,) = self.box.clones()
         second, third = self.set_up(), self.set_up()
+        self.box.run("gc")
         self.assertEqual(self.box.read_names(), [third, second])
         self.assertEqual(self.saved(), sorted([first, second, third]))  # a clone names the first
         self.box.run("rm", kept)
@@ -148,7 +149,7 @@ class SavedTest(WorldTest):
         for options, why in (
             (["--boot"], "--boot"),
             (["--memory", "1"], "--memory=1"),
-            (["--cpus", "1"], "--cpus=1"),
+            (["--cpus", "3"], "--cpus=3"),
             ([word for path in more for word in ("--mount", str(path))], "more folders"),
         ):
             result = self.box.run("run", "-v", *options, "--", "sh:true")
@@ -186,16 +187,30 @@ class SavedTest(WorldTest):
         self.assert_refused(result, "limactl start failed")
         self.assertEqual((self.box.clones(), self.box.leases()), ([], []))
 
-    def test_a_clone_is_reached_only_by_the_port_of_its_own(self) -> None:
-        """Its base instance's ssh.config names a port that may be another VM's by now."""
+    def test_sizes_of_the_base_instance_that_are_said_again_are_no_others(self) -> None:
+        self.box.write_config("memory = 1\ncpus = 1")
+        self.set_up()
+        self.assertEqual(self.box.run("run", "--", "sh:true").status, 0)
+        self.assertIn("saved", self.asked()[-1])
+
+    def test_a_signal_while_it_is_booted_in_its_place_ends_the_run(self) -> None:
+        self.set_up()
+        agent = "sh:touch up; sleep 60"
+        process = self.box.start("run", "--", agent, FAKE_QEMU_FAIL="migrate-incoming")
+        self.box.wait_for_file("up")
+        process.terminate()
+        self.assertEqual(self.box.finish(process).status, 143)
+        self.assertEqual((self.box.clones(), self.box.leases()), ([], []))
+
+    def test_a_disk_that_cannot_be_read_keeps_what_may_lie_below_it(self) -> None:
         base = self.set_up()
-        self.assertTrue((self.box.lima / base / "ssh.config").exists())
-        self.box.run("run", "--", "sh:true", FAKE_LIMA_SLEEP="start:1")
-        starts = [index for index, call in enumerate(self.box.calls())
-                  if call["argv"][0] == "start"]  # fmt: skip
-        between = [call for call in self.box.calls()[starts[-1] :] if call["tool"] == "ssh"]
-        self.assertNotIn("the guest was asked before it had a port", str(between[0]["argv"][:2]))
-        self.assertEqual(len([call for call in between if "echo ready" in call["argv"][-1]]), 1)
+        self.assertEqual(self.box.run("shell", "--keep", "--", "true").status, 0)
+        (kept,) = self.box.clones()
+        self.box.run("rm", "--force", base)
+        (self.box.lima / kept / "disk").chmod(0)
+        result = self.box.run("gc")
+        self.assertIn(f"warning: {self.box.lima}/_agent-vm/{base} stays for now", result.err)
+        self.assertEqual(self.saved(), [base])
 
     def test_rollback_goes_back_to_what_was_saved_with_it(self) -> None:
         first = self.set_up()

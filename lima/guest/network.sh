@@ -6,11 +6,9 @@
 set -eu -o pipefail
 proxy=47101 names=47102 tcp=47105 udp=47106
 
-sed -i '/_proxy=/Id' /etc/environment
 if [ "${1-}" = off ]; then  # in one that was resumed
   nft delete table ip agent-vm
   rm /run/agent-vm/led
-  systemctl try-restart docker.service
   exit
 fi
 for tool in redsocks nft; do
@@ -45,11 +43,6 @@ while True:
 PYTHON
 resolvectl dns eth0 192.168.5.3 && resolvectl domain eth0 '~.' ||
   echo "nameserver 192.168.5.3" > /etc/resolv.conf  # an address that the rules below lead
-# For services, and for programs that do ask a proxy: it says why it refuses.
-for name in http_proxy https_proxy HTTP_PROXY HTTPS_PROXY; do
-  echo "$name=http://127.0.0.1:$proxy"
-done >> /etc/environment
-echo "no_proxy=localhost,127.0.0.1" >> /etc/environment
 # TCP that would leave the VM goes to redsocks, DNS to egress.py. Containers come by the second
 # chain. What has the mark is closed.py.
 echo 1 > /proc/sys/net/ipv4/conf/all/route_localnet

@@ -13,21 +13,17 @@ if ! [ -e /run/agent-vm/saved ]; then
   resumed=
   until id=$(value instance-id 2> /dev/null) && [ -n "$id" ] &&
     grep -qsxF -e "$id" /run/lima-boot-done; do sleep 0.1; done
-  # QEMU tells a closed-in VM no router; with one it is seen who answers.
-  [ "$2" = open ] || ip route replace default via 192.168.5.2 dev eth0
 fi
-[ "$2" = open ] || { python3 -IS closed.py "$1" 2>&1 & closed=$!; }
+# QEMU tells a closed-in VM no router; with one it is seen who answers.
+[ "$2" = open ] || ip route replace default via 192.168.5.2 dev eth0
+python3 -IS closed.py "$1" "$2" 2>&1 & closed=$!
 as_user() {
   setpriv --reuid="$SUDO_UID" --regid="$SUDO_GID" --init-groups env HOME="${PWD%/*}" "$@"
 }
 as_user bash prepare.sh & prepared=$!
 
 if [ -n "$resumed" ]; then
-  until [ -s clock ]; do sleep 0.01; done
-  now=$((${EPOCHREALTIME/./} + $(< clock)))
-  date -s "@${now:0:-6}.${now: -6}" > /dev/null
-  # By vmgenid the kernel has made its random numbers anew; what it is given is for one without.
-  echo "$(< random)" > /dev/urandom
+  # The kernel's random numbers are others by now: settle.sh has seen that it has vmgenid.
   mount -o ro /dev/disk/by-label/cidata /mnt/lima-cidata
   name=$(value local-hostname) id=$(value instance-id) hosts=$(< /etc/hosts)
   echo "${hosts//$HOSTNAME/$name}" > /etc/hosts
@@ -55,12 +51,16 @@ esac
 wait "$prepared"
 # The transcripts of a run that may not write them.
 [ ! -d copied ] || as_user cp -Rn copied/. ../.claude/projects || true
-[ "$2" != open ] || exit 0
 wait "$closed" || exit 9
-if [ "$2" = off ]; then
-  ip route del default  # programs need not wait for it
-  exit
-fi
+case $2 in
+  open) exit ;;
+  off) ip route del default; exit ;;  # programs need not wait for it
+esac
+# For services, and for programs that do ask a proxy: it says why it refuses.
+for name in http_proxy https_proxy HTTP_PROXY HTTPS_PROXY; do
+  echo "$name=http://127.0.0.1:47101"
+done >> /etc/environment
+echo "no_proxy=localhost,127.0.0.1" >> /etc/environment
 said=
 # shellcheck disable=SC2015
 { exec 3<> /dev/tcp/127.0.0.1/47101; } 2> /dev/null && printf 'GET / HTTP/1.0\r\n\r\n' >&3 &&
