@@ -4,7 +4,7 @@ TOOLS := .venv/bin
 SCRIPTS := $(wildcard *.py)
 SHELL_FILES := $(wildcard lima/provision/*.sh) .ci/run
 
-.PHONY: test test-fast lint check embed docs contract vm-test bench bench-proxy bench-egress fuzz-proxy tools clean
+.PHONY: test test-fast lint check embed docs contract vm-test bench bench-vm bench-proxy bench-egress fuzz-proxy tools clean
 
 test:  ## all but vm-test: a minute, no network, no Lima
 	$(PYTHON) -m tests
@@ -35,8 +35,8 @@ contract:  ## one list of commands against the fake and the real limactl
 vm-test:  ## boots real VMs with the limactl on PATH; see "Developing" in the README
 	$(PYTHON) -m tests --vm
 
-bench:  ## our overhead over limactl alone; needs a base instance
-	$(PYTHON) tests/tools/bench.py
+bench bench-vm:  ## a VM booted, resumed, and by limactl alone: times, CPU, memory; needs a base instance
+	$(PYTHON) tests/tools/bench_vm.py
 
 bench-proxy:  ## what the GitHub proxy adds to a call, beside nginx and mitmproxy where they are on PATH
 	$(PYTHON) tests/tools/bench_proxy.py

@@ -959,15 +959,21 @@ class Lima:
         self._run("start", "--tty=false", lima_limit, name, timeout=limit, **more)
 
     @contextlib.contextmanager
-    def starting(self, name: str, environ: Mapping[str, str] | None) -> Iterator[Side]:
+    def starting(self, instance: Instance, environ: Mapping[str, str] | None) -> Iterator[Side]:
         """`limactl start`, which goes on beside the block."""
-        argv = ["start", "--tty=false", f"--timeout={self.timeout}s", name]
+        argv = ["start", "--tty=false", f"--timeout={self.timeout}s", instance.name]
         log.detail("+ " + shlex.join(("limactl", *argv)))
         with unnamed_file() as errors:
             options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "cwd": "/"}
             options.update(stderr=None if log.verbose else errors, start_new_session=True)
             with child([self.binary, *argv], **options, env=environ) as process:
-                yield Side("limactl start that forwards its ports", process, (), errors=errors)
+                try:
+                    yield Side("limactl start that forwards its ports", process, (), errors=errors)
+                finally:  # before it has this file, nobody would find its host agent to end it
+                    for _ in range(100):
+                        if (instance.dir / "ha.pid").exists() or process.poll() is not None:
+                            break
+                        time.sleep(0.05)
 
     def tell(self, verb: str, name: str, *options: str) -> None:
         """stop, delete, protect or unprotect an instance."""
@@ -1552,7 +1558,7 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
         write_file(clone.dir / "run.json", json.dumps({"slots": slots, "mode": mode}))
         memory = {} if boot else {"saved": str(saved), "resume": True}
         environ = qemu_environment(host, clone, mode == "open", slots, **memory)
-        start = stack.enter_context(lima.starting(name, environ))
+        start = stack.enter_context(lima.starting(clone, environ))
         plan, sides = stack.enter_context(sides_of(host, base, plan, name))
         guest = Guest(clone)
         try:
