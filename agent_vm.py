@@ -2145,13 +2145,6 @@ NETWORK_BRIEFINGS = {
     " apt, npm, pip, cargo and go were set to.",
     "off": "You reach no network.",
 }
-NETWORK_BRIEFING = """
-# The network of this VM
-{mode} Other hosts, the user's own network and machine are closed, from outside of the VM.{ports}
-A refusal is a 403 whose reason names the flag that would allow it (curl -v shows it); programs that
-ask no proxy see a connection that is closed at once, or a name that is not found. It is a decision,
-not a fault: tell the user, look for no way round.
-"""
 
 
 def github_repository(url: str) -> str:
@@ -2638,8 +2631,9 @@ def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int
         raise AgentVMError("ANTHROPIC_BASE_URL holds a password", "--credential guest passes it on")
     mode = NETWORK_BRIEFINGS.get(network.mode, "")
     ports = "".join(f" host.lima.internal:{port} is open." for port in network.host_ports)
-    briefing = NETWORK_BRIEFING.format(mode=mode, ports=ports) if mode else ""
-    about_github = lima_folder(host.folders) / "guest/github.md"
+    texts = [(lima_folder(host.folders) / f"guest/{name}.md").read_text()
+             for name in ("network", "github")]  # fmt: skip
+    briefing = texts[0].format(mode=mode, ports=ports) if mode else ""
     plan = Plan(
         project=project,
         argv=argv,
@@ -2661,7 +2655,7 @@ def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int
         },
         zone=zone if re.fullmatch(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*", zone) else "",
         github=github,
-        briefing=briefing + (about_github.read_text().format(repo=github.repo) if github else ""),
+        briefing=briefing + (texts[1].format(repo=github.repo) if github else ""),
     )
     began = time.time()
     try:
@@ -4196,6 +4190,13 @@ mount_slot() {  # SLOT TARGET rw|ro
 }
 # shellcheck disable=SC1091
 . ./mounts
+""",
+    "guest/network.md": r"""
+# The network of this VM
+{mode} Other hosts, the user's own network and machine are closed, from outside of the VM.{ports}
+A refusal is a 403 whose reason names the flag that would allow it (curl -v shows it); programs that
+ask no proxy see a connection that is closed at once, or a name that is not found. It is a decision,
+not a fault: tell the user, look for no way round.
 """,
     "guest/network.sh": r"""#!/bin/bash
 # As root in a VM whose network the host holds: leads every program to the host's egress.py, at
