@@ -2769,7 +2769,7 @@ def cmd_start(args: argparse.Namespace) -> int:
         host.lima.start(instance.name, environ=qemu_environment(host, instance, is_open, slots))
     except AgentVMError as error:
         raise boot_failure(host, instance.name, error) from error
-    bound = Guest(instance).run("cd ~/.agent-vm; sudo bash mounts.sh")
+    bound = Guest(instance).run("umask 022; cd ~/.agent-vm; sudo bash mounts.sh")
     if bound.status:
         raise AgentVMError("its folders could not be mounted", details=bound.out)
     without = "" if is_open else " (it has no network: its run, which held that, is over)"
@@ -4178,7 +4178,6 @@ exit "$status"
 # `mounts` says. QEMU has one in a slot with a tag; in another VM Lima has mounted it. An agent in
 # an empty folder would lose its work.
 set -eu
-umask 022  # of the folders on the way
 mount_slot() {  # SLOT TARGET rw|ro
   [ -d "$2" ] || mkdir -p "$2"
   if [ -d "/mnt/agent-vm/$1" ] && mountpoint -q "/mnt/agent-vm/$1"; then
@@ -4275,6 +4274,7 @@ touch /run/agent-vm/led
 # shellcheck disable=SC1091
 set -eu -o pipefail
 cd ~/.agent-vm
+umask 077
 printf '[include]\n\tpath = ~/.agent-vm/gitconfig\n' >> ~/.gitconfig
 
 # Deep-merges the JSON on stdin into a file that may not exist yet.
@@ -4345,6 +4345,7 @@ refused 'a push' 'the policy is read-only' "${ours[@]}" "$push"
 # started for what bash does itself: each costs a while in a VM that has just begun.
 # usage, in ~/.agent-vm: wake.sh SSH-PORT led|off|open
 set -eu
+umask 022
 value() { while IFS=': ' read -r key said; do [ "$key" != "$1" ] || echo "${said//\"/}"; done < \
   /mnt/lima-cidata/meta-data; }
 

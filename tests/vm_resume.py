@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +12,8 @@ from pathlib import Path
 
 from tests.vm_case import SCRIPT
 from tests.vm_case import VMCase
+from tests.vm_case import processes_of
+from tests.vm_case import wait_for
 
 # One line each of what no two machines share; the first says when it is, in the guest.
 LOOK_ALIKE = r"""
@@ -123,3 +126,28 @@ class ResumeTests(VMCase):
             changed["state"] = [info.st_size, info.st_mtime_ns]
             marks.write_text(json.dumps(changed))
         self.resumed("--", "true", cwd=project)
+
+    def test_limactl_finds_it_ready_and_forwards_its_ports(self) -> None:
+        project = self.project()
+        serve = "import socket; s = socket.create_server(('127.0.0.1', 8123)); s.accept()"
+        script = f'python3 -c "{serve}" & while [ -e up ]; do sleep 0.2; done'
+        command = ("shell", "--timing", "--", "bash", "-c", script)
+        (project / "up").touch()
+        with self.start(*command, cwd=project) as process:
+            name = self.started_clone(process)
+
+            def is_forwarded() -> bool:
+                with socket.socket() as client:
+                    client.settimeout(1)
+                    return client.connect_ex(("127.0.0.1", 8123)) == 0
+
+            wait_for(is_forwarded, 60, "the guest's port on the host")
+            wait_for(
+                lambda: not [line for line in processes_of(name) if "limactl start" in line],
+                30,
+                "the end of limactl start",
+            )
+            (project / "up").unlink()
+            _, err = process.communicate()
+        self.assertEqual(process.returncode, 0, err)
+        self.assertIn('"resumed": ', err)

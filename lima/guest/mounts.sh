@@ -3,7 +3,6 @@
 # `mounts` says. QEMU has one in a slot with a tag; in another VM Lima has mounted it. An agent in
 # an empty folder would lose its work.
 set -eu
-umask 022  # of the folders on the way
 mount_slot() {  # SLOT TARGET rw|ro
   [ -d "$2" ] || mkdir -p "$2"
   if [ -d "/mnt/agent-vm/$1" ] && mountpoint -q "/mnt/agent-vm/$1"; then

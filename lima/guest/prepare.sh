@@ -3,6 +3,7 @@
 # shellcheck disable=SC1091
 set -eu -o pipefail
 cd ~/.agent-vm
+umask 077
 printf '[include]\n\tpath = ~/.agent-vm/gitconfig\n' >> ~/.gitconfig
 
 # Deep-merges the JSON on stdin into a file that may not exist yet.

@@ -5,6 +5,7 @@
 # started for what bash does itself: each costs a while in a VM that has just begun.
 # usage, in ~/.agent-vm: wake.sh SSH-PORT led|off|open
 set -eu
+umask 022
 value() { while IFS=': ' read -r key said; do [ "$key" != "$1" ] || echo "${said//\"/}"; done < \
   /mnt/lima-cidata/meta-data; }
 
