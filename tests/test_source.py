@@ -37,7 +37,7 @@ BUDGETS = {
     "lima/egress.py": (796, 250),
 }
 README_BUDGET = 200
-LIMA_BUDGET = 635  # without the two scripts that have a budget of their own
+LIMA_BUDGET = 645  # without the two scripts that have a budget of their own
 QEMU_BUDGET = 120
 
 # What starts a program. One function of a script may name any of these: the door.

@@ -34,6 +34,7 @@ if [ -n "$resumed" ]; then
   echo "${new//-/}" > /etc/machine-id
   echo "$(< /proc/sys/kernel/random/uuid)" > /run/agent-vm/boot-id
   mount --bind /run/agent-vm/boot-id /proc/sys/kernel/random/boot_id
+  [ ! -s /run/agent-vm/restart ] || xargs systemctl restart < /run/agent-vm/restart
   rm /run/agent-vm/saved
   {  # later: what limactl start waits for, as it looks around then; and a journal of the machine's
     sleep 1
