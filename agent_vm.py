@@ -1050,7 +1050,8 @@ class Guest:
         what else the run does there. Without a session, each connection would take 40 ms more.
         """
         master, config = f"-oControlPath={self.instance.dir}/run.sock", Path(self.ssh[2])
-        argv = [*self.ssh, "-oControlMaster=yes", master, "-oConnectTimeout=5", *ALIVE]
+        each = seconds if seconds <= RESUME_SECONDS * 10 else 5  # a boot loses those that are early
+        argv = [*self.ssh, "-oControlMaster=yes", master, f"-oConnectTimeout={each:.0f}", *ALIVE]
         argv += [f"-R127.0.0.1:{side.port}:{side.end}" for side in sides]
         argv += ["-oExitOnForwardFailure=yes", "-T", self.instance.hostname, CONNECT]
         deadline, ready = time.monotonic() + seconds, None
