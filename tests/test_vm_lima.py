@@ -33,7 +33,7 @@ class TemplateTest(unittest.TestCase):
     text = TEMPLATE.read_text()
 
     def test_the_copy_in_the_script_is_current(self) -> None:
-        files = [path for path in LIMA.rglob("*") if path.suffix in (".yaml", ".sh", ".py")]
+        files = [path for path in LIMA.rglob("*") if path.suffix in (".yaml", ".sh", ".py", ".md")]
         copies = {str(path.relative_to(LIMA)): path.read_text() for path in files}
         self.assertEqual(agent_vm.EMBEDDED, copies)
 
