@@ -2,7 +2,7 @@
 PYTHON ?= python3
 TOOLS := .venv/bin
 SCRIPTS := $(wildcard *.py)
-SHELL_FILES := $(wildcard lima/provision/*.sh) .ci/run
+SHELL_FILES := $(wildcard lima/*.sh lima/*/*.sh) .ci/run
 
 .PHONY: test test-fast lint check embed docs contract vm-test bench bench-vm bench-proxy bench-egress fuzz-proxy tools clean
 

@@ -28,6 +28,7 @@ import argparse
 import base64
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import re
@@ -289,7 +290,7 @@ def unusable_path(path: str) -> str:
 
 
 def lima_mounts(mounts: Sequence[Mount]) -> list[dict[str, Any]]:
-    """The `mounts:` of a clone's YAML, for VMs that are not QEMU's; lima/guest/prepare.sh binds."""
+    """The `mounts:` of a clone's YAML, for VMs that are not QEMU's; lima/guest/mounts.sh binds."""
     return [
         {"location": mount.source.path, "mountPoint": f"/mnt/agent-vm/{slot}",
          "writable": mount.writable}
@@ -467,8 +468,7 @@ def claude_config(plan: Plan) -> dict[str, Any]:
 
 def guest_git_config(settings: Mapping[str, str], github: GitHub | None) -> str:
     """The user's settings, and the way to the one repository by its usual addresses. git compares
-    prefixes, so OWNER/REPO-docs is led there, too; the proxy refuses it with a reason.
-    """
+    prefixes, so OWNER/REPO-docs is led there, too; the proxy refuses it with a reason."""
     lines = []
     for key, value in settings.items():
         section, _, name = key.partition(".")
@@ -1028,8 +1028,7 @@ class Guest:
         """Run argv with our terminal or pipes; its status. ssh joins its arguments: quote them."""
         there = [self.instance.hostname, shlex.join(argv)]
         command = [*self.ssh, *self.way, "-t" if tty else "-T", *there]
-        folder, state, lost = self.instance.dir, "running", set[str]()
-        is_qemu = self.instance.vm_type == "qemu"
+        state, lost = "running", set[str]()
         with kept_terminal(tty), child(command, stdin=stdin) as process:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -1038,7 +1037,7 @@ class Guest:
                     if side.process.poll() and side.what not in lost:
                         lost.add(side.what)
                         log.info(f"warning: the {side.what} has ended; the VM goes on without it")
-                before, state = state, qemu_state(folder) if is_qemu else "running"
+                before, state = state, qemu_state(self.instance)
                 if state not in ("running", before):  # of which ssh knows nothing
                     end = f"agent-vm rm --force {self.instance.name}, in another terminal"
                     log.info(f"the VM stands still ({state}); it is ended by: {end}")
@@ -1098,28 +1097,29 @@ IGNORE_SHARED = {"capability": "x-ignore-shared", "state": True}  # what is in t
 MIGRATION = {"execute": "migrate-set-capabilities", "arguments": {"capabilities": [IGNORE_SHARED]}}
 
 
-def awake(folder: Path, state: Path | None, start: Side, seconds: float) -> None:
-    """Wait for the QEMU of a VM, which then has its port for ssh; it may have to go on from a saved
-    `state`."""
+def awake(vm: Instance, state: Path | None, start: Side, seconds: float) -> None:
+    """Wait for a VM's QEMU, which has its port for ssh then; let it go on from a saved `state`."""
     load = {"execute": "migrate-incoming", "arguments": {"uri": f"file:{state}"}}
     is_asked, deadline = not state, time.monotonic() + seconds
-    while not is_asked or qemu_state(folder) != "running":
+    while not is_asked or qemu_state(vm) != "running":
         raise_fault(start)
         if time.monotonic() > deadline:
             raise AgentVMError("QEMU does not answer, or does not let the VM run")
         time.sleep(0.01)
         with contextlib.suppress(OSError):  # not there yet
             if not is_asked:
-                qmp(folder, MIGRATION, load)
+                qmp(vm.dir, MIGRATION, load)
                 is_asked = True
 
 
-def qemu_state(folder: Path) -> str:
+def qemu_state(vm: Instance) -> str:
     """What a VM does, in QEMU's words; one that stopped as its disk was full goes on with room."""
+    if vm.vm_type != "qemu":  # nobody can be asked
+        return "running"
     with contextlib.suppress(OSError, *MALFORMED):
-        (said,) = qmp(folder, {"execute": "query-status"})
-        if said["status"] == "io-error" and shutil.disk_usage(folder).free > GIB:
-            qmp(folder, {"execute": "cont"})
+        (said,) = qmp(vm.dir, {"execute": "query-status"})
+        if said["status"] == "io-error" and shutil.disk_usage(vm.dir).free > GIB:
+            qmp(vm.dir, {"execute": "cont"})
             return "running"
         return str(said["status"])
     return "no answer"
@@ -1407,6 +1407,7 @@ def broker_side(host: Host, plan: Plan, name: str) -> Iterator[tuple[Credential,
         yield placeholder, broker._replace(port=BROKER_PORT, end=end)
 
 
+@functools.cache  # a copied script would compare its files at each question
 def lima_folder(folders: Folders) -> Path:
     """The folder of lima/: beside the resolved script, else the copy that is in the script."""
     checkout = Path(__file__).resolve().parent / "lima"
@@ -1564,8 +1565,7 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
         guest = Guest(clone)
         try:
             seconds = lima.timeout if boot else RESUME_SECONDS * (10 if kvm_is_missing() else 1)
-            if clone.vm_type == "qemu":
-                awake(clone.dir, None if boot else saved / "state", start, seconds)
+            awake(clone, None if boot else saved / "state", start, seconds)
             log.mark("booting" if boot else "resumed")
             sides.append(stack.enter_context(guest.reached(start, sides, seconds)))
             log.mark("ssh")
@@ -2454,12 +2454,11 @@ def provision(host: Host, settings: Settings, name: str, hooks: Sequence[Path]) 
     host.lima.tell("stop", name)
     folder = saved_folder(host.folders, name)
     make_private_folder(folder)
-    why = "" if settings.get("resume") else "setup --no-resume"
     info = ("qemu-img", "info", "--output=json", str(instance.dir / "disk"))
     if '"format": "qcow2"' not in captured(info).out:
         why = "qemu-img finds no disk in QEMU's format"
     else:
-        why = why or save(host, instance)
+        why = save(host, instance) if settings.get("resume") else "setup --no-resume"
         why = freeze(host, instance) or why
     if why:
         notes.append(f"VMs of it are booted, not resumed: {why}")
@@ -2632,9 +2631,10 @@ def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int
         raise AgentVMError("ANTHROPIC_BASE_URL holds a password", "--credential guest passes it on")
     mode = NETWORK_BRIEFINGS.get(network.mode, "")
     ports = "".join(f" host.lima.internal:{port} is open." for port in network.host_ports)
-    texts = [(lima_folder(host.folders) / f"guest/{name}.md").read_text()
-             for name in ("network", "github")]  # fmt: skip
-    briefing = texts[0].format(mode=mode, ports=ports) if mode else ""
+    texts = lima_folder(host.folders) / "guest"
+    briefing = (texts / "network.md").read_text().format(mode=mode, ports=ports) if mode else ""
+    if github:
+        briefing += (texts / "github.md").read_text().format(repo=github.repo)
     plan = Plan(
         project=project,
         argv=argv,
@@ -2656,7 +2656,7 @@ def start_run(args: argparse.Namespace, argv: Sequence[str], agent: bool) -> int
         },
         zone=zone if re.fullmatch(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*", zone) else "",
         github=github,
-        briefing=briefing + (texts[1].format(repo=github.repo) if github else ""),
+        briefing=briefing,
     )
     began = time.time()
     try:
@@ -4773,11 +4773,11 @@ fstrim -a || true
 sync
 # What each run starts is in memory from the beginning.
 {
-  for program in sudo setpriv jq git curl nft redsocks mount mountpoint date sed locale claude; do
+  for program in sudo setpriv jq curl mount locale claude; do
     "$program" --version
   done
   for program in /usr/lib/openssh/sshd-*; do "$program" -?; done
-  python3 -IS -c 'import select, socket, threading'
+  python3 -IS -c 'import _socket, errno, select'
   sudo -u "$SUDO_USER" sudo bash -lc true
 } < /dev/null > /dev/null 2>&1 || true
 """,

@@ -108,23 +108,22 @@ class ResumeTests(VMCase):
         project = self.project()
         (saved,) = (self.root / "l/_agent-vm").glob("*")
         state, marks = saved / "state", saved / "saved.json"
-        contents, said = state.read_bytes(), marks.read_text()
-        try:
-            state.write_bytes(contents[: len(contents) // 2])
+        whole, said = state.read_bytes(), json.loads(marks.read_text())
+
+        def put(contents: bytes) -> None:
+            """A state whose size and time are those that were written down."""
+            state.write_bytes(contents)
             info = state.stat()
-            changed = json.loads(said)
-            changed["state"] = [info.st_size, info.st_mtime_ns]
-            marks.write_text(json.dumps(changed))
+            marks.write_text(json.dumps({**said, "state": [info.st_size, info.st_mtime_ns]}))
+
+        try:
+            put(whole[: len(whole) // 2])
             result = self.agent_vm("shell", "-v", "--", "echo", "here", cwd=project)
             self.assertEqual((result.returncode, result.stdout), (0, "here\n"), result.stderr)
             self.assertIn("could not be resumed: ", result.stderr)
             self.assert_nothing_left()
         finally:
-            state.write_bytes(contents)
-            info = state.stat()
-            changed = json.loads(said)
-            changed["state"] = [info.st_size, info.st_mtime_ns]
-            marks.write_text(json.dumps(changed))
+            put(whole)
         self.resumed("--", "true", cwd=project)
 
     def test_limactl_finds_it_ready_and_forwards_its_ports(self) -> None:
