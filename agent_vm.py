@@ -18,7 +18,7 @@ Reads:    ~/.config/agent-vm (config.ini, credential, and setup.sh and runtime.s
 Writes:   ~/.local/state/agent-vm, ~/.config/agent-vm, ~/.local/share/agent-vm (Lima, where setup
           gets it), Lima's home ~/.lima, TMPDIR, __pycache__ of the proxy beside this file; never
           the project
-Reaches:  the guest, by ssh to a port of 127.0.0.1; QEMU's QMP socket in Lima's home; Lima's
+Reaches:  the guest, by ssh to a port of 127.0.0.1; QEMU's socket and ssh's, in Lima's home; Lima's
           release, when setup gets it
 """
 
@@ -69,7 +69,6 @@ LOOK_SECONDS = 2  # between two looks at a VM, and at its sides, while its agent
 EGRESS_PORT, DNS_PORT, BROKER_PORT, GITHUB_PORT = range(47101, 47105)
 BROKER_SIDE, GITHUB_SIDE = f"http://127.0.0.1:{BROKER_PORT}", f"http://127.0.0.1:{GITHUB_PORT}"
 API_KEY = "ANTHROPIC_API_KEY"
-NOT_CONFINED = 9  # the status of a guest that is open where it must not be
 
 # A base instance has a name of its own each time it is built; a file says which one is meant.
 is_base = re.compile(r"agent-vm-base(-[a-z0-9-]+)?\.[0-9a-f]{6}").fullmatch
@@ -290,7 +289,7 @@ def unusable_path(path: str) -> str:
 
 
 def lima_mounts(mounts: Sequence[Mount]) -> list[dict[str, Any]]:
-    """The `mounts:` of a clone's YAML, for VMs that are not QEMU's; lima/guest/mounts.sh binds."""
+    """The `mounts:` of a clone's YAML, for VMs that are not QEMU's; lima/guest/wake.py binds."""
     return [
         {"location": mount.source.path, "mountPoint": f"/mnt/agent-vm/{slot}",
          "writable": mount.writable}
@@ -512,44 +511,29 @@ def receipt_lines(receipt: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"GitHub: {line}" for line in lines]
 
 
-def guest_files(plan: Plan, mounts: Sequence[Mount]) -> dict[str, str]:
-    """What lima/guest/prepare.sh finds in ~/.agent-vm, beside the other scripts of that folder."""
+def asked_of_guest(plan: Plan, texts: Mapping[str, str]) -> dict[str, Any]:
+    """What lima/guest/wake.py is to make of a VM; `texts` are the scripts beside it."""
     secret = {plan.credential.name: plan.credential.value} if plan.credential else {}
     github = plan.github or GitHub("")
     sides = {"repo": github.repo, "is_readonly": "y" if github.readonly else ""}
     sides["url"] = GITHUB_SIDE if plan.github else ""
     sides["broker"] = BROKER_SIDE if plan.broker else ""
-    slots = sorted(enumerate(mounts), key=lambda row: row[1].target)  # a folder before those in it
     return {
-        "mounts": "".join(
-            f"mount_slot {slot} {shlex.quote(mount.target)} {'rw' if mount.writable else 'ro'}\n"
-            for slot, mount in slots
-        ),
-        "gitconfig": guest_git_config(plan.git_settings, plan.github),
+        "mode": plan.network.mode,
         "zone": plan.zone or "none",
-        "claude.json": json.dumps(claude_config(plan)),
+        "claude": claude_config(plan),
         "briefing": plan.briefing,
-        "env": exports(plan.variables),
-        "credential": exports(secret),
-        "sides": exports(sides),
-        "probe-header": f"Authorization: Bearer {github.probe_secret}\n",
+        "variables": plan.variables,
+        "network": texts["network.sh"],
+        "files": {  # of ~/.agent-vm
+            "gitconfig": guest_git_config(plan.git_settings, plan.github),
+            "credential": exports(secret),
+            "sides": exports(sides),
+            "probe-header": f"Authorization: Bearer {github.probe_secret}\n",
+            "launch.sh": texts["launch.sh"],
+            "probe.sh": texts["probe.sh"],
+        },
     }
-
-
-# All of a script first: bash would read it byte by byte from a pipe.
-CONFINE = "umask 077; mkdir -p ~/.agent-vm; cat > ~/.agent-vm/all; bash ~/.agent-vm/all"
-
-
-def confining_script(plan: Plan, files: Mapping[str, str], ssh_port: str) -> str:
-    """The script that makes a VM that answers a place to work, and then sees that it is confined.
-
-    It travels on stdin, never in argv. Its status is NOT_CONFINED when something is open.
-    """
-    parts = ["set -eu -o pipefail\ncd ~/.agent-vm\n(umask 022; mkdir -p ~/.claude/projects)"]
-    parts += [f"printf %s {shlex.quote(contents)} > {name}" for name, contents in files.items()]
-    mode = "led" if plan.network.mode in ("internet", "allow") else plan.network.mode
-    parts += ["chmod 700 launch.sh", f"sudo bash wake.sh {ssh_port} {mode}"]
-    return "\n".join([*parts, f"bash probe.sh || exit {NOT_CONFINED}\n"])
 
 
 # --- doors: signals, programs ---
@@ -998,11 +982,8 @@ def freeze(host: Host, base: Instance) -> str:
     return ""
 
 
-# In a VM, as its user: what its clock, in microseconds, lacks, for lima/guest/wake.sh.
-CONNECT = (
-    "umask 077; mkdir -p ~/.agent-vm; : > ~/.agent-vm/clock; echo ready; read -r now; "
-    "echo $((now - ${EPOCHREALTIME/[.,]/})) > ~/.agent-vm/clock; exec cat"
-)
+# Starts lima/guest/wake.py, which is its stdin.
+WAKER = "sudo python3 -IS -X utf8 -"
 
 
 class Guest:
@@ -1044,30 +1025,46 @@ class Guest:
 
     @contextlib.contextmanager
     def reached(self, start: Side, sides: Sequence[Side], seconds: float) -> Iterator[Side]:
-        """Connect to a VM that starts as soon as it answers, and tell it the time. This ssh brings
-        the host's ends of the sides to their ports in the guest (`-R`) and is the control master of
-        what else the run does there. Without a session, each connection would take 40 ms more.
+        """Connect to a VM that starts as soon as it answers. This ssh brings the host's ends of the
+        sides to their ports in the guest (`-R`), and the guest's wake.py to wake.sock, and is the
+        control master of what else the run does there.
         """
-        master, config = f"-oControlPath={self.instance.dir}/run.sock", Path(self.ssh[2])
+        folder = self.instance.dir
+        master, config = f"-oControlPath={folder}/run.sock", Path(self.ssh[2])
         each = seconds if seconds <= RESUME_SECONDS * 10 else 5  # a boot loses those that are early
         argv = [*self.ssh, "-oControlMaster=yes", master, f"-oConnectTimeout={each:.0f}", *ALIVE]
         argv += [f"-R127.0.0.1:{side.port}:{side.end}" for side in sides]
-        argv += ["-oExitOnForwardFailure=yes", "-T", self.instance.hostname, CONNECT]
-        deadline, ready = time.monotonic() + seconds, None
-        while time.monotonic() < deadline and ready != 0:
-            ready = start.process.poll()  # if Lima has reached it, this is the last time
+        argv += ["-oExitOnForwardFailure=yes", f"-L{folder}/wake.sock:/run/agent-vm/wake.sock"]
+        argv += ["-N", self.instance.hostname]
+        deadline, ended = time.monotonic() + seconds, None
+        while time.monotonic() < deadline and ended != 0:
+            ended = start.process.poll()  # if Lima has reached it, this is the last time
             raise_fault(start)
             time.sleep(0.05)
             if not config.exists():  # Lima writes it when it has chosen a port
                 continue
             with child(argv, **PIPES) as process:
-                if first_lines(process, 1, max(1, deadline - time.monotonic())) == ["ready"]:
-                    process.stdin.write(b"%d\n" % (time.time() * 1e6))  # type: ignore[union-attr]
-                    self.way = ("-oControlMaster=no", master, "-oConnectTimeout=60", *ALIVE)
-                    yield Side("ssh connection that brings the sides into the VM", process, ())
-                    return
+                while process.poll() is None and time.monotonic() < deadline:
+                    time.sleep(0.02)
+                    if (folder / "wake.sock").exists():  # it is logged in
+                        self.way = ("-oControlMaster=no", master, "-oConnectTimeout=60", *ALIVE)
+                        yield Side("ssh connection that brings the sides into the VM", process, ())
+                        return
         late = f"the VM does not answer ssh within {seconds:.0f} s"
-        raise AgentVMError("ssh cannot bring the sides of the run into it" if ready == 0 else late)
+        raise AgentVMError("ssh cannot bring the sides of the run into it" if ended == 0 else late)
+
+    def woken(self, asked: Mapping[str, Any], timeout: float) -> str:
+        """What the guest's wake.py says: "done", or what the VM is not; "" for nothing."""
+        import socket
+
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(timeout)
+            sock.connect(f"{self.instance.dir}/wake.sock")
+            lines = sock.makefile("rb")
+            if lines.readline() == b"ready\n":
+                sock.sendall(json.dumps({"now": time.time(), **asked}).encode() + b"\n")
+                return lines.readline().decode(errors="replace").strip()
+        return ""
 
 
 def qmp(folder: Path, *commands: Mapping[str, Any]) -> list[Any]:
@@ -1426,8 +1423,8 @@ def qemu_environment(
 ) -> dict[str, str] | None:
     """limactl's, in which lima/qemu.py is started as QEMU; None where the VM is not QEMU's.
 
-    `slots` are (path, writable) of folders, filled up with an empty one; `saved` and `resume` say
-    what becomes of the VM's memory.
+    `slots` are (path, writable) of folders; `saved` and `resume` say what becomes of the VM's
+    memory, with which it has a fixed number of them: the rest is an empty one.
     """
     if instance.vm_type != "qemu":
         return None
@@ -1439,7 +1436,7 @@ def qemu_environment(
     script = host.folders.state / "qemu"
     _, _, rest = (lima_folder(host.folders) / "qemu.py").read_text().partition("\n")
     write_file(script, f"#!{sys.executable} -IS\n{rest}", mode=0o700)
-    empty = [(str(host.folders.state / "empty"), False)] * (SLOTS - len(slots))
+    empty = [(str(host.folders.state / "empty"), False)] * (SLOTS - len(slots) if saved else 0)
     asked = {"program": os.path.abspath(program), "restrict": not is_open, **saved}
     asked["mounts"] = [*slots, *empty]
     # Words of the user's stay where Lima sees them: it adds no option that they hold already.
@@ -1459,6 +1456,11 @@ def check_confined(
         raise AgentVMError(problem, f"look into {host.folders.lima_home}/_config/default.yaml")
 
 
+def waker(host: Host) -> str:
+    """What is started in a VM by WAKER."""
+    return (lima_folder(host.folders) / "guest/wake.py").read_text()
+
+
 def stamps(folder: Path, base: Instance) -> dict[str, list[int]]:
     """What has changed when what was saved does not fit any more: sizes, and times in ns."""
     # The last is its clones' disk, until it is started itself.
@@ -1474,6 +1476,8 @@ def why_boot(host: Host, base: Instance, plan: Plan, folders: int) -> str:
     if plan.network.mode == "open" and any(map(PROXY, os.environ)):
         return "Lima gives it the host's proxies as it boots"
     with contextlib.suppress(OSError, *MALFORMED):
+        if (saved / "wake.py").read_text() != waker(host):
+            return "another agent-vm has saved it (agent-vm setup)"
         if json.loads((saved / "saved.json").read_text()) == stamps(saved, base):
             return "it has more folders" if folders > SLOTS else "".join(plan.sizes)
     return f"{base.name} has been started, or changed, since it was saved"
@@ -1514,19 +1518,24 @@ def sides_of(
 
 
 def prepare(
-    host: Host, guest: Guest, plan: Plan, mounts: Sequence[Mount], start: Side, timeout: float
+    host: Host, guest: Guest, plan: Plan, places: Sequence[Any], start: Side, boots: bool
 ) -> None:
     """Make a VM that answers a place to work, and see that it is confined."""
-    scripts = (lima_folder(host.folders) / "guest").glob("*.[sp]*")  # in shell and Python
-    files = {path.name: path.read_text() for path in scripts}
+    texts = (lima_folder(host.folders) / "guest").glob("*.sh")
     config = (guest.instance.dir / "ssh.config").read_text()
     port = re.search(r"^\s*Port (\d+)$", config, re.M)
-    files.update(guest_files(plan, mounts))
-    script = confining_script(plan, files, port[1] if port else "unknown")
-    done = guest.run(CONFINE, script, timeout, meanwhile=lambda: raise_fault(start))
-    if done.status:
-        what = "is not confined" if done.status == NOT_CONFINED else "could not be prepared"
-        raise AgentVMError(f"the VM {what}", details=done.out.strip())
+    asked = asked_of_guest(plan, {path.name: path.read_text() for path in texts})
+    asked.update(port=int(port[1]) if port else 0, mounts=places)
+    if boots:
+        guest.run(WAKER, waker(host))
+    answer = guest.woken(asked, host.lima.timeout if boots else 120)
+    raise_fault(start)
+    if answer != "done":
+        raise AgentVMError(f"the VM {answer or 'does not say that it is prepared'}")
+    if plan.broker or plan.github:
+        probed = guest.run("bash ~/.agent-vm/probe.sh")
+        if probed.status:
+            raise AgentVMError("the VM is not confined", details=probed.out.strip())
 
 
 def run(host: Host, base: Instance, plan: Plan) -> int:
@@ -1545,6 +1554,7 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
     mounts = [*plan.mounts, transcripts]
     planned = [] if base.vm_type == "qemu" else lima_mounts(mounts)
     slots = [(mount.source.path, mount.writable) for mount in mounts]
+    places = [(slot, mount.target, mount.writable) for slot, mount in enumerate(mounts)]
     expression = clone_expression(planned, CONFINED_MOUNT_TYPE.get(base.vm_type, ""), plan.forward)
     if mode != "open":  # Lima would copy the host's proxies, with their passwords
         expression += " | .propagateProxyEnv = false"
@@ -1557,7 +1567,9 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
         clone = cloned(host, base, name, expression, *plan.sizes)
         log.mark("cloned")
         check_confined(host, clone, planned, mode == "open")
-        write_file(clone.dir / "run.json", json.dumps({"slots": slots, "mode": mode}))
+        write_file(
+            clone.dir / "run.json", json.dumps({"mode": mode, "slots": slots, "places": places})
+        )
         memory = {} if boot else {"saved": str(saved), "resume": True}
         environ = qemu_environment(host, clone, mode == "open", slots, **memory)
         start = stack.enter_context(lima.starting(clone, environ))
@@ -1569,7 +1581,7 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
             log.mark("booting" if boot else "resumed")
             sides.append(stack.enter_context(guest.reached(start, sides, seconds)))
             log.mark("ssh")
-            prepare(host, guest, plan, mounts, start, lima.timeout if boot else 120)
+            prepare(host, guest, plan, places, start, bool(boot))
         except (AgentVMError, OSError, *MALFORMED) as error:
             failed = boot_failure(host, name, error)
             raise failed if boot else NotResumed(str(failed)) from error
@@ -2477,11 +2489,15 @@ def save(host: Host, base: Instance) -> str:
         # Lima would write the host's proxies, with their passwords, into what is saved.
         plain = {name: value for name, value in environ.items() if not PROXY(name)}
         host.lima.start(base.name, environ=plain)
-        for name in ("guest/network.sh", "settle.sh"):
-            script = (lima_folder(host.folders) / name).read_text()
-            settled = Guest(base).run("sudo bash -s", script, timeout=600)
-            if settled.status:
-                return f"it does not settle: {settled.out.strip()}"
+        guest, scripts = Guest(base), lima_folder(host.folders)
+        for name in ("guest/network.sh", "guest/wake.py", "settle.sh"):
+            command = WAKER if name == "guest/wake.py" else "sudo bash -s"
+            done = guest.run(command, (scripts / name).read_text(), timeout=600)
+            if done.status:
+                return f"it does not settle: {done.out.strip()}"
+        write_file(folder / "wake.py", waker(host))
+        captured([*guest.ssh, "-O", "exit", base.hostname])  # its end must not go on in each clone
+        time.sleep(5)
         to = {"uri": f"file:{folder}/state"}
         qmp(base.dir, MIGRATION, {"execute": "migrate", "arguments": to})
         status = "setup"
@@ -2752,7 +2768,7 @@ def cmd_start(args: argparse.Namespace) -> int:
         raise AgentVMError(f"{instance.name} is {instance.status.lower()}", hint)
     try:
         kept, problem = json.loads((instance.dir / "run.json").read_text()), ""
-        slots, is_open = kept["slots"], kept["mode"] == "open"
+        slots, places, is_open = kept["slots"], kept["places"], kept["mode"] == "open"
         planned = [{"location": path, "writable": writable} for path, writable in slots]
     except (OSError, *MALFORMED) as error:
         raise AgentVMError(f"{instance.name} was not kept by a run", "agent-vm list") from error
@@ -2770,7 +2786,7 @@ def cmd_start(args: argparse.Namespace) -> int:
         host.lima.start(instance.name, environ=qemu_environment(host, instance, is_open, slots))
     except AgentVMError as error:
         raise boot_failure(host, instance.name, error) from error
-    bound = Guest(instance).run("umask 022; cd ~/.agent-vm; sudo bash mounts.sh")
+    bound = Guest(instance).run(f"{WAKER} {shlex.quote(json.dumps(places))}", waker(host))
     if bound.status:
         raise AgentVMError("its folders could not be mounted", details=bound.out)
     without = "" if is_open else " (it has no network: its run, which held that, is over)"
@@ -4066,78 +4082,6 @@ sudo sed -i '/_proxy=/Id' /etc/environment
 sudo rm -f /var/log/cloud-init*.log
 sudo journalctl -q --rotate --vacuum-time=1s > /dev/null 2>&1 || true
 """,
-    "guest/closed.py": r'''"""As root in a VM: sets its clock, and sees that its network is closed.
-
-QEMU answers each TCP connection of a closed-in VM with a reset, at once: a silence is no proof.
-The VM's own ssh port, which is given, listens on the host's loopback: in a VM that is open it is
-reached there. What network.sh leads elsewhere by rules goes past them by its mark.
-"""
-
-import _socket as socket  # the one around it takes longer to be imported than all of this takes
-import errno
-import select
-import sys
-import time
-
-MARK = 47  # see network.sh
-port, mode = int(sys.argv[1]), sys.argv[2]
-late = ""
-while not late.endswith("\n"):  # ssh, which brings it, is not waited for
-    with open("clock") as file:
-        late = file.read()
-time.clock_settime(time.CLOCK_REALTIME, time.time() + int(late) / 1e6)
-if mode == "open":
-    sys.exit()
-places = [
-    ("192.168.5.2", port),
-    ("10.0.2.2", port),
-    ("192.168.5.3", 53),
-    ("192.168.0.1", 80),
-    ("192.168.1.1", 80),
-    ("10.0.0.1", 80),
-    ("172.16.0.1", 80),
-    ("169.254.169.254", 80),
-    ("1.1.1.1", 443),
-    ("fec0::2", port),
-    ("2606:4700:4700::1111", 443),
-]
-query = b"\0\1\1\0\0\1\0\0\0\0\0\0\7example\3com\0\0\1\0\1"  # DNS: A of example.com
-stream, datagram, raw = socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_RAW
-tries = [(stream, 0, *place, b"") for place in places]
-for address in ("192.168.5.2", "192.168.5.3", "10.0.2.2", "fec0::2", "1.1.1.1", "8.8.8.8"):
-    tries += [(datagram, 0, address, 53, query), (datagram, 0, address, 123, b"\x1b" + bytes(47))]
-tries += [(raw, 1, "1.1.1.1", 0, b"\x08\0\xf7\xfd\0\1\0\1")]  # an echo request of ICMP
-silent, wrong = {}, []
-has_to_refuse = {"192.168.5.2", "1.1.1.1"}  # whatever the guest's own routes are
-for kind, protocol, address, at, data in tries:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    try:
-        sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, MARK)
-        fault = sock.connect_ex((address, at))
-        if fault not in (0, errno.EINPROGRESS):
-            raise OSError(fault, "")
-        if data:
-            sock.send(data)
-        silent[sock] = (address, at)
-    except OSError as error:  # no route, or refused already
-        if kind == stream and error.errno == errno.ECONNREFUSED:
-            has_to_refuse.discard(address)
-began, seconds = time.monotonic(), 0.0
-while seconds < 0.3 or (seconds < 10 and has_to_refuse):
-    streams = [sock for sock in silent if sock.type == stream]
-    heard, connected, _ = select.select(silent, streams, [], 0.05)
-    for sock in {*heard, *connected}:
-        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        address, at = silent.pop(sock)
-        if sock.type == stream and error == errno.ECONNREFUSED:
-            has_to_refuse.discard(address)
-        elif not error:
-            wrong.append(f"{address} port {at} answers")
-    seconds = time.monotonic() - began
-wrong += [f"{address} does not refuse" for address in has_to_refuse]
-sys.exit(f"the network is not closed: {', '.join(wrong)}" if wrong else 0)
-''',
     "guest/github.md": r"""
 # GitHub in this VM
 You reach exactly one GitHub repository, {repo}, through a proxy on the user's machine; there is no
@@ -4173,23 +4117,6 @@ sync
 echo "$status" > ~/.agent-vm/status
 [ -t 0 ] || { (sleep 3; kill "$PPID") < /dev/null > /dev/null 2>&1 & }  # pipes held by what is left
 exit "$status"
-""",
-    "guest/mounts.sh": r"""#!/bin/bash
-# Sent by a run into its VM, as root: the folders of the host, each in its place, as the file
-# `mounts` says. QEMU has one in a slot with a tag; in another VM Lima has mounted it. An agent in
-# an empty folder would lose its work.
-set -eu
-mount_slot() {  # SLOT TARGET rw|ro
-  [ -d "$2" ] || mkdir -p "$2"
-  if [ -d "/mnt/agent-vm/$1" ] && mountpoint -q "/mnt/agent-vm/$1"; then
-    mount --bind "/mnt/agent-vm/$1" "$2"
-  else
-    # Other ways to cache show old contents for minutes after the host has written a file anew.
-    mount -t 9p -o "trans=virtio,version=9p2000.L,msize=131072,cache=mmap,$3" "agent-vm-$1" "$2"
-  fi
-}
-# shellcheck disable=SC1091
-. ./mounts
 """,
     "guest/network.md": r"""
 # The network of this VM
@@ -4244,7 +4171,8 @@ PYTHON
 resolvectl dns eth0 192.168.5.3 && resolvectl domain eth0 '~.' ||
   echo "nameserver 192.168.5.3" > /etc/resolv.conf  # an address that the rules below lead
 # TCP that would leave the VM goes to redsocks, DNS to egress.py. Containers come by the second
-# chain. What has the mark is closed.py.
+# chain. What has the mark is wake.py's probe. What leaves port 22 answers ssh, which the kernel may
+# not have followed from its beginning: it would be taken for a new connection.
 echo 1 > /proc/sys/net/ipv4/conf/all/route_localnet
 nft -f - <<RULES
 table ip agent-vm
@@ -4254,6 +4182,7 @@ table ip agent-vm {
     type nat hook output priority -110;
     meta mark 47 return
     oifname != "eth0" return
+    tcp sport 22 return
     udp dport 53 dnat to 127.0.0.1:$udp
     tcp dport 53 dnat to 127.0.0.1:$names
     meta l4proto tcp dnat to 127.0.0.1:$tcp
@@ -4269,33 +4198,6 @@ table ip agent-vm {
 }
 RULES
 touch /run/agent-vm/led
-""",
-    "guest/prepare.sh": r"""#!/bin/bash
-# Sent by a run into its VM, as its user: makes it a place to work, from the files of ~/.agent-vm.
-# shellcheck disable=SC1091
-set -eu -o pipefail
-cd ~/.agent-vm
-umask 077
-printf '[include]\n\tpath = ~/.agent-vm/gitconfig\n' >> ~/.gitconfig
-
-# Deep-merges the JSON on stdin into a file that may not exist yet.
-merge() {
-  [ -s "$1" ] || { cat > "$1"; return; }
-  merged=$(jq -s '.[0] * .[1]' "$1" /dev/stdin)
-  echo "$merged" > "$1"
-}
-merge ~/.claude.json < claude.json
-merge ~/.claude/settings.json <<< '{"skipDangerousModePermissionPrompt": true}'
-chmod 600 ~/.claude.json
-echo "$(< briefing)" >> ~/.claude/CLAUDE.md
-
-# Under a locale that the guest lacks every shell warns.
-said=$( (. ./env; locale) 2>&1) || true
-case $said in
-  *'annot set LC_'* | *'annot change locale'*)
-    sed -E -i '/^export (LANG|LC_[A-Z]+)=/d' env
-    echo 'export LC_ALL=C.UTF-8' >> "./env" ;;
-esac
 """,
     "guest/probe.sh": r"""#!/bin/bash
 # Sent by a run into its VM, as its user, before the agent starts: what the sides of the run must
@@ -4339,80 +4241,358 @@ push="$url/git/$repo.git/info/refs?service=git-receive-pack"
 refused 'a write over MCP' 'the policy is read-only' "${ours[@]}" "$url/mcp" -d "$write"
 refused 'a push' 'the policy is read-only' "${ours[@]}" "$push"
 """,
-    "guest/wake.sh": r"""#!/bin/bash
-# Sent by a run into its VM, as root: makes the VM this run's own, and sees that it is confined. One
-# that has booted has to end Lima's boot scripts first; one that was resumed, from the state that
-# settle.sh left, becomes another machine than its base instance and its other clones. No program is
-# started for what bash does itself: each costs a while in a VM that has just begun.
-# usage, in ~/.agent-vm: wake.sh SSH-PORT led|off|open
-set -eu
-umask 022
-value() { while IFS=': ' read -r key said; do [ "$key" != "$1" ] || echo "${said//\"/}"; done < \
-  /mnt/lima-cidata/meta-data; }
+    "guest/wake.py": r'''"""As root in a VM: makes it the VM of a run, and sees that it is confined.
 
-resumed=y
-if ! [ -e /run/agent-vm/saved ]; then
-  resumed=
-  until id=$(value instance-id 2> /dev/null) && [ -n "$id" ] &&
-    grep -qsxF -e "$id" /run/lima-boot-done; do sleep 0.1; done
-fi
-# QEMU tells a closed-in VM no router; with one it is seen who answers.
-[ "$2" = open ] || ip route replace default via 192.168.5.2 dev eth0
-python3 -IS closed.py "$1" "$2" 2>&1 & closed=$!
-as_user() {
-  setpriv --reuid="$SUDO_UID" --regid="$SUDO_GID" --init-groups env HOME="${PWD%/*}" "$@"
+Setup starts it in the base instance right before that is saved as it runs: in a VM that is resumed
+it waits, with nothing to load. In one that boots, the run starts it. The run comes by ssh to its
+socket, hears "ready", asks in a line of JSON and hears "done", or what the VM is not. With an
+argument, the folders as JSON, it mounts those and ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import locale
+import os
+import pwd
+import select
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+OURS, CIDATA, PROXY = "/run/agent-vm", "/mnt/lima-cidata", ("127.0.0.1", 47101)
+RDONLY, BIND = 1, 4096  # mount(2)
+# Other ways to cache show old contents for minutes after the host has written a file anew.
+BY_9P = "trans=virtio,version=9p2000.L,msize=131072,cache=mmap"
+MARK = 47  # goes past the rules of network.sh
+# A closed-in VM reaches nothing, by TCP at these ports, nor by UDP; the VM's own port for ssh is on
+# the host's loopback, and answers in an open one at those of port 0.
+CLOSED = {
+    0: "192.168.5.2 10.0.2.2 fec0::2",
+    53: "192.168.5.3",
+    80: "192.168.0.1 192.168.1.1 10.0.0.1 172.16.0.1 169.254.169.254",
+    443: "1.1.1.1 2606:4700:4700::1111",
 }
-as_user bash prepare.sh & prepared=$!
+CLOSED_UDP = "192.168.5.2 192.168.5.3 10.0.2.2 fec0::2 1.1.1.1 8.8.8.8"
+DNS = b"\0\1\1\0\0\1\0\0\0\0\0\0\7example\3com\0\0\1\0\1"  # A of example.com
+NTP, ECHO = b"\x1b" + bytes(47), b"\x08\0\xf7\xfd\0\1\0\1"
+libc = ctypes.CDLL(None, use_errno=True)
 
-if [ -n "$resumed" ]; then
-  # The kernel's random numbers are others by now: settle.sh has seen that it has vmgenid.
-  mount -o ro /dev/disk/by-label/cidata /mnt/lima-cidata
-  name=$(value local-hostname) id=$(value instance-id) hosts=$(< /etc/hosts)
-  echo "${hosts//$HOSTNAME/$name}" > /etc/hosts
-  echo "$name" > /etc/hostname
-  echo "$name" > /proc/sys/kernel/hostname
-  new=$(< /proc/sys/kernel/random/uuid)
-  echo "${new//-/}" > /etc/machine-id
-  echo "$(< /proc/sys/kernel/random/uuid)" > /run/agent-vm/boot-id
-  mount --bind /run/agent-vm/boot-id /proc/sys/kernel/random/boot_id
-  [ ! -s /run/agent-vm/restart ] || xargs systemctl restart < /run/agent-vm/restart
-  rm /run/agent-vm/saved
-  {  # later: what limactl start waits for, as it looks around then; and a journal of the machine's
-    sleep 1
-    for file in lima-ssh-ready lima-boot-done; do echo "$id" > /run/$file; done
-    systemctl restart systemd-journald
-  } > /dev/null 2>&1 &
-fi
-bash mounts.sh
-zone=/usr/share/zoneinfo/$(< zone)
-[ ! -f "$zone" ] || [ "$zone" -ef /etc/localtime ] || ln -sf "$zone" /etc/localtime
 
-case $2:$([ ! -e /run/agent-vm/led ] || echo led) in
-  led:) bash network.sh || exit 9 ;;
-  off:led | open:led) bash network.sh off ;;
-esac
-wait "$prepared"
-# The transcripts of a run that may not write them.
-[ ! -d copied ] || as_user cp -Rn copied/. ../.claude/projects || true
-wait "$closed" || exit 9
-case $2 in
-  open) exit ;;
-  off) ip route del default; exit ;;  # programs need not wait for it
-esac
-# For services, and for programs that do ask a proxy: it says why it refuses.
-for name in http_proxy https_proxy HTTP_PROXY HTTPS_PROXY; do
-  echo "$name=http://127.0.0.1:47101"
-done >> /etc/environment
-echo "no_proxy=localhost,127.0.0.1" >> /etc/environment
-said=
-# shellcheck disable=SC2015
-{ exec 3<> /dev/tcp/127.0.0.1/47101; } 2> /dev/null && printf 'GET / HTTP/1.0\r\n\r\n' >&3 &&
-  IFS= read -r -d '' -t 10 -u 3 said || true
-case $said in
-  *agent-vm:*) ;;  # that this is a proxy
-  *) echo "the way out does not answer: ${said:0:300}"; exit 9 ;;
-esac
-""",
+class Open(Exception):
+    """What the VM reaches, or may reach, that it must not."""
+
+
+def read(path: str) -> str:
+    with open(path) as file:
+        return file.read()
+
+
+def write(path: str, text: str, mode: str = "w") -> None:
+    with open(path, mode, errors="surrogateescape") as file:
+        file.write(text)
+
+
+def mount(source: str, target: str, kind: str = "", flags: int = 0, data: str = "") -> None:
+    """mount(2), as a program is slow to start in a VM that has just begun."""
+    words = [os.fsencode(word) for word in (source, target, kind)]
+    if libc.mount(*words, ctypes.c_ulong(flags), data.encode()):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), target)
+
+
+def mount_folders(folders: list[tuple[int, str, bool]]) -> None:
+    """The host's folders, each in its place: an agent in an empty one would lose its work. QEMU has
+    one in a slot with a tag; in another VM Lima has mounted it.
+    """
+    for slot, target, writable in sorted(folders, key=lambda row: row[1]):  # before those in it
+        os.makedirs(target, exist_ok=True)
+        if os.path.ismount(f"/mnt/agent-vm/{slot}"):
+            mount(f"/mnt/agent-vm/{slot}", target, flags=BIND)
+        else:
+            mount(f"agent-vm-{slot}", target, "9p", 0 if writable else RDONLY, BY_9P)
+
+
+# --- a machine of its own ---
+
+
+def meta_data() -> dict[str, str]:
+    """What Lima says of this instance."""
+    lines = read(f"{CIDATA}/meta-data").splitlines()
+    return {key: value.strip(' "') for key, _, value in (line.partition(":") for line in lines)}
+
+
+def wait_for(mark: str) -> None:
+    """Until Lima's boot scripts of this boot have come so far."""
+    while True:
+        with contextlib.suppress(OSError, KeyError):
+            if meta_data()["instance-id"] in read(f"/run/{mark}").split():
+                return
+        time.sleep(0.1)
+
+
+def become_another() -> None:
+    """Another machine than the saved one and its other clones. The kernel's random numbers are
+    others already: settle.sh has seen that it has vmgenid."""
+    mount(
+        "/dev/disk/by-label/cidata",
+        CIDATA,
+        "iso9660",
+        RDONLY,
+        "overriderockperm,uid=0,mode=0700,dmode=0700",
+    )
+    name, random = meta_data()["local-hostname"], "/proc/sys/kernel/random"
+    write("/etc/hosts", read("/etc/hosts").replace(socket.gethostname(), name))
+    write("/etc/hostname", f"{name}\n")
+    socket.sethostname(name)
+    write("/etc/machine-id", read(f"{random}/uuid").replace("-", ""))
+    write(f"{OURS}/boot-id", read(f"{random}/uuid"))
+    mount(f"{OURS}/boot-id", f"{random}/boot_id", flags=BIND)
+    restart = read(f"{OURS}/restart").split()
+    if restart:
+        subprocess.run(["systemctl", "restart", *restart], check=True)
+    os.unlink(f"{OURS}/saved")
+
+
+def end_as_a_boot_does() -> None:
+    """What `limactl start` waits for, as it looks around then; and a journal of the machine's."""
+    time.sleep(1)  # the agent is first
+    for name in ("lima-ssh-ready", "lima-boot-done"):
+        write(f"/run/{name}", meta_data()["instance-id"] + "\n")
+    subprocess.run(["systemctl", "restart", "systemd-journald"])
+
+
+def set_clock(now: float) -> None:
+    time.clock_settime(time.CLOCK_REALTIME, now)
+
+
+# --- a place to work ---
+
+
+@contextlib.contextmanager
+def acting_as(user: pwd.struct_passwd) -> Iterator[None]:
+    os.setegid(user.pw_gid)
+    os.seteuid(user.pw_uid)
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+        os.seteuid(os.getuid())
+        os.setegid(os.getgid())
+
+
+def merged(old: Any, new: Any) -> Any:
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return new
+    return {**old, **{key: merged(old.get(key), value) for key, value in new.items()}}
+
+
+def merge(path: str, new: dict[str, Any]) -> None:
+    """Deep-merge into a file of JSON that may not exist yet."""
+    old = json.loads(read(path)) if os.path.exists(path) and os.path.getsize(path) else {}
+    write(path, json.dumps(merged(old, new), indent=2) + "\n")
+    os.chmod(path, 0o600)
+
+
+def known_locale(variables: dict[str, str]) -> dict[str, str]:
+    """Those variables; under a locale that the guest lacks every shell warns."""
+    asked = {name for name in variables if name == "LANG" or name.startswith("LC_")}
+    before = locale.setlocale(locale.LC_ALL)
+    try:
+        for name in asked:
+            locale.setlocale(locale.LC_ALL, variables[name] or "C")
+        return variables
+    except locale.Error:
+        rest = {name: value for name, value in variables.items() if name not in asked}
+        return {**rest, "LC_ALL": "C.UTF-8"}
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
+
+
+def furnish(user: pwd.struct_passwd, asked: dict[str, Any]) -> None:
+    """The files of the run, as the VM's user."""
+    home, variables = user.pw_dir, known_locale(asked["variables"])
+    with acting_as(user):
+        os.makedirs(f"{home}/.agent-vm", exist_ok=True)
+        for name, text in asked["files"].items():
+            write(f"{home}/.agent-vm/{name}", text)
+        lines = [f"export {name}={shlex.quote(value)}\n" for name, value in variables.items()]
+        write(f"{home}/.agent-vm/env", "".join(lines))
+        os.chmod(f"{home}/.agent-vm/launch.sh", 0o700)
+        os.makedirs(f"{home}/.claude/projects", 0o755, exist_ok=True)
+        write(f"{home}/.gitconfig", "[include]\n\tpath = ~/.agent-vm/gitconfig\n", "a")
+        merge(f"{home}/.claude.json", asked["claude"])
+        merge(f"{home}/.claude/settings.json", {"skipDangerousModePermissionPrompt": True})
+        write(f"{home}/.claude/CLAUDE.md", asked["briefing"], "a")
+
+
+# --- closed in ---
+
+
+class Probe:
+    """All of that, tried at once. QEMU answers each TCP connection of a closed-in VM with a reset,
+    at once: a silence is no proof.
+    """
+
+    def __init__(self, ssh_port: int) -> None:
+        self.began, self.silent = time.monotonic(), dict[socket.socket, tuple[str, int]]()
+        self.has_to_refuse = {"192.168.5.2", "1.1.1.1"}  # whatever the guest's own routes are
+        for port, addresses in CLOSED.items():
+            for address in addresses.split():
+                self.try_it(socket.SOCK_STREAM, address, port or ssh_port)
+        for address in CLOSED_UDP.split():
+            self.try_it(socket.SOCK_DGRAM, address, 53, DNS)
+            self.try_it(socket.SOCK_DGRAM, address, 123, NTP)
+        self.try_it(socket.SOCK_RAW, "1.1.1.1", 0, ECHO, protocol=socket.IPPROTO_ICMP)
+
+    def try_it(
+        self, kind: int, address: str, port: int, data: bytes = b"", protocol: int = 0
+    ) -> None:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        try:
+            sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, MARK)
+            fault = sock.connect_ex((address, port))
+            if fault not in (0, errno.EINPROGRESS):
+                raise OSError(fault, "")
+            if data:
+                sock.send(data)
+            self.silent[sock] = (address, port)
+        except OSError as error:  # no route, or refused already
+            if kind == socket.SOCK_STREAM and error.errno == errno.ECONNREFUSED:
+                self.has_to_refuse.discard(address)
+
+    def found(self) -> str:
+        """What is not closed."""
+        wrong, seconds = [], 0.0
+        while seconds < 0.3 or (seconds < 10 and self.has_to_refuse):
+            streams = [sock for sock in self.silent if sock.type == socket.SOCK_STREAM]
+            heard, connected, _ = select.select(self.silent, streams, [], 0.05)
+            for sock in {*heard, *connected}:
+                error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                address, port = self.silent.pop(sock)
+                if sock.type == socket.SOCK_STREAM and error == errno.ECONNREFUSED:
+                    self.has_to_refuse.discard(address)
+                elif not error:
+                    wrong.append(f"{address} port {port} answers")
+            seconds = time.monotonic() - self.began
+        return ", ".join(
+            [*wrong, *(f"{address} does not refuse" for address in self.has_to_refuse)]
+        )
+
+
+def begin_probe(mode: str, ssh_port: int) -> Probe | None:
+    if mode == "open":
+        return None
+    if "00000000" not in [row.split()[1] for row in read("/proc/net/route").splitlines()]:
+        # QEMU tells a closed-in VM no router; with one it is seen who answers.
+        subprocess.run(["ip", "route", "add", "default", "via", "192.168.5.2", "dev", "eth0"])
+    return Probe(ssh_port)
+
+
+def lead(mode: str, script: str) -> None:
+    """Lead the VM's programs to the way out, where that is not done yet, or not any more."""
+    has_way_out, is_led = mode in ("internet", "allow"), os.path.exists(f"{OURS}/led")
+    if is_led != has_way_out:
+        words = ["bash", "-s", *(["off"] if is_led else [])]
+        done = subprocess.run(words, input=script, capture_output=True, text=True)
+        if done.returncode:
+            raise Open(done.stdout + done.stderr)
+    if has_way_out:  # for services, and programs that do ask a proxy: it says why it refuses
+        names = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
+        lines = [f"{name}=http://127.0.0.1:{PROXY[1]}\n" for name in names]
+        write("/etc/environment", "".join(lines) + "no_proxy=localhost,127.0.0.1\n", "a")
+        said = b""
+        with contextlib.suppress(OSError), socket.create_connection(PROXY, 10) as sock:
+            sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            while b"agent-vm:" not in said and (data := sock.recv(4096)):
+                said += data
+        if b"agent-vm:" not in said:  # no proxy, or not ours
+            raise Open(f"the way out does not answer: {said[:300]!r}")
+
+
+# --- the story ---
+
+
+def wake(user: pwd.struct_passwd, asked: dict[str, Any], resumed: bool) -> None:
+    mode, zone = asked["mode"], f"/usr/share/zoneinfo/{asked['zone']}"
+    if not resumed:  # until then they change the environment, and end sessions that have another
+        wait_for("lima-ssh-ready")
+    probe = begin_probe(mode, asked["port"])
+    if resumed:
+        become_another()
+    furnish(user, asked)
+    mount_folders(asked["mounts"])
+    if os.path.isfile(zone) and os.path.realpath(zone) != os.path.realpath("/etc/localtime"):
+        subprocess.run(["ln", "-sf", zone, "/etc/localtime"])
+    if os.path.isdir(f"{user.pw_dir}/.agent-vm/copied"):  # transcripts that the run may not write
+        copy = ["cp", "-Rn", ".agent-vm/copied/.", ".claude/projects"]
+        with acting_as(user):
+            subprocess.run(copy, cwd=user.pw_dir)
+    lead(mode, asked["network"])
+    if probe and (found := probe.found()):
+        raise Open(f"the network is not closed: {found}")
+    if not resumed:
+        wait_for("lima-boot-done")
+    if mode == "off":  # programs need not wait for it
+        subprocess.run(["ip", "route", "del", "default"])
+
+
+def serve(client: socket.socket, user: pwd.struct_passwd) -> bool:
+    """One run; whether the VM was resumed for it."""
+    resumed = os.path.exists(f"{OURS}/saved")
+    client.sendall(b"ready\n")
+    line, arrived = client.recv(65536), time.time()
+    while not line.endswith(b"\n"):
+        line += client.recv(65536)
+    asked = json.loads(line)
+    set_clock(asked["now"] + time.time() - arrived)
+    answer = "done"
+    try:
+        wake(user, asked, resumed)
+    except Open as error:
+        answer = f"is not confined: {error}"
+    except Exception as error:  # whatever it is, the run says it
+        answer = f"could not be prepared: {type(error).__name__}: {error}"
+    client.sendall(" ".join(answer.split()).encode() + b"\n")
+    return resumed
+
+
+def main(argv: list[str]) -> None:
+    os.umask(0o022)
+    if argv:
+        mount_folders(json.loads(argv[0]))
+        return
+    user, path = pwd.getpwnam(os.environ["SUDO_USER"]), f"{OURS}/wake.sock"
+    os.makedirs(OURS, exist_ok=True)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        os.chmod(path, 0o600)
+        os.chown(path, user.pw_uid, user.pw_gid)
+        server.listen()
+        if os.fork():
+            os._exit(0)  # who has sent it need not wait
+        os.setsid()
+        for stream in (0, 1, 2):
+            os.dup2(os.open("/dev/null", os.O_RDWR), stream)
+        with server.accept()[0] as client:
+            os.unlink(path)
+            resumed = serve(client, user)
+    if resumed:
+        end_as_a_boot_does()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
+''',
     "provision/10-base.sh": r"""#!/bin/bash
 # Run by Lima in the guest, as root, at every boot; does its work once.
 # All that is installed, read from top to bottom. The first failure ends it, so the error that the
@@ -4746,8 +4926,8 @@ if __name__ == "__main__":
 ''',
     "settle.sh": r"""#!/bin/bash
 # Sent by setup into the base instance, as root, right before it is saved as it runs. Its clones
-# go on from here (guest/wake.sh): what they need runs, guest/network.sh has led their programs to
-# the way out, and nothing else is about to begin.
+# go on from here: guest/wake.py waits already, guest/network.sh has led their programs to the way
+# out, what they need runs, and nothing else is about to begin.
 set -eu
 compgen -G '/sys/bus/*/drivers/vmgenid/*:*' > /dev/null || {
   echo "its kernel would make the same random numbers in each clone: it has no vmgenid"
@@ -4766,6 +4946,8 @@ systemctl list-units -t service --state=running --plain --no-legend | cut -d ' '
   grep -vE '^(systemd-|dbus|ssh|docker\.|containerd\.|getty@|serial-|user@|lima-|cron\.|polkit)' \
     > /run/agent-vm/restart || true
 [ -z "$(docker ps -q 2> /dev/null)" ] || echo docker.service >> /run/agent-vm/restart
+modprobe -a 9p 9pnet_virtio
+rm -rf /etc/update-motd.d  # sshd would start what is there at each log-in
 umount /mnt/lima-cidata
 rm -f /run/lima-ssh-ready /run/lima-boot-done
 touch /run/agent-vm/saved
@@ -4773,12 +4955,9 @@ fstrim -a || true
 sync
 # What each run starts is in memory from the beginning.
 {
-  for program in sudo setpriv jq curl mount locale claude; do
-    "$program" --version
-  done
+  for program in curl claude; do "$program" --version; done
   for program in /usr/lib/openssh/sshd-*; do "$program" -?; done
-  python3 -IS -c 'import _socket, errno, select'
-  sudo -u "$SUDO_USER" sudo bash -lc true
+  sudo -u "$SUDO_USER" bash -lc true
 } < /dev/null > /dev/null 2>&1 || true
 """,
 }

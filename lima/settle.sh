@@ -1,7 +1,7 @@
 #!/bin/bash
 # Sent by setup into the base instance, as root, right before it is saved as it runs. Its clones
-# go on from here (guest/wake.sh): what they need runs, guest/network.sh has led their programs to
-# the way out, and nothing else is about to begin.
+# go on from here: guest/wake.py waits already, guest/network.sh has led their programs to the way
+# out, what they need runs, and nothing else is about to begin.
 set -eu
 compgen -G '/sys/bus/*/drivers/vmgenid/*:*' > /dev/null || {
   echo "its kernel would make the same random numbers in each clone: it has no vmgenid"
@@ -20,6 +20,8 @@ systemctl list-units -t service --state=running --plain --no-legend | cut -d ' '
   grep -vE '^(systemd-|dbus|ssh|docker\.|containerd\.|getty@|serial-|user@|lima-|cron\.|polkit)' \
     > /run/agent-vm/restart || true
 [ -z "$(docker ps -q 2> /dev/null)" ] || echo docker.service >> /run/agent-vm/restart
+modprobe -a 9p 9pnet_virtio
+rm -rf /etc/update-motd.d  # sshd would start what is there at each log-in
 umount /mnt/lima-cidata
 rm -f /run/lima-ssh-ready /run/lima-boot-done
 touch /run/agent-vm/saved
@@ -27,10 +29,7 @@ fstrim -a || true
 sync
 # What each run starts is in memory from the beginning.
 {
-  for program in sudo setpriv jq curl mount locale claude; do
-    "$program" --version
-  done
+  for program in curl claude; do "$program" --version; done
   for program in /usr/lib/openssh/sshd-*; do "$program" -?; done
-  python3 -IS -c 'import _socket, errno, select'
-  sudo -u "$SUDO_USER" sudo bash -lc true
+  sudo -u "$SUDO_USER" bash -lc true
 } < /dev/null > /dev/null 2>&1 || true

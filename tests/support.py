@@ -38,8 +38,8 @@ BASE_NAME = "agent-vm-base"
 BASE = f"{BASE_NAME}.0b0b0b"  # the instance that the name means
 TOKEN = "sk-ant-oat01-not-a-real-token-".ljust(108, "0")
 GUEST_TOOLS = (
-    "chromium", "curl", "date", "docker", "fd", "gcc", "gh", "journalctl", "modinfo", "mount",
-    "mountpoint", "node", "npm", "python3", "rg", "sg", "sudo", "sync",
+    "chromium", "curl", "date", "docker", "fd", "gcc", "gh", "journalctl", "modinfo",
+    "node", "npm", "python3", "rg", "sg", "sudo", "sync",
 )  # fmt: skip
 
 
@@ -178,6 +178,7 @@ class Sandbox:
             "FAKE_GUEST_CALLS": str(self.root / "agent-calls"),
             "FAKE_GUEST_TOOLS": str(self.root / "tool-calls"),
             "FAKE_GUEST_PATH": f"{self.guest_bin}:/usr/bin:/bin",
+            "FAKE_GUEST_WAKER": str(FAKES / "waker.py"),
         }
         for name in ("LD_LIBRARY_PATH", "PYTHONPYCACHEPREFIX"):  # of this Python
             if name in os.environ:
@@ -189,14 +190,14 @@ class Sandbox:
         fake(self.guest_bin / "claude", FAKES / "guest/claude")
         for name in GUEST_TOOLS:
             (self.guest_bin / name).symlink_to(FAKES / "guest/tool")
+        if not shutil.which("jq", path="/usr/bin:/bin"):
+            (self.guest_bin / "jq").symlink_to(FAKES / "guest/tool")
         for name in ("qemu-img", "qemu-system-x86_64", "qemu-system-aarch64"):
             executable(self.bin / name, "exit 1")
         for name in ("git", "bash", "ps", "sysctl", "openssl", "tar", "gzip"):
             found = shutil.which(name)
             if found:
                 (self.bin / name).symlink_to(found)
-        if not shutil.which("jq", path="/usr/bin:/bin"):
-            fake(self.guest_bin / "jq", FAKES / "guest/jq")
 
     def close(self) -> None:
         for process in self.processes:

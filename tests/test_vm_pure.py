@@ -382,10 +382,6 @@ class GuestTest(TableTest):
         mounts = [mount("/p q", "/p q", True), mount("/main/.git", "/main/.git", True)]
         return Plan(project="/p q", argv=["claude"], mounts=mounts, **fields)
 
-    def script(self, **fields: Any) -> str:
-        plan = self.plan(**fields)
-        return agent_vm.confining_script(plan, agent_vm.guest_files(plan, plan.mounts), "4711")
-
     def test_the_main_checkout_of_a_worktree_is_trusted(self) -> None:
         projects = agent_vm.claude_config(self.plan())["projects"]
         for folder in ("/p q", "/main", "/"):
@@ -405,22 +401,11 @@ class GuestTest(TableTest):
     def test_a_credential_does_not_show_itself(self) -> None:
         self.assertNotIn("secret", repr(Credential("ANTHROPIC_API_KEY", "secret", "test")))
 
-    def test_the_script_is_bash(self) -> None:
-        awkward = {"user.name": "O'Neil; $(id)\n", "user.email": "a@b"}
-        script = self.script(git_settings=awkward, zone="UTC", variables={"A": "'\n"})
-        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-
     def test_variables_and_secrets_are_written_byte_for_byte(self) -> None:
         values = {"A": "it's\n$x `id` \\ ü", "B": ""}
         text = agent_vm.exports(values) + 'printf "%s|" "$A" "$B"'
         result = subprocess.run(["bash", "-c", text], stdout=subprocess.PIPE, check=True)
         self.assertEqual(result.stdout.decode(), "it's\n$x `id` \\ ü||")
-
-    def test_a_folder_is_mounted_before_those_in_it_and_quoted_for_the_shell(self) -> None:
-        mounts = [mount("/a/b c", "/a/b c", True), mount("/a", "/a")]
-        mounts.append(mount("/t", "/a/b c/$d"))
-        lines = "mount_slot 1 /a ro\nmount_slot 0 '/a/b c' rw\nmount_slot 2 '/a/b c/$d' ro\n"
-        self.assertEqual(agent_vm.guest_files(Plan("/p", [], mounts), mounts)["mounts"], lines)
 
 
 class SettingTest(TableTest):

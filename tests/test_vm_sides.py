@@ -103,8 +103,8 @@ class SidesTest(WorldTest):
             self.assertRegex(first, r"^#!\S*python3[0-9.]* -IS$")
             self.assertEqual(os.stat(script).st_mode & 0o777, 0o700)
         with self.subTest("the guest looks for holes, and is led to the way out"):
-            calls = [call for call in self.box.tool_calls() if "wake.sh" in call]
-            self.assertEqual(calls, ["sudo bash wake.sh 60022 led"])
+            calls = [call for call in self.box.tool_calls() if "wake.py" in call]
+            self.assertEqual(calls, ["wake.py 60022 internet"])
             self.assertIn("http_proxy=http://127.0.0.1:47101", result.out)
             self.assertIn("no_proxy=localhost,127.0.0.1\n", result.out)
         with self.subTest("the agent knows what it reaches"):
@@ -154,7 +154,7 @@ class SidesTest(WorldTest):
         result = self.box.run("run", "--network", "off", "--", "sh:cat ~/.claude/CLAUDE.md")
         self.assertEqual(result.status, 0, result.err)
         self.assertIn("You reach no network", result.out)
-        self.assertIn("sudo bash wake.sh 60022 off", self.box.tool_calls())
+        self.assertIn("wake.py 60022 off", self.box.tool_calls())
         self.assertNotIn("http_proxy", self.agent_env())
         self.assertEqual(self.agent_env()["CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC"], "1")
         self.assertFalse([call for call in self.box.calls("ssh") if "-R" in str(call["argv"])])
@@ -162,7 +162,7 @@ class SidesTest(WorldTest):
     def test_open_is_as_lima_has_it(self) -> None:
         self.assertEqual(self.box.run("run", "--network", "open").status, 0)
         self.assertIs(self.is_closed(), False)
-        self.assertIn("sudo bash wake.sh 60022 open", self.box.tool_calls())
+        self.assertIn("wake.py 60022 open", self.box.tool_calls())
         self.assertIn("host.lima.internal", self.agent_env()["no_proxy"])
 
     def test_a_hole_ends_the_run_before_the_agent_starts(self) -> None:
@@ -203,7 +203,7 @@ class SidesTest(WorldTest):
         mounts, clone = self.box.started_config()["mounts"], self.box.limactl("start")[0][-1]
         points = [(mount["mountPoint"], mount["writable"]) for mount in mounts]
         self.assertEqual(points, [("/mnt/agent-vm/0", True), ("/mnt/agent-vm/1", True)])
-        bound = f"mount --bind {self.box.lima}/{clone}/mnt/0 {self.box.project}"
+        bound = f"mount rw - {self.box.lima}/{clone}/mnt/0 {self.box.project}"
         self.assertIn(bound, self.box.tool_calls())
         for mode in ("internet", "allow", "off"):
             refused = self.box.run("run", "--network", mode)

@@ -67,7 +67,7 @@ class TouchTest(WorldTest):
         self.assertEqual(started - agent_vm.STARTS, set())
         self.assertEqual(started, {"limactl", "ssh", "git", "qemu-img", "npm"})
         sockets = {os.path.basename(path) for path in self.touched("connect")}
-        self.assertEqual(sockets, {"qmp.sock"})
+        self.assertEqual(sockets, {"qmp.sock", "wake.sock"})
         touched_project = [path for path in self.touched("write") if str(self.box.project) in path]
         self.assertEqual(touched_project, [])
 

@@ -100,8 +100,13 @@ exec 2>&1
 sudo python3 egress_attacks.py settings.json direct
 touch ask
 while [ -e ask ]; do sleep 0.2; done
-sudo python3 -IS ~/.agent-vm/closed.py "$(cat port)"
-echo "closed.py: $?"
+sudo python3 -IBSc '
+import sys
+sys.path.insert(0, ".")
+import wake
+found = wake.Probe(int(sys.argv[1])).found()
+sys.exit(f"the network is not closed: {found}" if found else 0)' "$(cat port)"
+echo "the probe: $?"
 """
 
 LOOK_OFF = r"""
@@ -340,6 +345,7 @@ class NetworkTests(VMCase):
         project = self.project()
         with self.servers() as (canary, _):
             settings = self.settings(project, canary)
+            shutil.copy(TESTS.parent / "lima/guest/wake.py", project)
             argv = ("--network", "open", "--", "bash", "-c", LOOK_OPEN)
             with self.start("shell", *argv, cwd=project) as process:
                 name = self.started_clone(process)
@@ -360,7 +366,7 @@ class NetworkTests(VMCase):
         self.assertGreater(len(canary.came), 5)
         found = f"the network is not closed: .*192.168.5.2 port {ssh_port} answers"
         self.assertRegex(out, found)
-        self.assertIn("closed.py: 1", out)
+        self.assertIn("the probe: 1", out)
         self.assert_nothing_left()
 
     def work(self, *network: str) -> None:

@@ -44,7 +44,8 @@ PYTHON
 resolvectl dns eth0 192.168.5.3 && resolvectl domain eth0 '~.' ||
   echo "nameserver 192.168.5.3" > /etc/resolv.conf  # an address that the rules below lead
 # TCP that would leave the VM goes to redsocks, DNS to egress.py. Containers come by the second
-# chain. What has the mark is closed.py.
+# chain. What has the mark is wake.py's probe. What leaves port 22 answers ssh, which the kernel may
+# not have followed from its beginning: it would be taken for a new connection.
 echo 1 > /proc/sys/net/ipv4/conf/all/route_localnet
 nft -f - <<RULES
 table ip agent-vm
@@ -54,6 +55,7 @@ table ip agent-vm {
     type nat hook output priority -110;
     meta mark 47 return
     oifname != "eth0" return
+    tcp sport 22 return
     udp dport 53 dnat to 127.0.0.1:$udp
     tcp dport 53 dnat to 127.0.0.1:$names
     meta l4proto tcp dnat to 127.0.0.1:$tcp
