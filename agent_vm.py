@@ -524,14 +524,12 @@ def asked_of_guest(plan: Plan, texts: Mapping[str, str]) -> dict[str, Any]:
         "claude": claude_config(plan),
         "briefing": plan.briefing,
         "variables": plan.variables,
-        "network": texts["network.sh"],
         "files": {  # of ~/.agent-vm
+            **texts,
             "gitconfig": guest_git_config(plan.git_settings, plan.github),
             "credential": exports(secret),
             "sides": exports(sides),
             "probe-header": f"Authorization: Bearer {github.probe_secret}\n",
-            "launch.sh": texts["launch.sh"],
-            "probe.sh": texts["probe.sh"],
         },
     }
 
@@ -4537,7 +4535,7 @@ def wake(user: pwd.struct_passwd, asked: dict[str, Any], resumed: bool) -> None:
         copy = ["cp", "-Rn", ".agent-vm/copied/.", ".claude/projects"]
         with acting_as(user):
             subprocess.run(copy, cwd=user.pw_dir)
-    lead(mode, asked["network"])
+    lead(mode, asked["files"]["network.sh"])
     if probe and (found := probe.found()):
         raise Open(f"the network is not closed: {found}")
     if not resumed:

@@ -294,7 +294,7 @@ def wake(user: pwd.struct_passwd, asked: dict[str, Any], resumed: bool) -> None:
         copy = ["cp", "-Rn", ".agent-vm/copied/.", ".claude/projects"]
         with acting_as(user):
             subprocess.run(copy, cwd=user.pw_dir)
-    lead(mode, asked["network"])
+    lead(mode, asked["files"]["network.sh"])
     if probe and (found := probe.found()):
         raise Open(f"the network is not closed: {found}")
     if not resumed:
