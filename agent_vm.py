@@ -29,12 +29,15 @@ import base64
 import contextlib
 import fcntl
 import functools
+import hashlib
 import json
 import os
 import re
+import select
 import shlex
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -92,6 +95,7 @@ SYSTEM_DIRS = (
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 
 PROXY = re.compile("(https?|ftp|all|no)_proxy", re.IGNORECASE).fullmatch  # of variables
+SAVED = ("guest/network.sh", "guest/wake.py", "settle.sh")  # what is run in a VM that is saved
 SLOTS = 8  # for folders of the host in a saved VM; with more, it is booted
 RESUME_SECONDS = 5  # until a resumed VM answers; ten times as long where it is emulated
 
@@ -358,8 +362,6 @@ def clone_name(directory: str, tag: str, lima_home: str, least: int = 1) -> str:
 
 def session_key(project: str) -> str:
     """The file name for what is kept of a project: readable, and distinct for distinct paths."""
-    import hashlib
-
     slug = re.sub(r"[^a-z0-9]+", "-", os.path.basename(project).lower()).strip("-")
     return f"{slug[:30] or 'project'}-{hashlib.sha256(os.fsencode(project)).hexdigest()[:12]}"
 
@@ -520,7 +522,7 @@ def asked_of_guest(plan: Plan, texts: Mapping[str, str]) -> dict[str, Any]:
     sides["broker"] = BROKER_SIDE if plan.broker else ""
     return {
         "mode": plan.network.mode,
-        "zone": plan.zone or "none",
+        "zone": plan.zone,
         "claude": claude_config(plan),
         "briefing": plan.briefing,
         "variables": plan.variables,
@@ -689,8 +691,6 @@ def captured(
 
 def first_lines(process: subprocess.Popen[bytes], count: int, timeout: float) -> list[str]:
     """What a running program prints first, "" where it says nothing in time, or ends."""
-    import select
-
     assert process.stdout
     said = []
     for _ in range(count):
@@ -982,6 +982,8 @@ def freeze(host: Host, base: Instance) -> str:
 
 # Starts lima/guest/wake.py, which is its stdin.
 WAKER = "sudo python3 -IS -X utf8 -"
+# In a VM that boots: Lima ends the user's sessions as long as it changes their environment.
+UNTIL_SESSIONS_LAST = "until [ -s /run/lima-ssh-ready ]; do sleep 0.1; done; echo ready; exec cat"
 
 
 class Guest:
@@ -1022,53 +1024,61 @@ class Guest:
                     log.info(f"the VM stands still ({state}); it is ended by: {end}")
 
     @contextlib.contextmanager
-    def reached(self, start: Side, sides: Sequence[Side], seconds: float) -> Iterator[Side]:
+    def reached(
+        self, start: Side, sides: Sequence[Side], seconds: float, boots: bool
+    ) -> Iterator[Side]:
         """Connect to a VM that starts as soon as it answers. This ssh brings the host's ends of the
         sides to their ports in the guest (`-R`), and the guest's wake.py to wake.sock, and is the
         control master of what else the run does there.
         """
-        folder = self.instance.dir
-        master, config = f"-oControlPath={folder}/run.sock", Path(self.ssh[2])
-        each = seconds if seconds <= RESUME_SECONDS * 10 else 5  # a boot loses those that are early
+        woken, config = self.instance.dir / "wake.sock", Path(self.ssh[2])
+        master, each = f"-oControlPath={self.instance.dir}/run.sock", 5 if boots else seconds
         argv = [*self.ssh, "-oControlMaster=yes", master, f"-oConnectTimeout={each:.0f}", *ALIVE]
         argv += [f"-R127.0.0.1:{side.port}:{side.end}" for side in sides]
-        argv += ["-oExitOnForwardFailure=yes", f"-L{folder}/wake.sock:/run/agent-vm/wake.sock"]
-        argv += ["-N", self.instance.hostname]
+        argv += ["-oExitOnForwardFailure=yes", f"-L{woken}:/run/agent-vm/wake.sock"]
+        there = self.instance.hostname
+        argv += ["-T", there, UNTIL_SESSIONS_LAST] if boots else ["-N", there]
         deadline, ended = time.monotonic() + seconds, None
         while time.monotonic() < deadline and ended != 0:
             ended = start.process.poll()  # if Lima has reached it, this is the last time
             raise_fault(start)
             time.sleep(0.05)
+            woken.unlink(missing_ok=True)
             if not config.exists():  # Lima writes it when it has chosen a port
                 continue
             with child(argv, **PIPES) as process:
                 while process.poll() is None and time.monotonic() < deadline:
                     time.sleep(0.02)
-                    if (folder / "wake.sock").exists():  # it is logged in
+                    # ssh is logged in when it has made this socket.
+                    if woken.exists() and (not boots or first_lines(process, 1, 2) == ["ready"]):
                         self.way = ("-oControlMaster=no", master, "-oConnectTimeout=60", *ALIVE)
                         yield Side("ssh connection that brings the sides into the VM", process, ())
                         return
         late = f"the VM does not answer ssh within {seconds:.0f} s"
         raise AgentVMError("ssh cannot bring the sides of the run into it" if ended == 0 else late)
 
-    def woken(self, asked: Mapping[str, Any], timeout: float) -> str:
-        """What the guest's wake.py says: "done", or what the VM is not; "" for nothing."""
-        import socket
-
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(timeout)
+    def woken(self, asked: Mapping[str, Any], start: Side, seconds: float) -> str:
+        """What the guest's wake.py says: "done", or what the VM is not."""
+        said, deadline = b"", time.monotonic() + seconds
+        with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(f"{self.instance.dir}/wake.sock")
-            lines = sock.makefile("rb")
-            if lines.readline() == b"ready\n":
-                sock.sendall(json.dumps({"now": time.time(), **asked}).encode() + b"\n")
-                return lines.readline().decode(errors="replace").strip()
-        return ""
+            while said.count(b"\n") < 2 and len(said) < MAX_OUTPUT:
+                raise_fault(start)
+                if time.monotonic() > deadline:
+                    raise AgentVMError(f"the VM is not prepared within {seconds:.0f} s")
+                if not select.select([sock], [], [], 1)[0]:
+                    continue
+                data = sock.recv(65536)
+                if not data:
+                    raise AgentVMError("what prepares the VM has ended, or cannot be reached")
+                said += data
+                if said == b"ready\n":
+                    sock.sendall(json.dumps({"now": time.time(), **asked}).encode() + b"\n")
+        return said.decode(errors="replace").split("\n")[1]
 
 
 def qmp(folder: Path, *commands: Mapping[str, Any]) -> list[Any]:
     """What the QEMU of a VM answers to commands on its control socket; errors are ValueErrors."""
-    import socket
-
     answers = []
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(5)
@@ -1349,9 +1359,7 @@ def started_side(
 @contextlib.contextmanager
 def github_side(host: Host, asked: GitHub, name: str) -> Iterator[tuple[GitHub, Side]]:
     """The GitHub proxy: one repository, with a secret for this VM alone."""
-    import secrets
-
-    secret, probe_secret = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
+    secret, probe_secret = os.urandom(32).hex(), os.urandom(32).hex()
     own = {"GITHUB_MCP_SECRET": secret, "GITHUB_MCP_PROBE_SECRET": probe_secret}
     argv = [sys.executable, "-I", "-c", RUN_PROXY, str(Path(__file__).resolve().parent)]
     argv += ["--listen", "127.0.0.1:0", "--exit-with-stdin", *asked.options]
@@ -1385,12 +1393,12 @@ def egress_sides(
 @contextlib.contextmanager
 def broker_side(host: Host, plan: Plan, name: str) -> Iterator[tuple[Credential, Side]]:
     """The model's credential stays in a process of the host; the guest has a placeholder for it."""
-    import secrets
-
     real = plan.credential
     assert real
     form = "sk-ant-api03-" if real.name == API_KEY else "sk-ant-oat01-"
-    placeholder = real._replace(value=form + secrets.token_urlsafe(71))
+    placeholder = real._replace(
+        value=form + base64.urlsafe_b64encode(os.urandom(71)).decode().rstrip("=")
+    )
     end = f"{host.folders.lima_home / name}/broker.sock"
     argv = [sys.executable, "-IS", str(lima_folder(host.folders) / "egress.py")]
     argv += ["--broker", "anthropic", "--listen", f"unix:{end}"]
@@ -1454,16 +1462,14 @@ def check_confined(
         raise AgentVMError(problem, f"look into {host.folders.lima_home}/_config/default.yaml")
 
 
-def waker(host: Host) -> str:
-    """What is started in a VM by WAKER."""
-    return (lima_folder(host.folders) / "guest/wake.py").read_text()
-
-
-def stamps(folder: Path, base: Instance) -> dict[str, list[int]]:
-    """What has changed when what was saved does not fit any more: sizes, and times in ns."""
+def stamps(host: Host, base: Instance) -> dict[str, Any]:
+    """What has changed when what was saved does not fit any more: sizes, times in ns, texts."""
+    folder, lima = saved_folder(host.folders, base.name), lima_folder(host.folders)
     # The last is its clones' disk, until it is started itself.
     infos = {path: path.stat() for path in (folder / "memory", folder / "state", base.dir / "disk")}
-    return {path.name: [info.st_size, info.st_mtime_ns] for path, info in infos.items()}
+    texts = b"".join((lima / name).read_bytes() for name in SAVED)
+    seen = {path.name: [info.st_size, info.st_mtime_ns] for path, info in infos.items()}
+    return {**seen, "agent-vm": hashlib.sha256(texts).hexdigest()}
 
 
 def why_boot(host: Host, base: Instance, plan: Plan, folders: int) -> str:
@@ -1474,11 +1480,9 @@ def why_boot(host: Host, base: Instance, plan: Plan, folders: int) -> str:
     if plan.network.mode == "open" and any(map(PROXY, os.environ)):
         return "Lima gives it the host's proxies as it boots"
     with contextlib.suppress(OSError, *MALFORMED):
-        if (saved / "wake.py").read_text() != waker(host):
-            return "another agent-vm has saved it (agent-vm setup)"
-        if json.loads((saved / "saved.json").read_text()) == stamps(saved, base):
+        if json.loads((saved / "saved.json").read_text()) == stamps(host, base):
             return "it has more folders" if folders > SLOTS else "".join(plan.sizes)
-    return f"{base.name} has been started, or changed, since it was saved"
+    return f"{base.name} has been started, or changed, since it was saved, or agent-vm has"
 
 
 def cloned(host: Host, base: Instance, name: str, *options: str) -> Instance:
@@ -1519,21 +1523,24 @@ def prepare(
     host: Host, guest: Guest, plan: Plan, places: Sequence[Any], start: Side, boots: bool
 ) -> None:
     """Make a VM that answers a place to work, and see that it is confined."""
-    texts = (lima_folder(host.folders) / "guest").glob("*.sh")
-    config = (guest.instance.dir / "ssh.config").read_text()
-    port = re.search(r"^\s*Port (\d+)$", config, re.M)
-    asked = asked_of_guest(plan, {path.name: path.read_text() for path in texts})
-    asked.update(port=int(port[1]) if port else 0, mounts=places)
+    folder = lima_folder(host.folders) / "guest"
+    texts = {path.name: path.read_text() for path in folder.glob("*.sh")}
+    port = re.search(r"^\s*Port (\d+)$", (guest.instance.dir / "ssh.config").read_text(), re.M)
+    if not port:
+        raise AgentVMError("Lima's ssh.config names no port of the VM")
     if boots:
-        guest.run(WAKER, waker(host))
-    answer = guest.woken(asked, host.lima.timeout if boots else 120)
-    raise_fault(start)
+        started = guest.run(WAKER, (folder / "wake.py").read_text())
+        if started.status:
+            raise AgentVMError("the VM could not be prepared", details=started.out.strip())
+    asked = {**asked_of_guest(plan, texts), "port": int(port[1]), "mounts": places}
+    answer = guest.woken(asked, start, host.lima.timeout if boots else 120)
     if answer != "done":
-        raise AgentVMError(f"the VM {answer or 'does not say that it is prepared'}")
+        raise AgentVMError(f"the VM {answer}")
     if plan.broker or plan.github:
         probed = guest.run("bash ~/.agent-vm/probe.sh")
         if probed.status:
-            raise AgentVMError("the VM is not confined", details=probed.out.strip())
+            what = "is not confined" if probed.status == 1 else "cannot be probed"
+            raise AgentVMError(f"the VM {what}", details=probed.out.strip())
 
 
 def run(host: Host, base: Instance, plan: Plan) -> int:
@@ -1577,7 +1584,7 @@ def run(host: Host, base: Instance, plan: Plan) -> int:
             seconds = lima.timeout if boot else RESUME_SECONDS * (10 if kvm_is_missing() else 1)
             awake(clone, None if boot else saved / "state", start, seconds)
             log.mark("booting" if boot else "resumed")
-            sides.append(stack.enter_context(guest.reached(start, sides, seconds)))
+            sides.append(stack.enter_context(guest.reached(start, sides, seconds, bool(boot))))
             log.mark("ssh")
             prepare(host, guest, plan, places, start, bool(boot))
         except (AgentVMError, OSError, *MALFORMED) as error:
@@ -2321,8 +2328,6 @@ def preflight(host: Host, settings: Settings, yes: bool) -> None:
 
 def install_lima(folders: Folders, url: str, yes: bool) -> str:
     """Lima's release, checked against its SHA256SUMS, unpacked in our data folder; its limactl."""
-    import hashlib
-
     target = folders.data / "lima"
     if not confirm(f"Lima is not installed: get it from {url} into {target}?", yes):
         raise AgentVMError("Lima is not installed", hint="install it, or setup --yes")
@@ -2473,7 +2478,7 @@ def provision(host: Host, settings: Settings, name: str, hooks: Sequence[Path]) 
     if why:
         notes.append(f"VMs of it are booted, not resumed: {why}")
     else:  # last, as power may be lost at any moment
-        write_file(folder / "saved.json", json.dumps(stamps(folder, instance)))
+        write_file(folder / "saved.json", json.dumps(stamps(host, instance)))
     host.lima.tell("protect", name)
     return notes
 
@@ -2488,12 +2493,11 @@ def save(host: Host, base: Instance) -> str:
         plain = {name: value for name, value in environ.items() if not PROXY(name)}
         host.lima.start(base.name, environ=plain)
         guest, scripts = Guest(base), lima_folder(host.folders)
-        for name in ("guest/network.sh", "guest/wake.py", "settle.sh"):
+        for name in SAVED:
             command = WAKER if name == "guest/wake.py" else "sudo bash -s"
             done = guest.run(command, (scripts / name).read_text(), timeout=600)
             if done.status:
                 return f"it does not settle: {done.out.strip()}"
-        write_file(folder / "wake.py", waker(host))
         captured([*guest.ssh, "-O", "exit", base.hostname])  # its end must not go on in each clone
         time.sleep(5)
         to = {"uri": f"file:{folder}/state"}
@@ -2784,8 +2788,10 @@ def cmd_start(args: argparse.Namespace) -> int:
         host.lima.start(instance.name, environ=qemu_environment(host, instance, is_open, slots))
     except AgentVMError as error:
         raise boot_failure(host, instance.name, error) from error
-    bound = Guest(instance).run(f"{WAKER} {shlex.quote(json.dumps(places))}", waker(host))
+    waker = (lima_folder(host.folders) / "guest/wake.py").read_text()
+    bound = Guest(instance).run(f"{WAKER} {shlex.quote(json.dumps(places))}", waker)
     if bound.status:
+        host.lima.tell("stop", instance.name, "-f")
         raise AgentVMError("its folders could not be mounted", details=bound.out)
     without = "" if is_open else " (it has no network: its run, which held that, is over)"
     log.info(f"reach it: limactl shell {instance.name}{without}")
@@ -2883,7 +2889,6 @@ def cmd_auth(args: argparse.Namespace) -> int:
 
 def pasted() -> str:
     """All lines of what is typed without an echo, of which getpass would discard all but one."""
-    import select
     import termios
 
     given = b""
@@ -4195,6 +4200,8 @@ table ip agent-vm {
   }
 }
 RULES
+# Also when DHCP, which a closed-in VM asks in vain for a router, has taken away its own.
+ip route replace default via 192.168.5.2 dev eth0
 touch /run/agent-vm/led
 """,
     "guest/probe.sh": r"""#!/bin/bash
@@ -4252,6 +4259,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import json
 import locale
 import os
@@ -4289,13 +4297,21 @@ class Open(Exception):
 
 
 def read(path: str) -> str:
-    with open(path) as file:
+    with open(path, errors="surrogateescape") as file:
         return file.read()
 
 
 def write(path: str, text: str, mode: str = "w") -> None:
     with open(path, mode, errors="surrogateescape") as file:
         file.write(text)
+
+
+def run(*words: str, **options: Any) -> None:
+    done = subprocess.run(
+        words, stdin=subprocess.DEVNULL, capture_output=True, text=True, **options
+    )
+    if done.returncode:
+        raise OSError(f"{words[0]}: {done.stdout}{done.stderr}")
 
 
 def mount(source: str, target: str, kind: str = "", flags: int = 0, data: str = "") -> None:
@@ -4327,25 +4343,24 @@ def meta_data() -> dict[str, str]:
     return {key: value.strip(' "') for key, _, value in (line.partition(":") for line in lines)}
 
 
-def wait_for(mark: str) -> None:
-    """Until Lima's boot scripts of this boot have come so far."""
-    while True:
-        with contextlib.suppress(OSError, KeyError):
-            if meta_data()["instance-id"] in read(f"/run/{mark}").split():
-                return
-        time.sleep(0.1)
+def wait_for_scripts() -> None:
+    """Until Lima's boot scripts have ended, where some are the user's own. What Lima's do is on a
+    base instance's disk already: they go on beside the agent.
+    """
+    scripts = glob.glob(f"{CIDATA}/provision.*/*")
+    if not all("/var/lib/agent-vm/done" in read(script) for script in scripts):
+        while True:
+            with contextlib.suppress(OSError):
+                if meta_data()["instance-id"] in read("/run/lima-boot-done").split():
+                    return
+            time.sleep(0.1)
 
 
 def become_another() -> None:
     """Another machine than the saved one and its other clones. The kernel's random numbers are
     others already: settle.sh has seen that it has vmgenid."""
-    mount(
-        "/dev/disk/by-label/cidata",
-        CIDATA,
-        "iso9660",
-        RDONLY,
-        "overriderockperm,uid=0,mode=0700,dmode=0700",
-    )
+    for_root = "overriderockperm,uid=0,mode=0700,dmode=0700"  # as Lima has it
+    mount("/dev/disk/by-label/cidata", CIDATA, "iso9660", RDONLY, for_root)
     name, random = meta_data()["local-hostname"], "/proc/sys/kernel/random"
     write("/etc/hosts", read("/etc/hosts").replace(socket.gethostname(), name))
     write("/etc/hostname", f"{name}\n")
@@ -4355,7 +4370,7 @@ def become_another() -> None:
     mount(f"{OURS}/boot-id", f"{random}/boot_id", flags=BIND)
     restart = read(f"{OURS}/restart").split()
     if restart:
-        subprocess.run(["systemctl", "restart", *restart], check=True)
+        run("systemctl", "restart", *restart)
     os.unlink(f"{OURS}/saved")
 
 
@@ -4364,7 +4379,7 @@ def end_as_a_boot_does() -> None:
     time.sleep(1)  # the agent is first
     for name in ("lima-ssh-ready", "lima-boot-done"):
         write(f"/run/{name}", meta_data()["instance-id"] + "\n")
-    subprocess.run(["systemctl", "restart", "systemd-journald"])
+    run("systemctl", "restart", "systemd-journald")
 
 
 def set_clock(now: float) -> None:
@@ -4395,17 +4410,21 @@ def merged(old: Any, new: Any) -> Any:
 
 def merge(path: str, new: dict[str, Any]) -> None:
     """Deep-merge into a file of JSON that may not exist yet."""
-    old = json.loads(read(path)) if os.path.exists(path) and os.path.getsize(path) else {}
+    text = read(path) if os.path.exists(path) else ""
+    try:
+        old = json.loads(text or "{}")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     write(path, json.dumps(merged(old, new), indent=2) + "\n")
     os.chmod(path, 0o600)
 
 
 def known_locale(variables: dict[str, str]) -> dict[str, str]:
     """Those variables; under a locale that the guest lacks every shell warns."""
-    asked = {name for name in variables if name == "LANG" or name.startswith("LC_")}
+    asked = {name for name in variables if name == "LANG" or hasattr(locale, name)}  # LC_TIME …
     before = locale.setlocale(locale.LC_ALL)
     try:
-        for name in asked:
+        for name in {"LC_ALL"} & asked or asked:
             locale.setlocale(locale.LC_ALL, variables[name] or "C")
         return variables
     except locale.Error:
@@ -4425,19 +4444,19 @@ def furnish(user: pwd.struct_passwd, asked: dict[str, Any]) -> None:
         lines = [f"export {name}={shlex.quote(value)}\n" for name, value in variables.items()]
         write(f"{home}/.agent-vm/env", "".join(lines))
         os.chmod(f"{home}/.agent-vm/launch.sh", 0o700)
-        os.makedirs(f"{home}/.claude/projects", 0o755, exist_ok=True)
-        write(f"{home}/.gitconfig", "[include]\n\tpath = ~/.agent-vm/gitconfig\n", "a")
+        os.makedirs(f"{home}/.claude/projects", exist_ok=True)
+        write(f"{home}/.gitconfig", "\n[include]\n\tpath = ~/.agent-vm/gitconfig\n", "a")
         merge(f"{home}/.claude.json", asked["claude"])
         merge(f"{home}/.claude/settings.json", {"skipDangerousModePermissionPrompt": True})
-        write(f"{home}/.claude/CLAUDE.md", asked["briefing"], "a")
+        write(f"{home}/.claude/CLAUDE.md", "\n" + asked["briefing"], "a")
 
 
 # --- closed in ---
 
 
 class Probe:
-    """All of that, tried at once. QEMU answers each TCP connection of a closed-in VM with a reset,
-    at once: a silence is no proof.
+    """All that is closed, tried at once. QEMU answers each TCP connection of a closed-in VM with a
+    reset, at once: a silence is no proof.
     """
 
     def __init__(self, ssh_port: int) -> None:
@@ -4482,9 +4501,8 @@ class Probe:
                 elif not error:
                     wrong.append(f"{address} port {port} answers")
             seconds = time.monotonic() - self.began
-        return ", ".join(
-            [*wrong, *(f"{address} does not refuse" for address in self.has_to_refuse)]
-        )
+        wrong += [f"{address} does not refuse" for address in self.has_to_refuse]
+        return ", ".join(wrong)
 
 
 def begin_probe(mode: str, ssh_port: int) -> Probe | None:
@@ -4492,29 +4510,32 @@ def begin_probe(mode: str, ssh_port: int) -> Probe | None:
         return None
     if "00000000" not in [row.split()[1] for row in read("/proc/net/route").splitlines()]:
         # QEMU tells a closed-in VM no router; with one it is seen who answers.
-        subprocess.run(["ip", "route", "add", "default", "via", "192.168.5.2", "dev", "eth0"])
+        run("ip", "route", "add", "default", "via", "192.168.5.2", "dev", "eth0")
     return Probe(ssh_port)
 
 
-def lead(mode: str, script: str) -> None:
+def lead(has_way_out: bool, script: str) -> None:
     """Lead the VM's programs to the way out, where that is not done yet, or not any more."""
-    has_way_out, is_led = mode in ("internet", "allow"), os.path.exists(f"{OURS}/led")
+    is_led = os.path.exists(f"{OURS}/led")
     if is_led != has_way_out:
         words = ["bash", "-s", *(["off"] if is_led else [])]
         done = subprocess.run(words, input=script, capture_output=True, text=True)
         if done.returncode:
             raise Open(done.stdout + done.stderr)
-    if has_way_out:  # for services, and programs that do ask a proxy: it says why it refuses
-        names = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
-        lines = [f"{name}=http://127.0.0.1:{PROXY[1]}\n" for name in names]
-        write("/etc/environment", "".join(lines) + "no_proxy=localhost,127.0.0.1\n", "a")
-        said = b""
-        with contextlib.suppress(OSError), socket.create_connection(PROXY, 10) as sock:
-            sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
-            while b"agent-vm:" not in said and (data := sock.recv(4096)):
-                said += data
-        if b"agent-vm:" not in said:  # no proxy, or not ours
-            raise Open(f"the way out does not answer: {said[:300]!r}")
+
+
+def show_the_way_out() -> None:
+    """To services, and programs that do ask a proxy: it says why it refuses."""
+    names = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
+    lines = [f"{name}=http://127.0.0.1:{PROXY[1]}\n" for name in names]
+    write("/etc/environment", "".join(lines) + "no_proxy=localhost,127.0.0.1\n", "a")
+    said = b""
+    with contextlib.suppress(OSError), socket.create_connection(PROXY, 10) as sock:
+        sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        while b"agent-vm:" not in said and (data := sock.recv(4096)):
+            said += data
+    if b"agent-vm:" not in said:  # no proxy, or not ours
+        raise Open(f"the way out does not answer: {said[:300]!r}")
 
 
 # --- the story ---
@@ -4522,39 +4543,38 @@ def lead(mode: str, script: str) -> None:
 
 def wake(user: pwd.struct_passwd, asked: dict[str, Any], resumed: bool) -> None:
     mode, zone = asked["mode"], f"/usr/share/zoneinfo/{asked['zone']}"
-    if not resumed:  # until then they change the environment, and end sessions that have another
-        wait_for("lima-ssh-ready")
+    has_way_out = mode in ("internet", "allow")
     probe = begin_probe(mode, asked["port"])
     if resumed:
         become_another()
     furnish(user, asked)
+    lead(has_way_out, asked["files"]["network.sh"])
     mount_folders(asked["mounts"])
     if os.path.isfile(zone) and os.path.realpath(zone) != os.path.realpath("/etc/localtime"):
-        subprocess.run(["ln", "-sf", zone, "/etc/localtime"])
+        run("ln", "-sf", zone, "/etc/localtime")
     if os.path.isdir(f"{user.pw_dir}/.agent-vm/copied"):  # transcripts that the run may not write
         copy = ["cp", "-Rn", ".agent-vm/copied/.", ".claude/projects"]
-        with acting_as(user):
-            subprocess.run(copy, cwd=user.pw_dir)
-    lead(mode, asked["files"]["network.sh"])
+        subprocess.run(copy, cwd=user.pw_dir, user=user.pw_uid, group=user.pw_gid)
+    if has_way_out:
+        show_the_way_out()
     if probe and (found := probe.found()):
         raise Open(f"the network is not closed: {found}")
     if not resumed:
-        wait_for("lima-boot-done")
+        wait_for_scripts()
     if mode == "off":  # programs need not wait for it
-        subprocess.run(["ip", "route", "del", "default"])
+        run("ip", "route", "flush", "exact", "default")
 
 
 def serve(client: socket.socket, user: pwd.struct_passwd) -> bool:
     """One run; whether the VM was resumed for it."""
     resumed = os.path.exists(f"{OURS}/saved")
     client.sendall(b"ready\n")
-    line, arrived = client.recv(65536), time.time()
-    while not line.endswith(b"\n"):
-        line += client.recv(65536)
-    asked = json.loads(line)
-    set_clock(asked["now"] + time.time() - arrived)
-    answer = "done"
+    lines = client.makefile("rb")
+    lines.peek()
+    arrived, answer = time.time(), "done"
     try:
+        asked = json.loads(lines.readline())
+        set_clock(asked["now"] + time.time() - arrived)
         wake(user, asked, resumed)
     except Open as error:
         answer = f"is not confined: {error}"
@@ -4567,7 +4587,10 @@ def serve(client: socket.socket, user: pwd.struct_passwd) -> bool:
 def main(argv: list[str]) -> None:
     os.umask(0o022)
     if argv:
-        mount_folders(json.loads(argv[0]))
+        try:
+            mount_folders(json.loads(argv[0]))
+        except OSError as error:
+            sys.exit(str(error))
         return
     user, path = pwd.getpwnam(os.environ["SUDO_USER"]), f"{OURS}/wake.sock"
     os.makedirs(OURS, exist_ok=True)
@@ -4650,7 +4673,7 @@ fi
 apt-get update --error-on=any || note "Some package lists are missing: apt-get update failed."
 
 step "installing packages"
-packages=(ca-certificates curl git jq nftables python3-minimal redsocks)  # see ../network.sh
+packages=(ca-certificates curl git jq nftables python3-minimal redsocks)  # see guest/network.sh
 if [ "$PARAM_minimal" != true ]; then
   packages+=(
     build-essential file less openssh-client procps iproute2 rsync sudo unzip wget

@@ -31,13 +31,13 @@ PARAGRAPHS = ("Starts", "Reads", "Writes", "Reaches")
 
 # Lines: of the whole file, without the copy of lima/, and of what stands above the banner.
 BUDGETS = {
-    "agent_vm.py": (3203, 1619),
+    "agent_vm.py": (3210, 1619),
     "github_mcp_proxy.py": (2940, 1600),
     "github_app_token.py": (1555, 1005),
     "lima/egress.py": (796, 250),
 }
 README_BUDGET = 200
-LIMA_BUDGET = 810  # without the two scripts that have a budget of their own
+LIMA_BUDGET = 824  # without the two scripts that have a budget of their own
 QEMU_BUDGET = 120
 
 # What starts a program. One function of a script may name any of these: the door.

@@ -70,4 +70,6 @@ table ip agent-vm {
   }
 }
 RULES
+# Also when DHCP, which a closed-in VM asks in vain for a router, has taken away its own.
+ip route replace default via 192.168.5.2 dev eth0
 touch /run/agent-vm/led

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import json
 import locale
 import os
@@ -48,13 +49,21 @@ class Open(Exception):
 
 
 def read(path: str) -> str:
-    with open(path) as file:
+    with open(path, errors="surrogateescape") as file:
         return file.read()
 
 
 def write(path: str, text: str, mode: str = "w") -> None:
     with open(path, mode, errors="surrogateescape") as file:
         file.write(text)
+
+
+def run(*words: str, **options: Any) -> None:
+    done = subprocess.run(
+        words, stdin=subprocess.DEVNULL, capture_output=True, text=True, **options
+    )
+    if done.returncode:
+        raise OSError(f"{words[0]}: {done.stdout}{done.stderr}")
 
 
 def mount(source: str, target: str, kind: str = "", flags: int = 0, data: str = "") -> None:
@@ -86,25 +95,24 @@ def meta_data() -> dict[str, str]:
     return {key: value.strip(' "') for key, _, value in (line.partition(":") for line in lines)}
 
 
-def wait_for(mark: str) -> None:
-    """Until Lima's boot scripts of this boot have come so far."""
-    while True:
-        with contextlib.suppress(OSError, KeyError):
-            if meta_data()["instance-id"] in read(f"/run/{mark}").split():
-                return
-        time.sleep(0.1)
+def wait_for_scripts() -> None:
+    """Until Lima's boot scripts have ended, where some are the user's own. What Lima's do is on a
+    base instance's disk already: they go on beside the agent.
+    """
+    scripts = glob.glob(f"{CIDATA}/provision.*/*")
+    if not all("/var/lib/agent-vm/done" in read(script) for script in scripts):
+        while True:
+            with contextlib.suppress(OSError):
+                if meta_data()["instance-id"] in read("/run/lima-boot-done").split():
+                    return
+            time.sleep(0.1)
 
 
 def become_another() -> None:
     """Another machine than the saved one and its other clones. The kernel's random numbers are
     others already: settle.sh has seen that it has vmgenid."""
-    mount(
-        "/dev/disk/by-label/cidata",
-        CIDATA,
-        "iso9660",
-        RDONLY,
-        "overriderockperm,uid=0,mode=0700,dmode=0700",
-    )
+    for_root = "overriderockperm,uid=0,mode=0700,dmode=0700"  # as Lima has it
+    mount("/dev/disk/by-label/cidata", CIDATA, "iso9660", RDONLY, for_root)
     name, random = meta_data()["local-hostname"], "/proc/sys/kernel/random"
     write("/etc/hosts", read("/etc/hosts").replace(socket.gethostname(), name))
     write("/etc/hostname", f"{name}\n")
@@ -114,7 +122,7 @@ def become_another() -> None:
     mount(f"{OURS}/boot-id", f"{random}/boot_id", flags=BIND)
     restart = read(f"{OURS}/restart").split()
     if restart:
-        subprocess.run(["systemctl", "restart", *restart], check=True)
+        run("systemctl", "restart", *restart)
     os.unlink(f"{OURS}/saved")
 
 
@@ -123,7 +131,7 @@ def end_as_a_boot_does() -> None:
     time.sleep(1)  # the agent is first
     for name in ("lima-ssh-ready", "lima-boot-done"):
         write(f"/run/{name}", meta_data()["instance-id"] + "\n")
-    subprocess.run(["systemctl", "restart", "systemd-journald"])
+    run("systemctl", "restart", "systemd-journald")
 
 
 def set_clock(now: float) -> None:
@@ -154,17 +162,21 @@ def merged(old: Any, new: Any) -> Any:
 
 def merge(path: str, new: dict[str, Any]) -> None:
     """Deep-merge into a file of JSON that may not exist yet."""
-    old = json.loads(read(path)) if os.path.exists(path) and os.path.getsize(path) else {}
+    text = read(path) if os.path.exists(path) else ""
+    try:
+        old = json.loads(text or "{}")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     write(path, json.dumps(merged(old, new), indent=2) + "\n")
     os.chmod(path, 0o600)
 
 
 def known_locale(variables: dict[str, str]) -> dict[str, str]:
     """Those variables; under a locale that the guest lacks every shell warns."""
-    asked = {name for name in variables if name == "LANG" or name.startswith("LC_")}
+    asked = {name for name in variables if name == "LANG" or hasattr(locale, name)}  # LC_TIME …
     before = locale.setlocale(locale.LC_ALL)
     try:
-        for name in asked:
+        for name in {"LC_ALL"} & asked or asked:
             locale.setlocale(locale.LC_ALL, variables[name] or "C")
         return variables
     except locale.Error:
@@ -184,19 +196,19 @@ def furnish(user: pwd.struct_passwd, asked: dict[str, Any]) -> None:
         lines = [f"export {name}={shlex.quote(value)}\n" for name, value in variables.items()]
         write(f"{home}/.agent-vm/env", "".join(lines))
         os.chmod(f"{home}/.agent-vm/launch.sh", 0o700)
-        os.makedirs(f"{home}/.claude/projects", 0o755, exist_ok=True)
-        write(f"{home}/.gitconfig", "[include]\n\tpath = ~/.agent-vm/gitconfig\n", "a")
+        os.makedirs(f"{home}/.claude/projects", exist_ok=True)
+        write(f"{home}/.gitconfig", "\n[include]\n\tpath = ~/.agent-vm/gitconfig\n", "a")
         merge(f"{home}/.claude.json", asked["claude"])
         merge(f"{home}/.claude/settings.json", {"skipDangerousModePermissionPrompt": True})
-        write(f"{home}/.claude/CLAUDE.md", asked["briefing"], "a")
+        write(f"{home}/.claude/CLAUDE.md", "\n" + asked["briefing"], "a")
 
 
 # --- closed in ---
 
 
 class Probe:
-    """All of that, tried at once. QEMU answers each TCP connection of a closed-in VM with a reset,
-    at once: a silence is no proof.
+    """All that is closed, tried at once. QEMU answers each TCP connection of a closed-in VM with a
+    reset, at once: a silence is no proof.
     """
 
     def __init__(self, ssh_port: int) -> None:
@@ -241,9 +253,8 @@ class Probe:
                 elif not error:
                     wrong.append(f"{address} port {port} answers")
             seconds = time.monotonic() - self.began
-        return ", ".join(
-            [*wrong, *(f"{address} does not refuse" for address in self.has_to_refuse)]
-        )
+        wrong += [f"{address} does not refuse" for address in self.has_to_refuse]
+        return ", ".join(wrong)
 
 
 def begin_probe(mode: str, ssh_port: int) -> Probe | None:
@@ -251,29 +262,32 @@ def begin_probe(mode: str, ssh_port: int) -> Probe | None:
         return None
     if "00000000" not in [row.split()[1] for row in read("/proc/net/route").splitlines()]:
         # QEMU tells a closed-in VM no router; with one it is seen who answers.
-        subprocess.run(["ip", "route", "add", "default", "via", "192.168.5.2", "dev", "eth0"])
+        run("ip", "route", "add", "default", "via", "192.168.5.2", "dev", "eth0")
     return Probe(ssh_port)
 
 
-def lead(mode: str, script: str) -> None:
+def lead(has_way_out: bool, script: str) -> None:
     """Lead the VM's programs to the way out, where that is not done yet, or not any more."""
-    has_way_out, is_led = mode in ("internet", "allow"), os.path.exists(f"{OURS}/led")
+    is_led = os.path.exists(f"{OURS}/led")
     if is_led != has_way_out:
         words = ["bash", "-s", *(["off"] if is_led else [])]
         done = subprocess.run(words, input=script, capture_output=True, text=True)
         if done.returncode:
             raise Open(done.stdout + done.stderr)
-    if has_way_out:  # for services, and programs that do ask a proxy: it says why it refuses
-        names = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
-        lines = [f"{name}=http://127.0.0.1:{PROXY[1]}\n" for name in names]
-        write("/etc/environment", "".join(lines) + "no_proxy=localhost,127.0.0.1\n", "a")
-        said = b""
-        with contextlib.suppress(OSError), socket.create_connection(PROXY, 10) as sock:
-            sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
-            while b"agent-vm:" not in said and (data := sock.recv(4096)):
-                said += data
-        if b"agent-vm:" not in said:  # no proxy, or not ours
-            raise Open(f"the way out does not answer: {said[:300]!r}")
+
+
+def show_the_way_out() -> None:
+    """To services, and programs that do ask a proxy: it says why it refuses."""
+    names = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
+    lines = [f"{name}=http://127.0.0.1:{PROXY[1]}\n" for name in names]
+    write("/etc/environment", "".join(lines) + "no_proxy=localhost,127.0.0.1\n", "a")
+    said = b""
+    with contextlib.suppress(OSError), socket.create_connection(PROXY, 10) as sock:
+        sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        while b"agent-vm:" not in said and (data := sock.recv(4096)):
+            said += data
+    if b"agent-vm:" not in said:  # no proxy, or not ours
+        raise Open(f"the way out does not answer: {said[:300]!r}")
 
 
 # --- the story ---
@@ -281,39 +295,38 @@ def lead(mode: str, script: str) -> None:
 
 def wake(user: pwd.struct_passwd, asked: dict[str, Any], resumed: bool) -> None:
     mode, zone = asked["mode"], f"/usr/share/zoneinfo/{asked['zone']}"
-    if not resumed:  # until then they change the environment, and end sessions that have another
-        wait_for("lima-ssh-ready")
+    has_way_out = mode in ("internet", "allow")
     probe = begin_probe(mode, asked["port"])
     if resumed:
         become_another()
     furnish(user, asked)
+    lead(has_way_out, asked["files"]["network.sh"])
     mount_folders(asked["mounts"])
     if os.path.isfile(zone) and os.path.realpath(zone) != os.path.realpath("/etc/localtime"):
-        subprocess.run(["ln", "-sf", zone, "/etc/localtime"])
+        run("ln", "-sf", zone, "/etc/localtime")
     if os.path.isdir(f"{user.pw_dir}/.agent-vm/copied"):  # transcripts that the run may not write
         copy = ["cp", "-Rn", ".agent-vm/copied/.", ".claude/projects"]
-        with acting_as(user):
-            subprocess.run(copy, cwd=user.pw_dir)
-    lead(mode, asked["files"]["network.sh"])
+        subprocess.run(copy, cwd=user.pw_dir, user=user.pw_uid, group=user.pw_gid)
+    if has_way_out:
+        show_the_way_out()
     if probe and (found := probe.found()):
         raise Open(f"the network is not closed: {found}")
     if not resumed:
-        wait_for("lima-boot-done")
+        wait_for_scripts()
     if mode == "off":  # programs need not wait for it
-        subprocess.run(["ip", "route", "del", "default"])
+        run("ip", "route", "flush", "exact", "default")
 
 
 def serve(client: socket.socket, user: pwd.struct_passwd) -> bool:
     """One run; whether the VM was resumed for it."""
     resumed = os.path.exists(f"{OURS}/saved")
     client.sendall(b"ready\n")
-    line, arrived = client.recv(65536), time.time()
-    while not line.endswith(b"\n"):
-        line += client.recv(65536)
-    asked = json.loads(line)
-    set_clock(asked["now"] + time.time() - arrived)
-    answer = "done"
+    lines = client.makefile("rb")
+    lines.peek()
+    arrived, answer = time.time(), "done"
     try:
+        asked = json.loads(lines.readline())
+        set_clock(asked["now"] + time.time() - arrived)
         wake(user, asked, resumed)
     except Open as error:
         answer = f"is not confined: {error}"
@@ -326,7 +339,10 @@ def serve(client: socket.socket, user: pwd.struct_passwd) -> bool:
 def main(argv: list[str]) -> None:
     os.umask(0o022)
     if argv:
-        mount_folders(json.loads(argv[0]))
+        try:
+            mount_folders(json.loads(argv[0]))
+        except OSError as error:
+            sys.exit(str(error))
         return
     user, path = pwd.getpwnam(os.environ["SUDO_USER"]), f"{OURS}/wake.sock"
     os.makedirs(OURS, exist_ok=True)

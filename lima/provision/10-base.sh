@@ -57,7 +57,7 @@ fi
 apt-get update --error-on=any || note "Some package lists are missing: apt-get update failed."
 
 step "installing packages"
-packages=(ca-certificates curl git jq nftables python3-minimal redsocks)  # see ../network.sh
+packages=(ca-certificates curl git jq nftables python3-minimal redsocks)  # see guest/network.sh
 if [ "$PARAM_minimal" != true ]; then
   packages+=(
     build-essential file less openssh-client procps iproute2 rsync sudo unzip wget
