@@ -983,7 +983,7 @@ def freeze(host: Host, base: Instance) -> str:
 # Starts lima/guest/wake.py, which is its stdin.
 WAKER = "sudo python3 -IS -X utf8 -"
 # In a VM that boots: Lima ends the user's sessions as long as it changes their environment.
-UNTIL_SESSIONS_LAST = "until [ -s /run/lima-ssh-ready ]; do sleep 0.1; done; echo ready; exec cat"
+ONCE_STABLE = "until [ -s /run/lima-ssh-ready ]; do sleep 0.1; done; echo ready; exec cat"
 
 
 class Guest:
@@ -1037,7 +1037,7 @@ class Guest:
         argv += [f"-R127.0.0.1:{side.port}:{side.end}" for side in sides]
         argv += ["-oExitOnForwardFailure=yes", f"-L{woken}:/run/agent-vm/wake.sock"]
         there = self.instance.hostname
-        argv += ["-T", there, UNTIL_SESSIONS_LAST] if boots else ["-N", there]
+        argv += ["-T", there, ONCE_STABLE] if boots else ["-N", there]
         deadline, ended = time.monotonic() + seconds, None
         while time.monotonic() < deadline and ended != 0:
             ended = start.process.poll()  # if Lima has reached it, this is the last time
@@ -1396,9 +1396,7 @@ def broker_side(host: Host, plan: Plan, name: str) -> Iterator[tuple[Credential,
     real = plan.credential
     assert real
     form = "sk-ant-api03-" if real.name == API_KEY else "sk-ant-oat01-"
-    placeholder = real._replace(
-        value=form + base64.urlsafe_b64encode(os.urandom(71)).decode().rstrip("=")
-    )
+    placeholder = real._replace(value=form + os.urandom(48).hex()[:95])
     end = f"{host.folders.lima_home / name}/broker.sock"
     argv = [sys.executable, "-IS", str(lima_folder(host.folders) / "egress.py")]
     argv += ["--broker", "anthropic", "--listen", f"unix:{end}"]
