@@ -35,7 +35,7 @@ LOOK_AROUND = """sh:cat; echo oops >&2
 exec > seen
 git config user.name; git config user.email
 git status --short > /dev/null 2>&1 && echo git-works
-cat ~/.agent-vm/zone; echo
+echo
 ls -A ~/.ssh 2>&1
 cp ~/.claude.json claude.json; cp ~/.claude/settings.json settings.json
 echo turn > ~/.claude/projects/transcript
@@ -94,7 +94,11 @@ class WholeRunTest(unittest.TestCase):
 
     @unittest.skipUnless(os.path.exists("/usr/share/zoneinfo/Europe/Berlin"), "no time zones here")
     def test_the_time_zone_follows_the_host(self) -> None:
-        self.assertIn("Europe/Berlin", self.seen)
+        zone = "/usr/share/zoneinfo/Europe/Berlin"
+        if not os.path.isfile(zone):  # the fake guest has those of this machine
+            self.skipTest(f"no {zone}")
+        (linked,) = [call for call in self.box.tool_calls() if call.startswith("ln ")]
+        self.assertRegex(linked, f"^ln -sf {zone} /.*localtime$")
 
     def test_the_guests_secrets_are_its_users_alone(self) -> None:
         names = [os.path.basename(path) for path in self.seen[-2:]]
