@@ -31,7 +31,7 @@ PARAGRAPHS = ("Starts", "Reads", "Writes", "Reaches")
 
 # Lines: of the whole file, without the copy of lima/, and of what stands above the banner.
 BUDGETS = {
-    "agent_vm.py": (3208, 1619),
+    "agent_vm.py": (3202, 1619),
     "github_mcp_proxy.py": (2940, 1600),
     "github_app_token.py": (1555, 1005),
     "lima/egress.py": (796, 250),

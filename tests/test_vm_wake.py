@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import socket
+import subprocess
 import tempfile
 import threading
 import types
@@ -55,6 +56,10 @@ class WakeTest(unittest.TestCase):
             ({"LANG": ""}, {"LANG": ""}),
             ({"LANG": "xx_XX.none", "A": "1"}, {"LC_ALL": "C.UTF-8", "A": "1"}),
             ({"LANG": "C", "LC_TIME": "xx_XX.none"}, {"LC_ALL": "C.UTF-8"}),
+            (
+                {"re": "1", "str": "2"},
+                {"re": "1", "str": "2"},
+            ),  # names that Python's module has, too
             ({"LANG": "C", "LC_TERMINAL": "iTerm2"}, {"LANG": "C", "LC_TERMINAL": "iTerm2"}),
             ({"LC_ALL": "C", "LC_CTYPE": "UTF-8"}, {"LC_ALL": "C", "LC_CTYPE": "UTF-8"}),
         ):
@@ -79,6 +84,25 @@ class WakeTest(unittest.TestCase):
         (run / "lima-boot-done").write_text("iid-2\n")
         waiting.join(5)
         self.assertFalse(waiting.is_alive())
+
+    def test_variables_and_secrets_are_written_byte_for_byte(self) -> None:
+        values = {"A": "it's\n$x `id` \\ ü", "B": ""}
+        text = self.wake.exports(values) + 'printf "%s|" "$A" "$B"'
+        result = subprocess.run(["bash", "-c", text], stdout=subprocess.PIPE, check=True)
+        self.assertEqual(result.stdout.decode(), "it's\n$x `id` \\ ü||")
+
+    def test_a_folder_is_mounted_before_those_in_it(self) -> None:
+        at = str(self.folder)
+        rows = [(0, f"{at}/a/b c", True), (1, f"{at}/a", False), (2, f"{at}/a/b c/$d", False)]
+        with mock.patch.object(self.wake, "mount") as mount:
+            self.wake.mount_folders(rows)
+        places = [call.args[:4] for call in mount.call_args_list]
+        read_only = self.wake.RDONLY
+        self.assertEqual(places, [
+            ("agent-vm-1", f"{at}/a", "9p", read_only),
+            ("agent-vm-0", f"{at}/a/b c", "9p", 0),
+            ("agent-vm-2", f"{at}/a/b c/$d", "9p", read_only),
+        ])  # fmt: skip
 
     def answer(self, asked: bytes, wake: Any) -> bytes:
         """What a run hears that sends this."""

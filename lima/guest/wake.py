@@ -58,10 +58,8 @@ def write(path: str, text: str, mode: str = "w") -> None:
         file.write(text)
 
 
-def run(*words: str, **options: Any) -> None:
-    done = subprocess.run(
-        words, stdin=subprocess.DEVNULL, capture_output=True, text=True, **options
-    )
+def run(*words: str) -> None:
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         raise OSError(f"{words[0]}: {done.stdout}{done.stderr}")
 
@@ -70,8 +68,7 @@ def mount(source: str, target: str, kind: str = "", flags: int = 0, data: str = 
     """mount(2), as a program is slow to start in a VM that has just begun."""
     words = [os.fsencode(word) for word in (source, target, kind)]
     if libc.mount(*words, ctypes.c_ulong(flags), data.encode()):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), target)
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), target)
 
 
 def mount_folders(folders: list[tuple[int, str, bool]]) -> None:
@@ -173,7 +170,7 @@ def merge(path: str, new: dict[str, Any]) -> None:
 
 def known_locale(variables: dict[str, str]) -> dict[str, str]:
     """Those variables; under a locale that the guest lacks every shell warns."""
-    asked = {name for name in variables if name == "LANG" or hasattr(locale, name)}  # LC_TIME …
+    asked = {"LANG", *(name for name in dir(locale) if name[:3] == "LC_")} & variables.keys()
     before = locale.setlocale(locale.LC_ALL)
     try:
         for name in {"LC_ALL"} & asked or asked:
@@ -186,15 +183,18 @@ def known_locale(variables: dict[str, str]) -> dict[str, str]:
         locale.setlocale(locale.LC_ALL, before)
 
 
+def exports(variables: dict[str, str]) -> str:
+    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
+
+
 def furnish(user: pwd.struct_passwd, asked: dict[str, Any]) -> None:
     """The files of the run, as the VM's user."""
-    home, variables = user.pw_dir, known_locale(asked["variables"])
+    home, env = user.pw_dir, known_locale(asked["variables"]["env"])
+    scripts = {name: exports(row) for name, row in {**asked["variables"], "env": env}.items()}
     with acting_as(user):
         os.makedirs(f"{home}/.agent-vm", exist_ok=True)
-        for name, text in asked["files"].items():
+        for name, text in {**asked["files"], **scripts}.items():
             write(f"{home}/.agent-vm/{name}", text)
-        lines = [f"export {name}={shlex.quote(value)}\n" for name, value in variables.items()]
-        write(f"{home}/.agent-vm/env", "".join(lines))
         os.chmod(f"{home}/.agent-vm/launch.sh", 0o700)
         os.makedirs(f"{home}/.claude/projects", exist_ok=True)
         write(f"{home}/.gitconfig", "\n[include]\n\tpath = ~/.agent-vm/gitconfig\n", "a")
@@ -270,7 +270,7 @@ def lead(has_way_out: bool, script: str) -> None:
     """Lead the VM's programs to the way out, where that is not done yet, or not any more."""
     is_led = os.path.exists(f"{OURS}/led")
     if is_led != has_way_out:
-        words = ["bash", "-s", *(["off"] if is_led else [])]
+        words = ["bash", "-s"] + ["off"] * is_led
         done = subprocess.run(words, input=script, capture_output=True, text=True)
         if done.returncode:
             raise Open(done.stdout + done.stderr)
